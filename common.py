@@ -1,0 +1,1099 @@
+"""What every method script shares: arguments, 1..N ranks, the run folder with its checkpoints, learning-rate schedules,
+evaluation on a balanced test set, and `python common.py run|tables|figures`.
+
+A script reads
+
+    args = parse_args()                                  # base_parser + its own flags, resolve() fills in the preset
+    common.launch(main, args)                            # one process, --gpus N local ranks, or under torchrun
+
+    run = common.Run(args, "tsc", fingerprint)           # folder, lock, logs, what was finished before
+    stage = run.stage("pretrain", epochs, model=model, optimizer=optimizer)
+    for epoch in stage.epochs():                         # continues where the last process stopped
+        lr = common.set_lr(optimizer, common.step_lr(args.lr, epoch, epochs))
+        for views, labels, indices in stage.batches(loader):
+            loss = ...
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            stage.guard(loss, optimizer)                 # a non-finite loss never reaches the weights
+            optimizer.step()
+            stage.add(len(labels), loss=loss)            # running means, kept on the device
+        stage.end_epoch(lr=lr, test=scores)              # metrics.jsonl, TensorBoard, last.pt
+    stage.finish()                                       # pretrain.pt
+
+Randomness is counter-based: every draw comes from `generator(seed, purpose, epoch, step)`, so a run that continues
+inside an epoch needs no saved sampler and sees the very next batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import signal
+import socket
+import sys
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parent
+
+
+# --- errors, seeds, ranks -------------------------------------------------------------------------------------------
+
+
+class UserError(Exception):
+    """A user's mistake (flag, path, image, checkpoint, list, labels): one clear line, exit code 2, nothing lost."""
+
+
+class RunError(Exception):
+    """The run cannot go on (non-finite loss, full disk): one clear line, exit code 1, the last checkpoint is intact."""
+
+
+def derive_seed(*key: int | str) -> int:
+    """63-bit seed from a key of integers and strings; equal keys give equal seeds on every machine."""
+    plain = tuple(part if isinstance(part, str) else int(part) for part in key)
+    return int.from_bytes(hashlib.sha256(repr(plain).encode()).digest()[:8], "little") >> 1
+
+
+def generator(*key: int | str, device: str | torch.device = "cpu") -> torch.Generator:
+    """Random generator of its own for one purpose: `generator(seed, "augment", epoch, step)`."""
+    return torch.Generator(device=device).manual_seed(derive_seed(*key))
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def distribute(model: nn.Module) -> nn.Module:
+    """DistributedDataParallel around the model under several ranks, the model itself otherwise."""
+    if world_size() == 1:
+        return model
+    device = next(model.parameters()).device
+    return nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+
+def batch_mean(values: Tensor, global_batch: int) -> Tensor:
+    """Mean over the batch of all ranks, from this rank's share.
+
+    values: per-sample losses [b] of this rank; global_batch: items of the batch over all ranks. Scaled so that the
+    gradient average of DistributedDataParallel is the gradient of the global mean, equal shares or not.
+    """
+    return values.sum() * (world_size() / global_batch)
+
+
+# --- arguments ------------------------------------------------------------------------------------------------------
+
+# Flags that say where and how a run is done, not what it computes: they may differ when a run continues.
+NEUTRAL = frozenset("out data_root fresh resume_from eval quiet log workers device save_features recipe".split())
+KNOWN_SETS = "glyphs_lt cifar10_lt cifar100_lt svhn_lt mini_imagenet_lt imagenet_lt inat18".split()
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with one-line errors and `@file` lines read like a shell would."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def convert_arg_line_to_args(self, line: str) -> list[str]:
+        return shlex.split(line, comments=True)
+
+
+def number(kind: type, low: float = -math.inf, high: float = math.inf, open_low: bool = False):
+    """argparse type: a finite int or float in [low, high] (or (low, high])."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"needs {'an integer' if kind is int else 'a number'}, got {text!r}"
+            ) from None
+        if not math.isfinite(value) or value < low or value > high or (open_low and value == low):
+            bound = f"above {low:g}" if open_low else f"at least {low:g}"
+            bound += f" and at most {high:g}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"must be {bound}, got {text}")
+        return value
+
+    return parse
+
+
+def base_parser(doc: str) -> argparse.ArgumentParser:
+    """Parser with the flags that all scripts share. Flags left at None take the data set's preset in `resolve`."""
+    parser = _Parser(
+        description=doc.strip().split("\n\n")[0], allow_abbrev=False, fromfile_prefix_chars="@",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", default="glyphs_lt", help=f"one of {', '.join(KNOWN_SETS)}, a folder of class folders, or an .npz")
+    add("--data-root", default="data", help="folder of the data sets (default: data)")
+    add("--imb-ratio", type=number(float, 1), help="largest / smallest class, >= 1 (default: by data set)")
+    add("--imb-type", choices=("exp", "step"), default="exp", help="profile of the class counts (default: exp)")
+    add("--subset-rule", choices=("common", "fsgl"), default="common", help="how images are chosen (default: common)")
+    add("--data-seed", type=number(int, 0), default=0, help="which images form the subset (default: 0)")
+    add("--image-size", type=number(int, 1), help="side in pixels (default: by data set)")
+    add("--val-from", choices=("train", "test"), help="carve the validation split from train, or let test serve")
+    add = parser.add_argument_group("training").add_argument
+    add("--seed", type=number(int, 0), default=0, help="initialisation, order, augmentation (default: 0)")
+    add("--epochs", type=number(int, 1), help="epochs of stage 1 (default: by data set)")
+    add("--batch-size", type=number(int, 1), help="images of a batch over all ranks (default: by data set)")
+    add("--lr", type=number(float, 0, open_low=True), help="base learning rate of stage 1 (default: by data set)")
+    add("--backbone", help="network (default: by data set)")
+    add(
+        "--recipe",
+        choices=("default", "released"),
+        default="default",
+        help="released: the settings of the released run",
+    )
+    add("--init-from", metavar="CKPT", help="checkpoint whose weights to start from")
+    add("--eval-every", type=number(int, 1), help="epochs between evaluations, the last is always one (default: 1)")
+    add("--select", choices=("last", "val"), default="last", help="headline: last epoch, or best on validation data")
+    add = parser.add_argument_group("machine").add_argument
+    add("--gpus", type=number(int, 1), default=1, help="local ranks to start, one GPU each (default: 1)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    add("--workers", type=number(int, 0), default=4, help="decoding processes a rank for large sets (default: 4)")
+    add(
+        "--precision", choices=("auto", "fp32", "tf32", "bf16", "fp16"), default="auto", help="auto: fp32, bf16 on GPUs"
+    )
+    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the network")
+    add = parser.add_argument_group("run folder").add_argument
+    add("--out", default="runs", help="folder of all runs (default: runs)")
+    add("--fresh", action="store_true", help="start over, dropping what the run folder holds")
+    add("--resume-from", metavar="CKPT", help="continue from this checkpoint instead of last.pt")
+    add("--eval", metavar="CKPT", help="only evaluate this checkpoint")
+    add("--save-features", choices=("train", "val", "test"), help="write features_<split>.npz at the end")
+    add("--log", "--log-to", choices=("tensorboard", "none"), default="tensorboard",
+        help="event files beside metrics.jsonl (under torchrun say --log-to: it takes --log for its own)")  # fmt: skip
+    add("--quiet", action="store_true", help="print nothing but the result")
+    return parser
+
+
+def resolve(parser, args, presets: dict[str, dict], image_size, released: dict[str, dict] | None = None):
+    """Fill the flags left alone from the data set's preset and note what the user changed.
+
+    presets: data set name (or "small" / "large": up to / above 64 px) -> {flag: value}; `released` likewise, laid over
+    it by `--recipe released`. image_size: callable giving the side in pixels; a UserError in it ends the parsing.
+    Sets args.preset (which one serves) and args.changed ({flag: value} that differ from it and change the result).
+    """
+    try:
+        name = args.dataset if args.dataset in presets else ("small" if image_size() <= 64 else "large")
+    except UserError as error:
+        parser.error(str(error))
+    if name not in presets:
+        parser.error(f"--dataset {args.dataset} makes no sense here: there is no preset for images above 64 px")
+    chosen = {"eval_every": 1} | presets[name]
+    if args.recipe == "released":
+        chosen |= (released or {}).get(name, (released or {}).get("*", {}))
+    standard = {key: parser.get_default(key) for key in vars(args)} | chosen
+    for key, value in chosen.items():
+        if getattr(args, key) is None or (args.recipe == "released" and getattr(args, key) == parser.get_default(key)):
+            setattr(args, key, value)
+    for one, other in (("fresh", "resume_from"), ("eval", "resume_from"), ("eval", "fresh"), ("eval", "init_from")):
+        if getattr(args, one) and getattr(args, other):
+            parser.error(f"--{one.replace('_', '-')} and --{other.replace('_', '-')} contradict each other")
+    if args.val_from and args.select != "val":
+        parser.error("--val-from says where validation data come from: it needs --select val")
+    in_path = {"dataset", "imb_ratio", "seed", "changed", "preset", "precision"} | NEUTRAL
+    args.changed = {key: value for key, value in vars(args).items() if key not in in_path and value != standard[key]}
+    if args.precision != "auto":
+        args.changed["precision"] = args.precision
+    if args.recipe != "default":
+        args.changed = {"recipe": args.recipe} | args.changed
+    args.preset = name
+    return args
+
+
+def result_args(args) -> dict:
+    """The arguments that decide the result, as plain values (no paths of this machine but a data set of the user's)."""
+    return {key: value for key, value in sorted(vars(args).items()) if key not in NEUTRAL | {"changed"}}
+
+
+# --- launch ---------------------------------------------------------------------------------------------------------
+
+_stop_signal = 0
+
+
+def _on_signal(number_: int, frame) -> None:
+    global _stop_signal
+    if _stop_signal and number_ == signal.SIGINT:
+        raise KeyboardInterrupt  # the second Ctrl-C does not wait for the step
+    _stop_signal = number_
+
+
+def launch(main, args) -> None:
+    """Run `main(args)` here, in `--gpus N` local ranks, or as one rank of torchrun, and exit with the promised code.
+
+    0 done; 1 the run failed (non-finite loss, full disk); 2 bad arguments or data; 130 / 143 stopped by a signal after
+    saving. Sets args.device, args.precision and args.gpus to what is really used.
+    """
+    try:
+        under_torchrun = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+        _choose_device(args, under_torchrun)
+        if args.gpus > 1 and not under_torchrun:
+            sys.exit(_start_ranks(args.gpus))
+        if under_torchrun:
+            backend = "nccl" if args.device.startswith("cuda") else "gloo"
+            dist.init_process_group(backend)
+            args.gpus = world_size()
+            if args.gpus > 1:
+                args.changed["gpus"] = args.gpus
+        signal.signal(signal.SIGTERM, _on_signal)
+        signal.signal(signal.SIGINT, _on_signal)
+        main(args)
+    except (UserError, RunError) as error:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if not is_main():
+            time.sleep(2)  # the same mistake on every rank is told once: the launcher ends us when rank 0 has left
+        sys.stdout.flush()
+        where = f" (rank {rank()})" if rank() else ""
+        print(f"{Path(sys.argv[0]).name}: error{where}: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UserError) else 1)
+    finally:
+        if dist.is_initialized() and sys.exc_info()[0] is None:
+            dist.destroy_process_group()
+
+
+def _choose_device(args, under_torchrun: bool) -> None:
+    name = args.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu" and args.gpus > 1:
+            raise UserError(
+                f"--gpus {args.gpus} needs {args.gpus} GPUs, this machine has none; CPU ranks: --device cpu"
+            )
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise UserError(f"--device {name} is unknown; use auto, cpu, cuda, cuda:N or mps")
+    if name.startswith("cuda"):
+        here = torch.cuda.device_count()
+        local = int(os.environ.get("LOCAL_RANK", 0)) if under_torchrun else int(name.partition(":")[2] or 0)
+        needed = max(args.gpus, local + 1)
+        if here < needed:
+            raise UserError(f"--gpus {args.gpus} --device {args.device} needs {needed} GPUs, this machine has {here}")
+        name = f"cuda:{local}"
+        torch.cuda.set_device(local)
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: this machine has no Metal GPU; use --device cpu")
+    args.device = name
+    if args.precision == "auto":
+        args.precision = "bf16" if name.startswith("cuda") and torch.cuda.is_bf16_supported() else "fp32"
+    if args.precision in ("tf32", "fp16") and not name.startswith("cuda"):
+        raise UserError(f"--precision {args.precision} needs a CUDA device, got --device {name}")
+    tf32 = args.precision != "fp32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+
+
+def _start_ranks(count: int) -> int:
+    """Start this same command as `count` local ranks under PyTorch's elastic launcher; returns the exit code."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=count, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1,
+    )  # fmt: skip
+    try:
+        elastic_launch(config, sys.executable)("-u", *sys.argv)
+    except SignalException as stopped:
+        return 128 + int(stopped.sigval)
+    except ChildFailedError as failed:
+        number_, first = failed.get_first_failure()
+        if first.exitcode not in (1, 2, 130, 143):  # those have said why themselves
+            print(
+                f"error: rank {number_} died with exit code {first.exitcode}; all ranks were stopped", file=sys.stderr
+            )
+        return first.exitcode if first.exitcode > 0 else 1
+    return 0
+
+
+def autocast(args):
+    """Autocast context of `--precision`; losses belong in float32 outside of it."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.precision)
+    return torch.autocast(args.device.split(":")[0], dtype=dtype) if dtype else contextlib.nullcontext()
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def write_atomic(path: Path, write) -> None:
+    """Call `write(file)` on a temporary neighbour of `path`, sync it, then put it in place: never half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}; what was saved before is intact") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value) -> None:
+    write_atomic(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
+
+
+def save_checkpoint(path: Path, checkpoint: dict, keep: Path | None = None) -> None:
+    """Write a checkpoint (plain dict of tensors, numbers, strings); `keep` receives the file that `path` was before."""
+
+    def write(file) -> None:
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:  # torch reports a failed write of its own zip writer this way
+            raise OSError(str(error).splitlines()[0]) from None
+
+    def keep_then_write(file) -> None:
+        write(file)
+        if keep is not None and path.exists():  # a second name for the old file: `path` is there at every moment
+            link = keep.with_name(f".{keep.name}.{os.getpid()}.tmp")
+            link.unlink(missing_ok=True)
+            os.link(path, link)
+            os.replace(link, keep)
+
+    write_atomic(path, keep_then_write)
+
+
+def load_checkpoint(path: str | Path, hint: str = "") -> dict:
+    """Read one of our checkpoints without running any code in it; UserError when it is not one or is damaged."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"checkpoint {path} does not exist") from None
+    except Exception as error:  # unpickling raises many kinds; whichever it was, the file is of no use
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise UserError(f"checkpoint {path} is damaged or not one of ours ({reason}){hint}") from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("kind") != "long-tail-run":
+        raise UserError(f"checkpoint {path} was not written by these scripts{hint}")
+    return checkpoint
+
+
+def check_same(path, saved: dict, now: dict, names) -> None:
+    """Refuse a checkpoint whose arguments differ from the present ones, naming the first that does."""
+    for name in names:
+        if name not in ("out", "device") and saved.get(name) != now.get(name):
+            raise UserError(
+                f"{path} was made with --{name.replace('_', '-')} {saved.get(name)}, this command has {now.get(name)}; "
+                "give the saved value, another --out, or --fresh"
+            )
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder of results; UserError when that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {path}: {error.strerror}") from None
+
+
+def load_weights(module: nn.Module, state: dict[str, Tensor], source) -> None:
+    """Load weights that must fill `module` exactly; UserError naming the first tensor that does not fit."""
+    own = module.state_dict()
+    for name in [*own, *state]:
+        if name not in state:
+            raise UserError(f"{source} has no tensor {name}: it belongs to another network")
+        if name not in own:
+            raise UserError(f"{source} holds {name}, which this network does not have")
+        if own[name].shape != state[name].shape:
+            raise UserError(
+                f"{source}: {name} is {list(state[name].shape)}, this network needs {list(own[name].shape)}"
+            )
+    module.load_state_dict(state)
+
+
+# --- run folder -----------------------------------------------------------------------------------------------------
+
+
+def dataset_tag(args) -> str:
+    """Folder name of the data set: `cifar10_lt_ir100`; a path becomes its last part and a hash of the whole."""
+    name = args.dataset
+    if name not in KNOWN_SETS:
+        name = f"{Path(name).stem or 'data'}-{hashlib.sha256(str(Path(name).resolve()).encode()).hexdigest()[:6]}"
+    ratio = "" if args.imb_ratio is None else f"_ir{args.imb_ratio:g}"
+    return re.sub(r"[^\w.+-]", "-", name) + ratio
+
+
+def variant_name(args, method: str) -> str:
+    """Method and every result-changing flag that is not the preset's: `kcl_epochs100_queue4096`."""
+    parts = [method]
+    for key, value in args.changed.items():
+        text = Path(value).stem if isinstance(value, str) and os.sep in value else value
+        parts.append(
+            key.replace("_", "-") + ("" if value is True else f"{text:g}" if isinstance(text, float) else f"{text}")
+        )
+    name = re.sub(r"[^\w.+-]", "-", "_".join(parts))
+    return name if len(name) <= 120 else f"{name[:110]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+class Run:
+    """One training run: its folder `<out>/<script>/<dataset>_ir<ratio>/<variant>/seed<k>/`, lock, logs, checkpoints.
+
+    fingerprint: identity of the training images and labels; a checkpoint of other data is refused.
+    """
+
+    def __init__(self, args, method: str, fingerprint: str):
+        self.args, self.fingerprint, self.method = args, fingerprint, method
+        self.script = Path(sys.argv[0]).stem
+        self.variant = variant_name(args, method)
+        self.folder = Path(args.out) / self.script / dataset_tag(args) / self.variant / f"seed{args.seed}"
+        self.rows: list[dict] = []
+        self.saved: dict | None = None
+        self.writer = None
+        if is_main():
+            self._open()
+        barrier()
+        torch.manual_seed(derive_seed(args.seed, "init"))  # networks built from here on
+        self._read_checkpoint()
+        if is_main() and self.result is None:
+            self._start_logs()
+        barrier()
+
+    @property
+    def result(self) -> dict | None:
+        """The result of a finished run, None before."""
+        path = self.folder / "result.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def _open(self) -> None:
+        make_folder(self.folder)
+        try:
+            self.lock = open(self.folder / "lock", "a+")
+        except OSError as error:
+            raise UserError(f"cannot write to {self.folder}: {error.strerror}") from None
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops it with the process: never stale
+        except BlockingIOError:
+            self.lock.seek(0)
+            raise UserError(f"{self.folder} is in use by another process ({self.lock.read().strip()})") from None
+        self.lock.truncate(0)
+        self.lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self.lock.flush()
+        if self.args.fresh:
+            for path in self.folder.iterdir():
+                if path.is_file() and path.name != "lock":
+                    path.unlink()
+        for path in self.folder.glob(".*.tmp"):
+            path.unlink()
+
+    def _read_checkpoint(self) -> None:
+        path, hint = self.folder / "last.pt", ""
+        if self.args.resume_from:
+            path = Path(self.args.resume_from)
+        elif not path.exists():
+            return
+        elif (self.folder / "previous.pt").exists():
+            hint = f"; continue from the one before with --resume-from {self.folder / 'previous.pt'}"
+        self.saved = load_checkpoint(path, hint)
+        self.check(path, self.saved)
+        self.rows = self.saved["rows"]
+
+    def check(self, path, checkpoint: dict) -> None:
+        """Refuse a checkpoint of another script, other arguments or other data."""
+        if checkpoint["script"] != self.script:
+            raise UserError(f"{path} is a checkpoint of {checkpoint['script']}.py, this is {self.script}.py")
+        now = result_args(self.args)
+        check_same(path, checkpoint["args"], now, ["dataset", "backbone", *now, *checkpoint["args"]])
+        if checkpoint["data"] != self.fingerprint:
+            raise UserError(
+                f"{path} was trained on other images or labels than --dataset {self.args.dataset} gives now"
+            )
+
+    def _start_logs(self) -> None:
+        write_json(self.folder / "args.json", {k: v for k, v in sorted(vars(self.args).items()) if k != "changed"})
+        lines = "".join(json.dumps(row) + "\n" for row in self.rows)
+        write_atomic(self.folder / "metrics.jsonl", lambda file: file.write(lines.encode()))
+        if self.args.log == "tensorboard":
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                self.say("tensorboard is not installed: writing metrics.jsonl only")
+                return
+            self.writer = SummaryWriter(str(self.folder), purge_step=len(self.rows))
+
+    def say(self, text: str) -> None:
+        if is_main() and not self.args.quiet:
+            print(text, flush=True)
+
+    def stage(self, name: str, epochs: int, **parts) -> Stage:
+        """A stage of training whose `parts` (anything with state_dict / load_state_dict) make up its checkpoints."""
+        return Stage(self, name, epochs, parts)
+
+    def finish(self, **result) -> dict:
+        """Write result.json (atomic) and return it; clocked or machine-dependent figures go into timing / machine."""
+        args = self.args
+        machine = {
+            "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.machine(),
+            "ranks": world_size(), "threads": torch.get_num_threads(), "precision": args.precision,
+            "torch": torch.__version__, "python": platform.python_version(),
+        }  # fmt: skip
+        head = {
+            "script": self.script, "dataset": dataset_tag(args), "variant": self.variant, "method": self.method,
+            "seed": args.seed, "args": result_args(args), "headline": None, "best_on_test": None,
+        }  # fmt: skip
+        timing = {"seconds": round(sum(row["timing"]["seconds"] for row in self.rows), 2)}
+        full = head | result | {"machine": machine, "timing": timing | result.get("timing", {})}
+        if is_main():
+            write_json(self.folder / "result.json", full)
+            if self.writer:
+                self.writer.close()
+        self.show()
+        return full
+
+    def show(self) -> None:
+        """Print the result of a finished run and draw its pictures where they are missing."""
+        if is_main():
+            import tables
+
+            if not list(self.folder.glob("*.png")):
+                tables.draw_result(self.result, self.folder)
+            tables.print_result(self.result, self.folder)
+        barrier()
+
+
+class Stage:
+    """The bookkeeping of one training stage; the loop itself stays in the script (see the top of this file)."""
+
+    def __init__(self, run: Run, name: str, epochs: int, parts: dict):
+        self.run, self.name, self.total, self.parts = run, name, epochs, parts
+        self.epoch, self.step, self.sums, self.best, self.seconds = 0, 0, {}, None, 0.0
+        self.passes = 0  # images that went forward and backward, over all ranks
+        self.finished = False
+        own = run.folder / f"{name}.pt"
+        if own.exists():
+            checkpoint = load_checkpoint(own)
+            run.check(own, checkpoint)
+            self._restore(checkpoint)
+            self.finished = True
+        elif run.saved is not None and run.saved["stage"] == name:
+            self._restore(run.saved)
+            run.say(f"{name}: continuing at epoch {self.epoch + 1}, step {self.step + 1}")
+        self.device = run.args.device
+
+    def _restore(self, checkpoint: dict) -> None:
+        for key, part in self.parts.items():
+            part.load_state_dict(checkpoint["state"][key])
+        self.epoch, self.step, self.passes = checkpoint["epoch"], checkpoint["step"], checkpoint["passes"]
+        self.sums, self.best, self.seconds = checkpoint["sums"], checkpoint["best"], checkpoint["seconds"]
+        self.rng = checkpoint["rng"]
+
+    def _checkpoint(self) -> dict:
+        rng = {"cpu": torch.get_rng_state()}
+        if self.device.startswith("cuda"):
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        everyone = [rng]
+        if world_size() > 1:
+            everyone = [None] * world_size()
+            dist.all_gather_object(everyone, rng)
+        self._reduce_sums()
+        return {
+            "kind": "long-tail-run", "script": self.run.script, "args": result_args(self.run.args),
+            "data": self.run.fingerprint, "stage": self.name, "epoch": self.epoch, "step": self.step,
+            "passes": self.passes, "sums": self.sums, "best": self.best, "seconds": self.seconds, "rng": everyone,
+            "rows": self.run.rows, "state": {key: part.state_dict() for key, part in self.parts.items()},
+        }  # fmt: skip
+
+    def _reduce_sums(self) -> None:
+        """Sums of this process so far as floats over all ranks; what was summed before a pause is already there."""
+        for key, (total, weight) in self.sums.items():
+            if isinstance(total, Tensor):
+                pair = torch.stack([total, torch.full_like(total, weight)])
+                if world_size() > 1:
+                    dist.all_reduce(pair)
+                self.sums[key] = tuple(pair.tolist())
+
+    def epochs(self):
+        """Yield the 0-based epochs that are still to be done."""
+        while self.epoch < self.total:
+            if self.step == 0:
+                torch.manual_seed(derive_seed(self.run.args.seed, self.name, self.epoch, rank()))
+            else:
+                torch.set_rng_state(self.rng[rank()]["cpu"])
+                if "cuda" in self.rng[rank()]:
+                    torch.cuda.set_rng_state(self.rng[rank()]["cuda"], self.device)
+            self._clock = time.perf_counter()
+            self._done_before = self.seconds
+            before = self.epoch
+            yield self.epoch
+            if self.epoch == before:
+                raise RuntimeError(f"stage {self.name}: the loop over epochs must call end_epoch")
+
+    def batches(self, loader):
+        """Yield the batches of this epoch that are still to be done; a stop signal saves after the step and exits."""
+        loader.set_epoch(self.epoch, self.step)
+        self._images, self._steps = 0, len(loader)
+        self._wait, self._bar, begin = 0.0, 0.0, time.perf_counter()
+        iterator = iter(loader)
+        while True:
+            asked = time.perf_counter()
+            batch = next(iterator, None)
+            self._wait += time.perf_counter() - asked
+            if batch is None:
+                return
+            yield batch
+            self.step += 1
+            self.passes += loader.global_batch
+            self._images += loader.global_batch
+            self._progress(begin)
+            if self._must_stop():
+                self._save_and_exit()
+
+    def guard(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        """Call between backward and optimizer.step: a non-finite loss ends the run and never reaches the weights.
+
+        Without a host sync where it costs one: a fused optimiser on a GPU is told on the device to skip its update and
+        the host reads the flag one step later; elsewhere the loss is looked at here.
+        """
+        bad = (~torch.isfinite(loss.detach())).float().reshape(())
+        if world_size() > 1:
+            dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+        lr = optimizer.param_groups[0]["lr"]
+        if not optimizer.defaults.get("fused"):
+            self._raise_if(bool(bad), self.step, lr)
+            return
+        pending = getattr(self, "_pending", None)
+        if pending is not None:
+            flag, event, step, old_lr = pending
+            if event is not None:
+                event.synchronize()  # recorded a whole step ago: no wait
+            self._raise_if(bool(flag), step, old_lr)
+        optimizer.found_inf = bad  # the fused kernels leave weights and momentum alone when this is 1
+        if bad.is_cuda:
+            flag, event = torch.empty((), pin_memory=True), torch.cuda.Event()
+            flag.copy_(bad, non_blocking=True)
+            event.record()
+        else:
+            flag, event = bad.clone(), None
+        self._pending = (flag, event, self.step, lr)
+
+    def _raise_if(self, bad: bool, step: int, lr: float) -> None:
+        if bad:
+            raise RunError(f"the loss is not finite in stage {self.name}, epoch {self.epoch}, step {step}, lr {lr:g}")
+
+    def add(self, count: int, **values: Tensor) -> None:
+        """Add means over `count` images of this rank to the running means of the epoch; nothing leaves the device."""
+        for key, value in values.items():
+            total, weight = self.sums.get(key, (0.0, 0.0))
+            self.sums[key] = (value.detach().double() * count + total, weight + count)
+
+    def due(self, every: int) -> bool:
+        """Whether the epoch that just ran is one to evaluate: every `every` epochs and always the last."""
+        return (self.epoch + 1) % every == 0 or self.epoch + 1 == self.total
+
+    def end_epoch(self, lr: float | None = None, score: float | None = None, **metrics) -> dict:
+        """Close the epoch: one row in metrics.jsonl and TensorBoard, last.pt and previous.pt.
+
+        metrics: plain numbers or dicts of them. score: validation figure; a strictly higher one than before also keeps
+        the stage's state in `<stage>_best.pt` (`--select val`).
+        """
+        pending, self._pending = getattr(self, "_pending", None), None
+        if pending is not None:
+            self._raise_if(bool(pending[0].item() if pending[1] is None else self._wait_for(pending)), *pending[2:])
+        self._reduce_sums()
+        seconds = time.perf_counter() - self._clock
+        row = {"stage": self.name, "epoch": self.epoch, "steps": self.step, "passes": self.passes}
+        row |= {"lr": lr} if lr is not None else {}
+        row |= {key: total / weight for key, (total, weight) in self.sums.items()} | metrics
+        row["timing"] = {
+            "seconds": round(seconds + self.seconds, 3),
+            "images_per_second": round(self._images / max(seconds, 1e-9), 1),
+            "data_wait_share": round(self._wait / max(seconds, 1e-9), 4),
+        }
+        self.run.rows.append(row)
+        self.epoch, self.step, self.sums, self.seconds = self.epoch + 1, 0, {}, 0.0
+        better = score is not None and (self.best is None or score > self.best)
+        if better:
+            self.best = score
+        checkpoint = self._checkpoint()
+        if is_main():
+            if better:
+                save_checkpoint(self.run.folder / f"{self.name}_best.pt", checkpoint)
+            save_checkpoint(self.run.folder / "last.pt", checkpoint, keep=self.run.folder / "previous.pt")
+            with open(self.run.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+            self._tensorboard(row)
+        self._say_epoch(row)
+        if self._must_stop() and self.epoch < self.total:
+            raise SystemExit(128 + (_stop_signal or signal.SIGTERM))
+        return row
+
+    @staticmethod
+    def _wait_for(pending) -> bool:
+        pending[1].synchronize()
+        return bool(pending[0])
+
+    def finish(self) -> None:
+        """Keep the finished stage as `<stage>.pt`."""
+        checkpoint = self._checkpoint()
+        if is_main() and not self.finished:
+            save_checkpoint(self.run.folder / f"{self.name}.pt", checkpoint)
+        barrier()
+        self.finished = True
+
+    def load_best(self) -> int:
+        """Put the state of the best validation score back into the parts (`--select val`); returns its epoch."""
+        checkpoint = load_checkpoint(self.run.folder / f"{self.name}_best.pt")
+        self._restore(checkpoint)
+        return self.epoch - 1
+
+    def _must_stop(self) -> bool:
+        """Whether any rank was told to stop; all ranks agree on the step."""
+        if world_size() == 1:
+            return bool(_stop_signal)
+        flag = torch.tensor(float(bool(_stop_signal)), device=self.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)
+
+    def _save_and_exit(self) -> None:
+        self.seconds += time.perf_counter() - self._clock
+        checkpoint = self._checkpoint()
+        if is_main():
+            save_checkpoint(self.run.folder / "last.pt", checkpoint, keep=self.run.folder / "previous.pt")
+        self.run.say(
+            f"\n{self.name}: stopped and saved at epoch {self.epoch + 1}, step {self.step}; same command continues"
+        )
+        raise SystemExit(128 + (_stop_signal or signal.SIGTERM))
+
+    def _progress(self, begin: float) -> None:
+        now = time.perf_counter()
+        if not is_main() or self.run.args.quiet or not sys.stdout.isatty() or now - self._bar < 0.2:
+            return
+        self._bar = now
+        speed = self._images / max(now - begin, 1e-9)
+        left = (self._steps - self.step + (self.total - self.epoch - 1) * self._steps) * (now - begin) * 1.0
+        left /= max(self._images and self.step, 1)
+        filled = 20 * self.step // max(self._steps, 1)
+        bar = "#" * filled + "." * (20 - filled)
+        text = f"{self.name} {self.epoch + 1}/{self.total} [{bar}] {speed:,.0f} images/s, {left:,.0f} s left"
+        print(f"\r{text:<100}", end="", flush=True)
+
+    def _say_epoch(self, row: dict) -> None:
+        start = "\r" if sys.stdout.isatty() else ""
+        figures = [f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, float)]
+        for key, value in row.items():
+            if isinstance(value, dict) and isinstance(value.get("overall"), float):
+                figures.append(f"{key} {100 * value['overall']:.1f}%")
+        left = row["timing"]["seconds"] * (self.total - self.epoch)
+        speed = f"{row['timing']['images_per_second']:,.0f} images/s, {left:,.0f} s left"
+        self.run.say(f"{start}{self.name} {self.epoch}/{self.total}  {'  '.join(figures)}  ({speed})".ljust(100))
+
+    def _tensorboard(self, row: dict) -> None:
+        if self.run.writer is None:
+            return
+        step = len(self.run.rows)
+        for key, value in row.items():
+            for name, number_ in value.items() if isinstance(value, dict) else [("", value)]:
+                if isinstance(number_, (int, float)):
+                    self.run.writer.add_scalar(f"{self.name}/{key}{'/' if name else ''}{name}", number_, step)
+
+
+# --- schedules ------------------------------------------------------------------------------------------------------
+
+
+def scale_milestones(published: Sequence[float], published_epochs: int, epochs: int) -> list[int]:
+    """Milestones of a recipe of `published_epochs` epochs as epochs of a run of `epochs`, at the same fractions.
+
+    Rounded down (160 of 200 is 160 of 201 too) but never before epoch 1; the published ones at the published length.
+    """
+    return [max(1, math.floor(m * epochs / published_epochs)) if m > 0 else 0 for m in published]
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
+    """Give every parameter group the rate `lr` (in place where it is a tensor: captured steps) and return it."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+    return lr
+
+
+def milestone_lr(base_lr: float, epoch: float, milestones: Sequence[float], factor: float = 0.1) -> float:
+    """base_lr, times `factor` from each epoch in `milestones` on."""
+    return base_lr * factor ** sum(epoch >= m for m in milestones)
+
+
+def step_lr(base_lr: float, epoch: float, epochs: int, *, lr_bug: bool = False) -> float:
+    """The CIFAR schedule of LDAM-DRW and its descendants, published at 200 epochs; constant inside an epoch.
+
+    Linear warm-up over 5 epochs, (epoch + 1) / 5; x 0.01 from epoch 160; again x 0.01 from epoch 180 on.
+    `lr_bug`: the order of branches in one released code, which never reaches the last drop.
+    """
+    warmup, first, second = scale_milestones((5, 160, 180), 200, epochs)
+    if epoch < warmup:
+        return base_lr * (math.floor(epoch) + 1) / warmup
+    return milestone_lr(base_lr, epoch, (first,) if lr_bug else (first, second), 0.01)
+
+
+def cosine_lr(base_lr: float, epoch: float, epochs: int, *, shift: bool = False) -> float:
+    """Half cosine from base_lr to 0: base_lr / 2 (1 + cos(pi e / epochs)) with e the whole epoch.
+
+    `shift`: e + 1 in place of e, as codes that step the scheduler at the start of an epoch: the last epoch has lr 0.
+    """
+    return warmup_cosine_lr(base_lr, math.floor(epoch) + shift, epochs)
+
+
+def warmup_cosine_lr(base_lr: float, epoch: float, epochs: float, warmup: float = 0.0, floor: float = 0.0) -> float:
+    """Per-iteration schedule at fractional epoch t: base_lr t / warmup, then a half cosine to `floor` at `epochs`."""
+    if epoch < warmup:
+        return base_lr * epoch / warmup
+    done = (epoch - warmup) / (epochs - warmup) if epochs > warmup else 1.0
+    return floor + (base_lr - floor) * 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def supcon_lr(
+    base_lr: float, epoch: float, epochs: int, *, decay_rate: float = 0.1, warmup: int = 0, warmup_from: float = 0.01
+) -> float:
+    """SupCon's CIFAR schedule: per epoch e = 1..epochs a half cosine that ends at the floor base_lr decay_rate^3.
+
+    In the first `warmup` epochs it is linear per step, from `warmup_from` to the cosine's value at epoch `warmup`.
+    """
+    floor = base_lr * decay_rate**3
+    if epoch < warmup:
+        return warmup_from + (warmup_cosine_lr(base_lr, warmup, epochs, floor=floor) - warmup_from) * epoch / warmup
+    return warmup_cosine_lr(base_lr, math.floor(epoch) + 1, epochs, floor=floor)
+
+
+def fsgl_lr(base_lr: float, epoch: float, epochs: int, *, warmup: int = 10, timing: str = "start") -> float:
+    """FSGL's ImageNet-LT schedule h(e): base_lr (e + 1) / warmup up to e = warmup (an overshoot), then a half cosine.
+
+    timing "start": epoch e trains with h(e). "legacy": with h(e - 1), epoch 0 with base_lr, as the released code does.
+    """
+    if timing not in ("start", "legacy"):
+        raise ValueError(f"timing is {timing!r}: start or legacy")
+    e = math.floor(epoch) - (timing == "legacy")
+    if e < 0 or warmup < 1:
+        return base_lr if e < 0 else cosine_lr(base_lr, e, epochs)
+    if e <= warmup:
+        return base_lr * (e + 1) / warmup
+    return warmup_cosine_lr(base_lr, e - (warmup - 1), epochs - (warmup - 1))
+
+
+# --- evaluation -----------------------------------------------------------------------------------------------------
+
+
+GROUPS = ("many", "medium", "few")
+
+
+def _array(values) -> np.ndarray:
+    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+
+
+def group_of(counts: Sequence[int], many: int = 100, few: int = 20, few_inclusive: bool = False) -> np.ndarray:
+    """Group of each class by its training count: int64 [C]; 0 is many (> many), 2 few (< few, or <= few), 1 medium."""
+    counts = _array(counts)
+    if few > many:
+        raise ValueError(f"few {few} is above many {many}: the groups overlap")
+    is_few = counts <= few if few_inclusive else counts < few
+    return np.where(counts > many, 0, np.where(is_few, 2, 1)).astype(np.int64)
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return float(part / whole) if whole else None
+
+
+def report(
+    labels, predictions, counts: Sequence[int], *, many: int = 100, few: int = 20, few_inclusive: bool = False,
+    weighting: str = "class", confidence=None, nll=None, topk_hits=None,
+) -> dict:  # fmt: skip
+    """Figures of a classifier on a test set, as plain Python fractions in [0, 1]; None where nothing is to average.
+
+    labels, predictions: [N] class ids (a prediction of -1 is no class: always wrong); counts: training images of each
+    class [C]; confidence, nll, topk_hits: [N], optional. O(N + C); numpy, torch or lists.
+    many, medium, few: mean recall of the group's classes that have test images (weighting "image": correct / all of the
+    group's images). macro_f1: over the classes that occur in labels or predictions. worst_class: lowest recall.
+    ece: 15 equal bins of confidence (Guo et al. 2017). confusion (up to 200 classes): rows are the true class.
+    """
+    labels, predictions, counts = (_array(a).astype(np.int64, copy=False) for a in (labels, predictions, counts))
+    size, items = len(counts), len(labels)
+    if predictions.shape != labels.shape:
+        raise ValueError(f"{len(labels)} labels but {len(predictions)} predictions")
+    if items and (labels.min() < 0 or labels.max() >= size or predictions.min() < -1 or predictions.max() >= size):
+        raise ValueError(f"labels and predictions must lie in 0..{size - 1} (predictions may be -1)")
+    hit = labels == predictions
+    support = np.bincount(labels, minlength=size)
+    correct = np.bincount(labels[hit], minlength=size)
+    predicted = np.bincount(predictions[predictions >= 0], minlength=size)
+    tested = support > 0
+    recall = correct[tested] / support[tested]
+    f1 = 2.0 * correct / np.maximum(support + predicted, 1)
+
+    group = group_of(counts, many, few, few_inclusive)
+    if weighting not in ("class", "image"):
+        raise ValueError(f"weighting is {weighting!r}: class or image")
+    if weighting == "class":
+        part, whole = np.bincount(group[tested], recall, minlength=3), np.bincount(group[tested], minlength=3)
+    else:
+        part, whole = np.bincount(group, correct, minlength=3), np.bincount(group, support, minlength=3)
+    per_class = np.full(size, None, dtype=object)
+    per_class[tested] = recall.tolist()
+
+    figures = {"overall": _ratio(hit.sum(), items)}
+    figures |= {name: _ratio(part[g], whole[g]) for g, name in enumerate(GROUPS)}
+    figures["macro_f1"] = _ratio(f1.sum(), np.count_nonzero(support + predicted))
+    figures["harmonic_mean"] = _ratio(recall.size, (1.0 / recall).sum()) if recall.all() else 0.0
+    figures["worst_class"] = float(recall.min()) if recall.size else None
+    figures["ece"] = None if confidence is None else _calibration_error(_array(confidence), hit)
+    figures["top5"] = None if topk_hits is None else _ratio(_array(topk_hits).sum(), items)
+    loss = None if nll is None or not items else float(_array(nll).astype(np.float64, copy=False).mean())
+    figures["loss"] = loss if loss is not None and np.isfinite(loss) else None
+    figures["per_class"] = per_class.tolist()
+    if size <= 200:
+        pairs = np.bincount((labels * size + predictions)[predictions >= 0], minlength=size * size)
+        figures["confusion"] = pairs.reshape(size, size).tolist()
+    return figures
+
+
+def _calibration_error(confidence: np.ndarray, hit: np.ndarray, bins: int = 15) -> float | None:
+    """Expected calibration error: |accuracy - mean confidence| of bins ((b - 1) / bins, b / bins], by their size."""
+    if not confidence.size or not np.isfinite(confidence).all():
+        return None
+    index = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
+    gap = np.bincount(index, hit, minlength=bins) - np.bincount(index, confidence, minlength=bins)
+    return float(np.abs(gap).sum() / confidence.size)
+
+
+def topk_hits(logits: Tensor, labels: Tensor, k: int) -> Tensor:
+    """Whether the true class is among the k largest logits: bool [N] from logits [N, C] and labels [N].
+
+    Of equal logits the lower class id comes first, as in argmax; a row with a NaN never hits.
+    """
+    true = logits.gather(1, labels[:, None])
+    before = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
+    rank_ = ((logits > true) | ((logits == true) & before)).sum(1)
+    return (rank_ < k) & ~logits.isnan().any(1)
+
+
+def topk_accuracy(logits, labels, ks: Sequence[int] = (1, 5)) -> list[float | None]:
+    """Top-k accuracies as fractions, one for each k."""
+    logits, labels = torch.as_tensor(logits), torch.as_tensor(labels)
+    return [_ratio(topk_hits(logits, labels, k).sum().item(), len(labels)) for k in ks]
+
+
+@dataclass
+class Scores:
+    """What a network said about every item of a set, in the set's order: CPU tensors [N]."""
+
+    labels: Tensor  # int64
+    predictions: Tensor  # int64; -1 where the logits were not finite
+    confidence: Tensor  # float32, softmax of the predicted class
+    nll: Tensor  # float32, cross-entropy in nats
+    top5: Tensor  # bool, true class among the five largest logits
+    features: Tensor | None = None  # float32 [N, d]
+
+    def report(self, counts: Sequence[int], **options) -> dict:
+        """`report` of these scores; options: group boundaries and weighting."""
+        options |= {"confidence": self.confidence, "nll": self.nll, "topk_hits": self.top5}
+        return report(self.labels, self.predictions, counts, **options)
+
+
+def save_features(scores: Scores, path: Path) -> None:
+    """Write `features` [N, d] (float32, before the head), `labels` [N] and `indices` [N] of an evaluation as .npz."""
+    arrays = {"features": scores.features.numpy(), "labels": scores.labels.numpy()}
+    arrays["indices"] = np.arange(len(scores.labels))
+    if is_main():
+        write_atomic(path, lambda file: np.savez(file, **arrays))
+    barrier()
+
+
+def evaluate(
+    model: nn.Module,
+    loader,
+    num_items: int | None = None,
+    device: str | torch.device | None = None,
+    autocast: Callable | None = None,
+    features: Callable | None = None,
+) -> Scores:
+    """Scores of `model` on the `num_items` items of an evaluation loader, every item exactly once over all ranks.
+
+    loader yields (views [V, b, 3, H, W], labels [b], indices [b]) on `device`; the first view counts. num_items and
+    device are the loader's own by default. autocast: makes the context of a forward pass, `lambda: autocast(args)`;
+    features: a second function of the images whose output [b, d] is kept, `net.features`. Eval and inference mode
+    inside, the modes of all modules are restored; results stay on the device until the end: no host sync per batch.
+    RuntimeError when an item is missing or comes twice.
+    """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module  # its forward would synchronise buffers: ranks may have different numbers of batches
+    size = len(loader.dataset) if num_items is None else num_items
+    device = loader.device if device is None else device
+    # One row for each field of Scores and one that counts visits; the last column collects indices out of range.
+    # Class ids are exact in float32 (below 2^24). A rank leaves 0 where another fills in, so a sum merges the tables.
+    table, kept = torch.zeros(6, size + 1, device=device), None
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            for views, labels, indices in loader:
+                with autocast() if autocast else contextlib.nullcontext():
+                    logits, extra = model(views[0]), features(views[0]) if features else None
+                logits = logits.float()
+                log_p = logits.log_softmax(1)
+                valid = ~log_p.isnan().any(1)
+                predictions = logits.argmax(1)
+                rows = [
+                    labels,
+                    torch.where(valid, predictions, -1),
+                    log_p.gather(1, predictions[:, None])[:, 0].exp(),
+                    -log_p.gather(1, labels[:, None])[:, 0],
+                    topk_hits(logits, labels, 5) & valid,
+                ]
+                slots = torch.where((indices >= 0) & (indices < size), indices, size)
+                table[:5, slots] = torch.stack([row.float() for row in rows])
+                table[5].index_add_(0, slots, torch.ones_like(slots, dtype=torch.float32))
+                if extra is not None:
+                    if kept is None:
+                        with torch.inference_mode(False):  # so that it can be trained on later
+                            kept = torch.zeros(size + 1, extra.shape[1], device=device)
+                    kept[slots] = extra.float()
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    if dist.is_initialized():
+        dist.all_reduce(table)
+        if features:
+            width = torch.tensor(0 if kept is None else kept.shape[1], device=device)
+            dist.all_reduce(width, op=dist.ReduceOp.MAX)  # a rank without a batch does not know it
+            kept = torch.zeros(size + 1, int(width), device=device) if kept is None else kept
+            dist.all_reduce(kept)
+    table = table.cpu()
+    visits, outside = table[5, :-1], int(table[5, -1])
+    if outside or (visits != 1).any():
+        raise RuntimeError(
+            f"evaluation must see each of {size} items once: {int((visits == 0).sum())} missing, "
+            f"{int((visits > 1).sum())} more than once, {outside} indices out of range"
+        )
+    labels, predictions, confidence, nll, top5 = table[:5, :-1]
+    kept = None if kept is None else kept[:-1].cpu()
+    return Scores(labels.long(), predictions.long(), confidence, nll, top5 > 0, kept)
+
+
+if __name__ == "__main__":
+    from tables import main_cli  # run, tables, figures
+
+    sys.exit(main_cli(sys.argv[1:]))

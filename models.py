@@ -1,0 +1,358 @@
+"""Backbones and heads of the six methods, and `Net(backbone, head)` that joins them.
+
+    net = Net(backbone("resnet32"), linear_head(64, 10))
+    net(x)              # x [B, 3, H, W] -> logits [B, 10]
+    net.features(x)     # -> features [B, 64], the globally averaged last map
+
+A backbone maps images to pooled features and tells their length as `feature_dim`; what is trained on top of them is a
+separate head, so that a stage keeps `net.backbone` and puts a new head on it. Parameters are named `backbone.*` and
+`head.*`.
+
+| name         | width, stem   | feature_dim | parameters | default init | where it comes from                     |
+|--------------|---------------|-------------|------------|--------------|-----------------------------------------|
+| resnet8      | 16, 3x3       | 64          | 74,640     | fan_in       | He et al. 2016, section 4.2, n = 1      |
+| resnet20     | 16, 3x3       | 64          | 269,072    | fan_in       | n = 3                                   |
+| resnet32     | 16, 3x3       | 64          | 463,504    | fan_in       | n = 5                                   |
+| resnet44     | 16, 3x3       | 64          | 657,936    | fan_in       | n = 7                                   |
+| resnet56     | 16, 3x3       | 64          | 852,368    | fan_in       | n = 9                                   |
+| resnet110    | 16, 3x3       | 64          | 1,727,312  | fan_in       | n = 18                                  |
+| resnet32_bbn | 16, 3x3       | 128         | 537,488    | fan_in       | Zhou et al. 2020 (BBN), two last blocks |
+| resnet18     | 64, 3x3       | 512         | 11,168,832 | pytorch      | He et al. 2016, table 1                 |
+| resnet34     | 64, 3x3       | 512         | 21,276,992 | pytorch      | the same                                |
+| resnet10     | 64, 7x7, pool | 512         | 4,905,792  | fan_out      | one block a stage                       |
+| resnet50     | 64, 7x7, pool | 2048        | 23,508,032 | fan_out      | stride on the 3x3; 3x3 stem 23,500,352  |
+| resnext50    | 64, 7x7, pool | 2048        | 22,979,904 | fan_out      | 32x4d, Xie et al. 2017                  |
+
+Any other depth 6n + 2 (resnet14, resnet26, ...) works too, except where ImageNet networks own the name: resnet50,
+resnet101 and resnet152 are the bottleneck ones. "ResNet-32" is ambiguous in the long-tail literature: a 16-wide and a
+64-wide network (7,383,616 parameters, `width=64`) both go by that name, and the ResNet-34 above is a third thing. Say
+the parameter count with every figure.
+
+Shapes: B images, H x W pixels, K channels of a map, D = feature_dim, C classes, P length of a projection.
+"""
+
+import re
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models import resnet as torchvision_resnet
+
+# name -> block, blocks in each of the four stages, usual stem, extra arguments of torchvision's ResNet
+WIDE = {
+    "resnet10": (torchvision_resnet.BasicBlock, (1, 1, 1, 1), "imagenet", {}),
+    "resnet18": (torchvision_resnet.BasicBlock, (2, 2, 2, 2), "cifar", {}),
+    "resnet34": (torchvision_resnet.BasicBlock, (3, 4, 6, 3), "cifar", {}),
+    "resnet50": (torchvision_resnet.Bottleneck, (3, 4, 6, 3), "imagenet", {}),
+    "resnet101": (torchvision_resnet.Bottleneck, (3, 4, 23, 3), "imagenet", {}),
+    "resnet152": (torchvision_resnet.Bottleneck, (3, 8, 36, 3), "imagenet", {}),
+    "resnext50": (torchvision_resnet.Bottleneck, (3, 4, 6, 3), "imagenet", {"groups": 32, "width_per_group": 4}),
+}
+SLIM = ("resnet8", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "resnet32_bbn")
+BACKBONES = SLIM + tuple(WIDE)
+STEMS = ("cifar", "imagenet")
+INITS = ("fan_in", "fan_out", "pytorch")
+
+
+# Initialisation
+
+
+def init_weights(module: nn.Module, scheme: str) -> nn.Module:
+    """Draw all convolutions, linear layers and batch norms inside `module` afresh; returns `module`.
+
+    fan_in   Kaiming-normal weights, variance 2 / fan-in, for convolutions AND linear layers (He et al. 2015, eq. 10)
+    fan_out  Kaiming-normal convolutions, variance 2 / fan-out with fan-out = k^2 * out channels (also when grouped, as
+             torchvision does), linear layers as PyTorch makes them
+    pytorch  what PyTorch does when nobody asks: weights and biases U(-1/sqrt(fan-in), 1/sqrt(fan-in))
+
+    In all three the linear bias is PyTorch's and every batch norm starts at scale 1, shift 0: the last one of a
+    residual block is NOT set to zero. Cosine heads keep their own initialisation, they hold no such layer.
+    """
+    if scheme not in INITS:
+        raise ValueError(f"unknown init {scheme!r}; known: {', '.join(INITS)}")
+    for layer in module.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            layer.reset_parameters()
+            if scheme == "fan_in":
+                nn.init.kaiming_normal_(layer.weight, mode="fan_in", nonlinearity="relu")
+            elif scheme == "fan_out" and isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(layer, nn.BatchNorm2d):
+            layer.reset_parameters()
+    return module
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Numbers in all parameters, frozen ones included, running statistics not."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+# The slim CIFAR networks: depth 6n + 2, three stages, no parameter in a shortcut
+
+
+def shortcut_a(x: Tensor, channels: int, stride: int) -> Tensor:
+    """Option A of He et al. 2016, section 3.3: x [B, K, H, W] -> [B, channels, ceil(H / stride), ceil(W / stride)].
+
+    Every `stride`-th row and column, between equally many zero channels in front and behind (8 + 8 from 16 to 32).
+    """
+    if stride == 1 and x.shape[1] == channels:
+        return x
+    extra = channels - x.shape[1]
+    return F.pad(x[:, :, ::stride, ::stride], (0, 0, 0, 0, extra // 2, extra - extra // 2))
+
+
+class BasicBlock(nn.Module):
+    """conv3x3 - BN - ReLU - conv3x3 - BN, add the shortcut, ReLU: [B, K, H, W] -> [B, channels, H/stride, W/stride]."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int = 1):
+        super().__init__()
+        self.channels, self.stride = channels, stride
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = self.bn2(self.conv2(out))
+        return F.relu(out + shortcut_a(x, self.channels, self.stride), inplace=True)
+
+
+class TwoBranches(nn.Module):
+    """Two parallel blocks on one map, laid side by side on the channels (BBN: "cb" first, "rb" second): K -> 2K."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.cb = BasicBlock(channels, channels)
+        self.rb = BasicBlock(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat((self.cb(x), self.rb(x)), dim=1)  # [B, 2K, H, W]
+
+
+class CifarResNet(nn.Module):
+    """ResNet of depth 6n + 2 for small images (He et al. 2016, section 4.2), 3 stages of n blocks.
+
+    `two_branches` gives the variant of Zhou et al. 2020: the last block of stage 3 is replaced by two parallel ones, so
+    that D doubles. Features are averages of ReLU outputs, hence never negative.
+    """
+
+    def __init__(self, depth: int = 32, width: int = 16, two_branches: bool = False):
+        super().__init__()
+        if depth < 8 or (depth - 2) % 6:
+            raise ValueError(f"depth must be 6n + 2 with n >= 1, got {depth}")
+        if width < 1:
+            raise ValueError(f"width must be at least 1, got {width}")
+        blocks = (depth - 2) // 6
+        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.layer1 = self._stage(blocks, width, width, stride=1)
+        self.layer2 = self._stage(blocks, width, 2 * width, stride=2)
+        self.layer3 = self._stage(blocks - two_branches, 2 * width, 4 * width, stride=2)
+        self.branches = TwoBranches(4 * width) if two_branches else nn.Identity()
+        self.feature_dim = 8 * width if two_branches else 4 * width
+
+    @staticmethod
+    def _stage(blocks: int, in_channels: int, channels: int, stride: int) -> nn.Sequential:
+        first = BasicBlock(in_channels, channels, stride)
+        return nn.Sequential(first, *(BasicBlock(channels, channels) for _ in range(blocks - 1)))
+
+    def forward(self, x: Tensor) -> Tensor:  # x [B, 3, H, W]; width w
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)  # [B, w, H, W]
+        x = self.layer1(x)  # [B, w, H, W]
+        x = self.layer2(x)  # [B, 2w, H/2, W/2]
+        x = self.layer3(x)  # [B, 4w, H/4, W/4]
+        x = self.branches(x)  # [B, 4w, H/4, W/4], or 8w channels with two branches
+        return x.mean(dim=(2, 3))  # [B, D]
+
+
+# The 64-wide networks
+
+
+def wide_resnet(name: str, stem: str | None = None) -> nn.Module:
+    """torchvision's ResNet without its classifier, [B, 3, H, W] -> [B, D]; tensors keep torchvision's names and shapes.
+
+    stem  "imagenet": 7x7 convolution and 3x3 max-pool, stride 2 each; "cifar": 3x3 convolution, stride 1, no pool
+    Shortcuts that change the shape are 1x1 convolutions with batch norm; bottlenecks have their stride on the 3x3.
+    """
+    block, blocks, usual_stem, extra = WIDE[name]
+    net = torchvision_resnet.ResNet(block, blocks, num_classes=1, **extra)
+    net.fc = nn.Identity()
+    net.feature_dim = 512 * block.expansion
+    if (stem or usual_stem) == "cifar":
+        net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        net.maxpool = nn.Identity()
+    return net
+
+
+def backbone(name: str, *, width: int | None = None, stem: str | None = None, init: str = "default") -> nn.Module:
+    """The network called `name`, freshly initialised: x [B, 3, H, W] -> features [B, feature_dim].
+
+    width  channels of the first stage, slim networks only (default 16); the others are 64 wide
+    stem   "cifar" or "imagenet"; None is the usual one of the table above; slim networks have the CIFAR stem only
+    init   "fan_in", "fan_out" or "pytorch" (see `init_weights`); "default" is what the network was published with:
+           fan_in for the slim ones, pytorch for basic blocks behind a CIFAR stem, fan_out for the rest
+    H and W may be anything: strides round up and the pool is global. An unknown or impossible choice is a ValueError.
+    """
+    if stem not in (None, *STEMS):
+        raise ValueError(f"unknown stem {stem!r}; known: {', '.join(STEMS)}")
+    if name in WIDE:
+        if width not in (None, 64):
+            raise ValueError(f"{name} is 64 wide, got width {width}; only resnet8, resnet20, ... take a width")
+        net = wide_resnet(name, stem)
+        stem = stem or WIDE[name][2]
+        default = "pytorch" if stem == "cifar" and WIDE[name][0] is torchvision_resnet.BasicBlock else "fan_out"
+    else:
+        found = re.fullmatch(r"resnet([1-9]\d*)", "resnet32" if name == "resnet32_bbn" else name)
+        depth = int(found.group(1)) if found else 0
+        if depth < 8 or (depth - 2) % 6:
+            known = ", ".join(BACKBONES)
+            raise ValueError(f"unknown backbone {name!r}; known: {known}, and any other resnet<6n+2>")
+        if stem == "imagenet":
+            raise ValueError(f"{name} has the CIFAR stem only; for big images take {', '.join(WIDE)}")
+        net = CifarResNet(depth, 16 if width is None else width, two_branches=name == "resnet32_bbn")
+        default = "fan_in"
+    return init_weights(net, default if init == "default" else init)
+
+
+# Heads on features [B, D]
+
+
+def linear_head(dim: int, classes: int, init: str = "pytorch") -> nn.Linear:
+    """Linear classifier with bias, [B, D] -> logits [B, C].
+
+    init  "pytorch"; "fan_in": Kaiming-normal weight, PyTorch's bias; "small": weight N(0, 0.01^2), bias 0, the usual
+          start of a linear classifier on frozen features (its learning rates, 10 to 30, assume it)
+    """
+    head = nn.Linear(dim, classes)
+    if init == "small":
+        nn.init.normal_(head.weight, std=0.01)
+        nn.init.zeros_(head.bias)
+        return head
+    return init_weights(head, init)
+
+
+class CosineHead(nn.Module):
+    """Cosines between features and class weights, [B, D] -> [B, C] in [-1, 1]; no bias, no scale.
+
+    Head of Cao et al. 2019 (LDAM). The weight is stored [D, C] and drawn U(-1, 1), then every class column gets length
+    1. A zero feature gives zeros. Use it with a loss that scales (LDAM subtracts its margin from the cosine first): a
+    bare softmax over ten cosines never brings the cross-entropy below 0.79.
+    """
+
+    def __init__(self, dim: int, classes: int):
+        super().__init__()
+        weight = torch.empty(dim, classes).uniform_(-1, 1)
+        self.weight = nn.Parameter(F.normalize(weight, dim=0))
+
+    def forward(self, features: Tensor) -> Tensor:
+        # in the precision of the weights, outside autocast: bfloat16 cosines are off by 0.004, times s = 30 that is 0.1
+        with torch.autocast(features.device.type, enabled=False):
+            x = F.normalize(features.to(self.weight.dtype), dim=1, eps=1e-12)  # [B, D], unit rows
+            return x @ F.normalize(self.weight, dim=0, eps=1e-12)  # [B, D] x [D, C] -> [B, C]
+
+
+class NormalisedLinear(CosineHead):
+    """Cosine head times a fixed scale s, [B, D] -> logits [B, C] in [-s, s]: for losses that do not scale."""
+
+    def __init__(self, dim: int, classes: int, scale: float = 30.0):
+        super().__init__(dim, classes)
+        self.scale = scale
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.scale * super().forward(features)
+
+
+class CosineClassifier(nn.Module):
+    """softplus(s) * cos + b with learned scale s (10 at the start) and bias b, [B, D] -> logits [B, C].
+
+    Head of Vigneswaran et al. 2021 (TailCalibX). weight W [C, D] and bias start as in `nn.Linear`.
+    norm  "class": W[c, d] / ||W[c, :]||, the cosine of the paper; "feature": W[c, d] / ||W[:, d]||, the released code,
+          which takes the norm over the classes of each feature dimension
+    """
+
+    def __init__(self, dim: int, classes: int, norm: str = "class"):
+        super().__init__()
+        if norm not in ("class", "feature"):
+            raise ValueError(f"unknown norm {norm!r}; known: class, feature")
+        self.norm = norm
+        bound = dim**-0.5
+        self.weight = nn.Parameter(torch.empty(classes, dim).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(classes).uniform_(-bound, bound))
+        self.scale = nn.Parameter(torch.tensor(10.0))
+
+    def forward(self, features: Tensor) -> Tensor:
+        with torch.autocast(features.device.type, enabled=False):
+            x = F.normalize(features.to(self.weight.dtype), dim=1, eps=1e-12)  # [B, D], unit rows
+            w = F.normalize(self.weight, dim=1 if self.norm == "class" else 0, eps=1e-12)  # [C, D]
+            return F.softplus(self.scale) * (x @ w.T) + self.bias  # [B, C]
+
+
+class ProjectionHead(nn.Sequential):
+    """Head of contrastive learning, [B, D] -> [B, P], not normalised: that is the first line of every contrastive loss.
+
+    Linear - ReLU - Linear with biases (SimCLR, MoCo v2), or one Linear when `hidden` is None (MoCo v1).
+    """
+
+    def __init__(self, dim: int, hidden: int | None, out: int):
+        if hidden is None:
+            super().__init__(nn.Linear(dim, out))
+        else:
+            super().__init__(nn.Linear(dim, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, out))
+
+
+class ProjectionPrediction(nn.Module):
+    """[B, D] -> projection z [B, P] and its prediction p [B, P], one Linear each (Du et al. 2023, GLMC).
+
+    The consistency loss compares p of one view with z of the other and sends no gradient into z.
+    """
+
+    def __init__(self, dim: int, out: int = 256):
+        super().__init__()
+        self.projection = nn.Linear(dim, out)
+        self.prediction = nn.Linear(out, out)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        z = self.projection(features)
+        return z, self.prediction(z)
+
+
+class FSGLHeads(ProjectionPrediction):
+    """The four heads of FSGL (after GLMC): fc, the re-weighted fc_cb, projection and prediction.
+
+    forward(features [B, D])              logits of fc_cb [B, C]: what is evaluated, on the feature as it is
+    forward(features, scale [B] or [1])   (fc [B, C], fc_cb [B, C], z [B, P], p [B, P]), all on scale_i * feature_i: the
+                                          feature scaling module, in training only; pass ones to train without it
+    """
+
+    def __init__(self, dim: int, classes: int, out: int = 256):
+        super().__init__(dim, out)
+        self.fc = nn.Linear(dim, classes)
+        self.fc_cb = nn.Linear(dim, classes)
+
+    def forward(self, features: Tensor, scale: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor]:
+        if scale is None:
+            return self.fc_cb(features)
+        features = scale[:, None] * features  # [B, 1] * [B, D]
+        z, p = super().forward(features)
+        return self.fc(features), self.fc_cb(features), z, p
+
+
+class Net(nn.Module):
+    """Backbone and head: forward(x [B, 3, H, W]) -> head(backbone(x)), parameters `backbone.*` and `head.*`.
+
+    More arguments go to the head, so that one forward call does a whole step under DistributedDataParallel:
+    `Net(backbone("resnet34"), FSGLHeads(512, C))(x, scale)`.
+    """
+
+    def __init__(self, backbone: nn.Module, head: nn.Module):
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def features(self, x: Tensor) -> Tensor:
+        """Pooled features [B, D] of x [B, 3, H, W], in front of the head."""
+        return self.backbone(x)
+
+    def forward(self, x: Tensor, *head_arguments: Tensor):
+        return self.head(self.backbone(x), *head_arguments)

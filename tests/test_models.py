@@ -1,0 +1,673 @@
+"""Golden and unit tests of the backbones and heads."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+import models
+from models import (
+    BasicBlock,
+    CosineClassifier,
+    CosineHead,
+    FSGLHeads,
+    Net,
+    NormalisedLinear,
+    ProjectionHead,
+    ProjectionPrediction,
+    backbone,
+    count_parameters,
+    init_weights,
+    linear_head,
+    shortcut_a,
+)
+
+
+def t(array) -> torch.Tensor:
+    return torch.from_numpy(np.array(array))
+
+
+def close(actual, expected, rtol=1e-9, atol=0.0):
+    torch.testing.assert_close(actual, t(expected), rtol=rtol, atol=atol)
+
+
+def close_to_largest(actual, expected, tolerance):
+    """The largest difference is at most `tolerance` times the largest absolute reference value."""
+    assert actual.shape == expected.shape
+    assert (actual - t(expected)).abs().max() <= tolerance * np.abs(expected).max()
+
+
+def fan_in(tensor) -> int:
+    return tensor.numel() // tensor.shape[0]
+
+
+def convolutions(module) -> list[nn.Conv2d]:
+    return [layer for layer in module.modules() if isinstance(layer, nn.Conv2d)]
+
+
+def fill_(parameter, values):
+    with torch.no_grad():
+        parameter.copy_(values.reshape(parameter.shape))
+
+
+def record(module) -> list[torch.Tensor]:
+    """The list into which `module` will put its output at every call."""
+    outputs = []
+    module.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+    return outputs
+
+
+def exact_quotient(numerator: int, denominator: int) -> int:
+    quotient, rest = divmod(numerator, denominator)
+    assert rest == 0 and quotient > 0, "the parameter count fits no layer of this kind"
+    return quotient
+
+
+# Golden vectors
+
+
+@pytest.mark.golden("unified_perspective_ssp_networks")
+def test_slim_networks_parameters(golden):
+    golden.waive(r"fwd_.*|blk_.*|norm_(x|w|out)", "numbers of a forward pass: next tests")
+    depths, classes, counts = golden["depth"], golden["num_classes"], golden["param_count"]
+    assert counts.shape == (len(depths), len(classes))
+    with torch.device("meta"):
+        for depth, row in zip(depths, counts, strict=True):
+            net = backbone(f"resnet{depth}")
+            assert [count_parameters(Net(net, linear_head(net.feature_dim, int(c)))) for c in classes] == row.tolist()
+
+        for found in golden.match(r"resnet(\d+)_param_shapes"):
+            shapes = [tuple(size for size in row if size) for row in golden[found.group(0)].tolist()]
+            net = backbone(f"resnet{found.group(1)}")
+            net = Net(net, linear_head(net.feature_dim, shapes[-1][0]))
+            assert [tuple(parameter.shape) for parameter in net.parameters()] == shapes
+            buffers = golden.scalar(f"resnet{found.group(1)}_buffer_numel")
+            assert sum(buffer.numel() for buffer in net.buffers()) == buffers
+
+        for found in golden.match(r"resnet(\d+)_norm_fc_shape"):
+            shape = golden[found.group(0)].tolist()
+            net = backbone(f"resnet{found.group(1)}")
+            head = CosineHead(net.feature_dim, shape[1])
+            assert list(head.weight.shape) == shape
+            assert count_parameters(Net(net, head)) == golden.scalar(f"resnet{found.group(1)}_norm_param_count")
+
+        for found in golden.match(r"(resnet\d+)_feature_params"):
+            assert count_parameters(backbone(found.group(1))) == golden.scalar(found.group(0))
+        for found in golden.match(r"moco_(resnet\d+)_query_params"):
+            net = backbone(found.group(1))
+            query = Net(net, ProjectionHead(net.feature_dim, net.feature_dim, 128))
+            assert count_parameters(query) == golden.scalar(found.group(0))
+
+
+@pytest.mark.golden("unified_perspective_ssp_networks")
+def test_slim_network_forward(golden):
+    golden.waive(r"(?!fwd_).*", "shapes, blocks and heads: other tests")
+    body = backbone(f"resnet{golden.scalar('fwd_depth')}")
+    net = Net(body, linear_head(body.feature_dim, golden.scalar("fwd_classes"))).double()
+    a, b = golden.scalar("fwd_a"), golden.scalar("fwd_b")
+    for i, (name, parameter) in enumerate(net.named_parameters()):
+        j = torch.arange(parameter.numel(), dtype=torch.float64)
+        if parameter.ndim >= 2:
+            values = math.sqrt(4 / fan_in(parameter)) * torch.sin(a * j + b * (i + 1))
+        elif name == "head.bias":
+            values = 0.01 * torch.cos(j)
+        else:
+            values = 1 + 0.1 * torch.sin(j + i) if name.endswith("weight") else 0.1 * torch.cos(j + i)
+        fill_(parameter, values)
+
+    x = t(golden["fwd_x"])
+    features = record(net.backbone)
+    with torch.no_grad():
+        close_to_largest(net.train()(x), golden["fwd_train_logits"], 1e-8)
+        close_to_largest(net.eval()(x), golden["fwd_eval_logits"], 1e-8)
+        close_to_largest(features[0], golden["fwd_train_feature"], 1e-8)
+        close_to_largest(features[1], golden["fwd_eval_feature"], 1e-8)
+        close_to_largest(net.features(x), golden["fwd_eval_feature"], 1e-8)
+
+
+@pytest.mark.golden("unified_perspective_ssp_networks")
+def test_block_and_cosine_head(golden):
+    golden.waive(r"(?!blk_|norm_).*", "whole networks: other tests")
+    conv1, conv2, x = golden["blk_conv1"], golden["blk_conv2"], t(golden["blk_x"])
+    expected = golden["blk_train_out"]
+    stride = round(x.shape[-1] / expected.shape[-1])
+    block = BasicBlock(conv1.shape[1], conv1.shape[0], stride).double().train()
+    fill_(block.conv1.weight, t(conv1))
+    fill_(block.conv2.weight, t(conv2))
+    for i, bn in enumerate((block.bn1, block.bn2), start=1):
+        fill_(bn.weight, t(golden[f"blk_bn{i}_w"]))
+        fill_(bn.bias, t(golden[f"blk_bn{i}_b"]))
+    assert torch.equal(shortcut_a(x, conv1.shape[0], stride), t(golden["blk_shortcut"]))
+    close(block(x).detach(), expected, atol=1e-12)
+
+    head = CosineHead(*golden["norm_w"].shape).double()
+    fill_(head.weight, t(golden["norm_w"]))
+    close(head(t(golden["norm_x"])).detach(), golden["norm_out"], atol=1e-14)
+
+
+@pytest.mark.golden("tsc_net")
+def test_contrastive_resnet32(golden):
+    features = golden["feature"]
+    width = exact_quotient(features.shape[1], 4)
+    with torch.device("meta"):
+        fits = [
+            depth
+            for depth in range(8, 120, 6)
+            if f"resnet{depth}" not in models.WIDE
+            and count_parameters(models.CifarResNet(depth, width)) == golden.scalar("n_params_backbone")
+        ]
+    assert len(fits) == 1, "one depth has this many parameters"
+    net = backbone(f"resnet{fits[0]}", width=width).double().eval()
+    d = net.feature_dim
+    out = exact_quotient(golden.scalar("n_params_head") - d * d - d, d + 1)
+    assert count_parameters(ProjectionHead(d, d, out)) == golden.scalar("n_params_head")
+
+    frequency = golden.scalar("weight_freq")
+    for number, conv in enumerate(convolutions(net)):  # registered in the order of execution
+        n = torch.arange(conv.weight.numel(), dtype=torch.float64)
+        fill_(conv.weight, torch.cos(frequency * n + number) * math.sqrt(2 / fan_in(conv.weight)))
+    stem = []
+    net.layer1.register_forward_pre_hook(lambda _module, inputs: stem.append(inputs[0]))
+    groups = {f"layer{i}": record(getattr(net, f"layer{i}")) for i in (1, 2, 3)}
+    with torch.no_grad():
+        actual = net(t(golden["x"]))
+    close(actual, features, rtol=1e-8, atol=1e-8)
+    for found in golden.match(r"(\w+)_mean_abs"):
+        maps = stem if found.group(1) == "stem" else groups.pop(found.group(1))
+        assert maps[0].abs().mean().item() == pytest.approx(golden.scalar(found.group(0)), rel=1e-9)
+    assert not groups, "every stage was compared"
+
+    x, expected = t(golden["shortcut_in"]), t(golden["shortcut_out"])
+    stride = x.shape[-1] // expected.shape[-1]
+    assert torch.equal(shortcut_a(x, golden.scalar("shortcut_channels"), stride), expected)
+
+
+@pytest.mark.golden("bns_ipdpp_arch")
+def test_wide_cifar_resnets_with_projector(golden):
+    x = t(golden["x"])
+    cases = golden.match(r"r(\d+)_feature")
+    assert cases
+    for found in cases:
+        key = f"r{found.group(1)}"
+        feature, projection = golden[found.group(0)], golden[f"{key}_projection"]
+        whole, encoder, with_classifier = golden[f"{key}_num_params"].tolist()
+        body, out = backbone(f"resnet{found.group(1)}"), projection.shape[1]
+        d = body.feature_dim
+        hidden = exact_quotient(whole - encoder - out, d + 1 + out)
+        classes = exact_quotient(with_classifier - encoder, d + 1)
+        net = Net(body, ProjectionHead(d, hidden, out)).double().eval()
+        assert [count_parameters(net), count_parameters(body)] == [whole, encoder]
+        assert count_parameters(Net(body, linear_head(d, classes))) == with_classifier
+
+        decayed = [parameter.numel() for parameter in net.parameters() if parameter.ndim >= 2]
+        rest = [parameter.numel() for parameter in net.parameters() if parameter.ndim < 2]
+        assert [len(decayed), sum(decayed), len(rest), sum(rest)] == golden[f"{key}_decay_groups"].tolist()
+
+        for name, parameter in net.named_parameters():
+            if parameter.ndim >= 2:
+                i = torch.arange(1, parameter.numel() + 1, dtype=torch.float64)
+                fill_(parameter, math.sqrt(2 / fan_in(parameter)) * math.sqrt(2) * torch.sin(12.9898 * i))
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+        with torch.no_grad():
+            close_to_largest(net.features(x), feature, 1e-9)
+            close_to_largest(net(x), projection, 1e-9)
+
+
+@pytest.mark.golden("tailcalibx_resnet32")
+def test_two_branch_resnet32(golden):
+    width = golden["s1"].shape[1]
+    net = backbone("resnet32_bbn", width=width).double().eval()
+    assert count_parameters(net) == golden.scalar("n_params")
+    assert net.feature_dim == golden["out"].shape[1]
+    for conv in convolutions(net):
+        nn.init.constant_(conv.weight, 1 / (9 * conv.in_channels))
+    stages = [record(getattr(net, f"layer{i}")) for i in (1, 2, 3)]
+    with torch.no_grad():
+        close(net(t(golden["x"])), golden["out"], rtol=1e-8)
+    for i, maps in enumerate(stages, start=1):
+        close(maps[0].mean(dim=(2, 3)), golden[f"s{i}"], rtol=1e-8)
+
+    x, expected = t(golden["blk_x"]), golden["blk_out"]
+    w1, w2 = t(golden["blk_w1"]), t(golden["blk_w2"])
+    block = BasicBlock(w1.shape[1], w1.shape[0], stride=x.shape[-1] // expected.shape[-1]).double().eval()
+    fill_(block.conv1.weight, w1)
+    fill_(block.conv2.weight, w2)
+    for bn, key in ((block.bn1, "blk_bn1"), (block.bn2, "blk_bn2")):
+        for tensor, row in zip((bn.weight, bn.bias, bn.running_mean, bn.running_var), golden[key], strict=True):
+            fill_(tensor, t(row))
+    with torch.no_grad():
+        close(block(x), expected, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.golden("tailcalibx_cosine_classifier")
+def test_cosine_classifier_both_norms(golden):
+    raw, unit, labels, weight = t(golden["feat"]), t(golden["feat_l2"]), t(golden["labels"]), t(golden["W"])
+    for norm, key in (("class", "cos"), ("feature", "ref")):
+        head = CosineClassifier(weight.shape[1], weight.shape[0], norm=norm).double()
+        fill_(head.weight, weight)
+        fill_(head.bias, t(golden["b"]))
+        fill_(head.scale, t(golden["scale"]))
+        close(head(unit).detach(), golden[f"logits_{key}"])
+        logits = head(raw)
+        close(logits.detach(), golden[f"logits_{key}"])
+        loss = F.cross_entropy(logits, labels)
+        loss.backward()
+        close(loss.detach(), golden[f"ce_{key}"])
+        close(head.weight.grad, golden[f"dW_{key}"], atol=1e-14)
+        close(head.bias.grad, golden[f"db_{key}"], atol=1e-14)
+        close(head.scale.grad.reshape(1), golden[f"dscale_{key}"].reshape(1))
+
+
+def check_fsgl(golden, name):
+    """Architecture, evaluation and training outputs of the four-headed network."""
+    classes, gamma, lam = (golden.scalar(key) for key in ("num_classes", "gamma", "lam"))
+    body = backbone(name)
+    net = Net(body, FSGLHeads(body.feature_dim, classes, golden["z"].shape[1])).double().eval()
+    assert count_parameters(net) == golden.scalar("n_params_total")
+    convs = convolutions(net)
+    assert len(convs) == golden.scalar("n_conv")
+    shapes = [(*conv.weight.shape, conv.stride[0]) for conv in convs]
+    assert sorted(shapes) == sorted(map(tuple, golden["conv_shapes"].tolist()))
+
+    for module in net.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            for parameter in module.parameters(recurse=False):
+                j = torch.arange(parameter.numel(), dtype=torch.int64)
+                values = torch.sin(((j * j + 31 * j + 7) % 10007).double())
+                factor = 2 / math.sqrt(fan_in(parameter)) if parameter.ndim >= 2 else 0.1
+                fill_(parameter, factor * (0.5 if module is net.head.fc_cb else 1.0) * values)
+
+    soft = t(golden["labels_soft"])
+    a, b = (F.one_hot(t(golden[f"label_{key}"]), classes).double() for key in "ab")
+    close(lam * a + (1 - lam) * b, golden["labels_soft"])
+    gains = torch.tensor([round(1 + gamma - k * (gamma / classes), 2) for k in range(classes)], dtype=torch.float64)
+    x, scale = t(golden["x"]), soft @ gains  # scale [B]
+    with torch.no_grad():
+        close_to_largest(net.features(x), golden["feature_eval"], 1e-8)
+        close_to_largest(net(x), golden["test_logits"], 1e-8)
+        for actual, key in zip(net(x, scale), ("out", "out_cb", "z", "p"), strict=True):
+            close_to_largest(actual, golden[key], 1e-8)
+        close_to_largest(net.train().features(x), golden["feature_batchstat"], 1e-6)
+    close(body.bn1.running_mean, golden["stem_running_mean_after1"], rtol=1e-8, atol=1e-14)
+    close(body.bn1.running_var, golden["stem_running_var_after1"], rtol=1e-8)
+
+
+@pytest.mark.golden("fsgl_resnet34")
+def test_fsgl_resnet34(golden):
+    check_fsgl(golden, "resnet34")
+
+
+@pytest.mark.golden("fsgl_resnext50")
+def test_fsgl_resnext50(golden):
+    check_fsgl(golden, "resnext50")
+
+
+# Backbones
+
+TABLE = [line.split("|")[1:-1] for line in models.__doc__.splitlines() if line.startswith("| res")]
+
+
+def test_table_of_the_module_names_every_usual_backbone():
+    assert {row[0].strip() for row in TABLE} == set(models.BACKBONES) - {"resnet101", "resnet152"}
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: row[0].strip())
+def test_table_of_the_module(row):
+    name, _, feature_dim, parameters, init, _ = (cell.strip() for cell in row)
+    with torch.device("meta"):
+        net = backbone(name)
+    assert net.feature_dim == int(feature_dim)
+    assert count_parameters(net) == int(parameters.replace(",", ""))
+    torch.manual_seed(5)
+    default = backbone(name)
+    torch.manual_seed(5)
+    named = backbone(name, init=init)
+    assert all(torch.equal(p, q) for p, q in zip(default.parameters(), named.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "name, stem",
+    [(name, None) for name in models.SLIM] + [(name, stem) for name in models.WIDE for stem in models.STEMS],
+)
+def test_feature_dim_is_the_length_of_the_features(name, stem):
+    with torch.device("meta"):
+        net = backbone(name, stem=stem)
+        for height, width in ((32, 32), (33, 47)):
+            assert net(torch.empty(2, 3, height, width)).shape == (2, net.feature_dim)
+
+
+@pytest.mark.parametrize(
+    "net, parameters",
+    [
+        # published counts that no golden file repeats
+        (lambda: backbone("resnet50", stem="cifar"), 23_500_352),
+        (lambda: Net(backbone("resnet32", width=64), FSGLHeads(256, 10, 128)), 7_438_164),
+        (lambda: Net(backbone("resnet34"), FSGLHeads(512, 100)), 21_576_712),
+        (lambda: Net(backbone("resnext50"), FSGLHeads(2048, 1000)), 27_668_240),
+        (lambda: ProjectionHead(64, 64, 128), 12_480),
+        (lambda: ProjectionHead(2048, None, 128), 2048 * 128 + 128),
+        (lambda: CosineClassifier(128, 100), 128 * 100 + 100 + 1),
+        # by hand: stem 432 + 32; stages of one block, 9 w^2 a convolution
+        (lambda: backbone("resnet8"), 464 + 2 * 2304 + 64 + 4608 + 9216 + 128 + 18432 + 36864 + 256),
+    ],
+)
+def test_parameter_counts(net, parameters):
+    with torch.device("meta"):
+        assert count_parameters(net()) == parameters
+
+
+def test_count_parameters_counts_frozen_ones_and_no_buffer():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    net[0].requires_grad_(False)
+    assert count_parameters(net) == 4 * 27 + 4 + 4 + 4
+
+
+def test_other_depths_and_widths():
+    with torch.device("meta"):
+        assert len(convolutions(backbone("resnet14"))) == 13
+        assert backbone("resnet32", width=5).feature_dim == 20
+        assert backbone("resnet32_bbn", width=8).feature_dim == 64
+    net = backbone("resnet8", width=3)  # odd: 1 zero channel in front, 2 behind
+    assert net(torch.randn(2, 3, 9, 7)).shape == (2, 12)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (dict(name="resnet33"), ["resnet33", *models.BACKBONES]),
+        (dict(name="resnet2"), ["resnet32_bbn"]),
+        (dict(name="vit"), ["vit", "resnext50"]),
+        (dict(name="resnet20_bbn"), ["resnet32_bbn"]),
+        (dict(name="resnet18", stem="big"), ["big", "cifar", "imagenet"]),
+        (dict(name="resnet20", stem="imagenet"), ["CIFAR stem", "resnet50"]),
+        (dict(name="resnet20", init="xavier"), ["xavier", "fan_in", "fan_out", "pytorch"]),
+        (dict(name="resnet50", width=16), ["width 16"]),
+        (dict(name="resnet20", width=0), ["width", "0"]),
+    ],
+)
+def test_impossible_choices_name_the_possible_ones(arguments, words):
+    with pytest.raises(ValueError) as caught:
+        backbone(**arguments)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_unknown_choices_of_heads():
+    with pytest.raises(ValueError, match="class, feature"):
+        CosineClassifier(4, 3, norm="row")
+    with pytest.raises(ValueError, match="fan_in"):
+        linear_head(4, 3, init="tiny")
+
+
+def test_wide_networks_take_the_weights_of_torchvision():
+    with torch.device("meta"):
+        for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"):
+            theirs = getattr(torchvision.models, name)().state_dict()
+            ours = backbone(name, stem="imagenet").state_dict()
+            assert {k: v.shape for k, v in theirs.items() if not k.startswith("fc.")} == {
+                k: v.shape for k, v in ours.items()
+            }
+    theirs = torchvision.models.resnext50_32x4d().double().eval()
+    ours = backbone("resnext50").double().eval()
+    ours.load_state_dict({k: v for k, v in theirs.state_dict().items() if not k.startswith("fc.")})
+    x = torch.randn(1, 3, 40, 40, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.fc(ours(x)), theirs(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [4, 5])
+def test_shortcut_by_hand(size):
+    x = torch.arange(2 * 4 * size * size, dtype=torch.float64).reshape(2, 4, size, size) + 1
+    assert shortcut_a(x, 4, 1) is x
+    out = shortcut_a(x, 8, 2)
+    half = (size + 1) // 2
+    assert out.shape == (2, 8, half, half)
+    for b in range(2):
+        for channel in range(8):
+            for row in range(half):
+                for column in range(half):
+                    inside = 2 <= channel < 6
+                    expected = x[b, channel - 2, 2 * row, 2 * column] if inside else 0
+                    assert out[b, channel, row, column] == expected
+
+
+def test_block_is_shortcut_alone_when_its_last_scale_is_zero():
+    block = BasicBlock(4, 8, stride=2).double()
+    nn.init.zeros_(block.bn2.weight)
+    x = torch.randn(3, 4, 7, 7, dtype=torch.float64)
+    assert torch.equal(block(x), shortcut_a(x, 8, 2).relu())
+
+
+def test_two_branches_share_their_input_and_stand_side_by_side():
+    net = backbone("resnet32_bbn").eval()
+    assert [len(net.layer1), len(net.layer2), len(net.layer3)] == [5, 5, 4]
+    maps = record(net.layer3)
+    with torch.no_grad():
+        features = net(torch.randn(2, 3, 16, 16))
+        expected = [branch(maps[0]).mean(dim=(2, 3)) for branch in (net.branches.cb, net.branches.rb)]
+    torch.testing.assert_close(features, torch.cat(expected, dim=1))
+    assert not torch.equal(expected[0], expected[1])
+    assert (features >= 0).all()
+
+
+NETS = {
+    "resnet8 linear": (lambda: Net(backbone("resnet8"), linear_head(64, 5)), 8),
+    "resnet20 cosine": (lambda: Net(backbone("resnet20"), CosineHead(64, 5)), 8),
+    "resnet32_bbn cosine classifier": (lambda: Net(backbone("resnet32_bbn"), CosineClassifier(128, 5)), 8),
+    "resnet18 projection": (lambda: Net(backbone("resnet18"), ProjectionHead(512, 32, 16)), 8),
+    "resnet34 fsgl": (lambda: Net(backbone("resnet34"), FSGLHeads(512, 5)), 8),
+    "resnet10 normalised": (lambda: Net(backbone("resnet10"), NormalisedLinear(512, 5)), 32),
+    "resnet50 linear": (lambda: Net(backbone("resnet50", stem="cifar"), linear_head(2048, 5)), 8),
+    "resnext50 fsgl": (lambda: Net(backbone("resnext50"), FSGLHeads(2048, 5)), 64),
+}
+
+
+def outputs(net, x):
+    """All outputs of the network side by side; the four-headed one in its training form."""
+    if not isinstance(net.head, FSGLHeads):
+        return net(x)
+    return torch.cat(net(x, torch.linspace(1, 1.5, len(x), dtype=x.dtype)), dim=1)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_gradient_reaches_every_parameter(name):
+    torch.manual_seed(0)
+    make, size = NETS[name]
+    net = make()
+    out = outputs(net, torch.randn(4, 3, size, size))
+    (out * torch.randn_like(out)).sum().backward()
+    for key, parameter in net.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), key
+        assert parameter.grad.abs().max() > 0, key
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_channels_last_gives_the_same_output(name):
+    torch.manual_seed(0)
+    make, size = NETS[name]
+    net = make().double().eval()
+    x = torch.randn(2, 3, 2 * size, size, dtype=torch.float64)
+    with torch.no_grad():
+        expected = outputs(net, x)
+        inputs = []
+        for conv in convolutions(net):
+            conv.register_forward_pre_hook(lambda _module, arguments: inputs.append(arguments[0]))
+        actual = outputs(net.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item())
+    assert len(inputs) == len(convolutions(net))
+    for x in inputs:
+        assert x.is_contiguous(memory_format=torch.channels_last), "something in front fell back to the other layout"
+
+
+@pytest.mark.parametrize("name", ["resnet8 linear", "resnet20 cosine", "resnet34 fsgl"])
+def test_forward_is_one_graph(name):
+    """`fullgraph=True` refuses any Python that depends on data."""
+    make, size = NETS[name]
+    net = make().eval()
+    compiled = torch.compile(lambda x: outputs(net, x), backend="eager", fullgraph=True)
+    x = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), outputs(net, x))
+
+
+def test_parameter_names():
+    net = Net(backbone("resnet8"), linear_head(64, 3))
+    keys = list(net.state_dict())
+    assert {key.split(".")[0] for key in keys} == {"backbone", "head"}
+    assert [key for key in keys if key.startswith("head.")] == ["head.weight", "head.bias"]
+    assert {key.removeprefix("backbone.") for key in keys if key.startswith("backbone.")} == set(
+        backbone("resnet8").state_dict()
+    )
+    heads = {key.split(".")[0] for key in FSGLHeads(8, 3).state_dict()}
+    assert heads == {"fc", "fc_cb", "projection", "prediction"}
+
+
+# Initialisation
+
+
+def spread(tensor, std):
+    """Assert a sample of mean 0 and standard deviation `std`, each within six standard errors of a normal sample."""
+    n = tensor.numel()
+    assert abs(tensor.mean().item()) < 6 * std / math.sqrt(n)
+    assert abs(tensor.std().item() / std - 1) < 6 / math.sqrt(2 * n)
+
+
+def is_normal(tensor):
+    """A normal sample of this size has values beyond 2 standard deviations, a uniform one none beyond 1.74."""
+    return (tensor.abs().max() > 2 * tensor.std()).item()
+
+
+@pytest.mark.parametrize("init", models.INITS)
+@pytest.mark.parametrize("name", ["resnet20", "resnet32_bbn", "resnet18", "resnext50"])
+def test_statistics_of_the_inits(name, init):
+    torch.manual_seed(1)
+    body = backbone(name, init=init)
+    net = Net(body, linear_head(body.feature_dim, 50, init=init))
+    for layer in net.modules():
+        if isinstance(layer, nn.Conv2d):
+            n_in = layer.in_channels // layer.groups * layer.kernel_size[0] * layer.kernel_size[1]
+            n_out = layer.out_channels * layer.kernel_size[0] * layer.kernel_size[1]
+            std = {"fan_in": (2 / n_in) ** 0.5, "fan_out": (2 / n_out) ** 0.5, "pytorch": (3 * n_in) ** -0.5}[init]
+            spread(layer.weight, std)
+            assert is_normal(layer.weight) == (init != "pytorch")
+        elif isinstance(layer, nn.Linear):
+            n_in = layer.in_features
+            spread(layer.weight, (2 / n_in) ** 0.5 if init == "fan_in" else (3 * n_in) ** -0.5)
+            assert is_normal(layer.weight) == (init == "fan_in")
+            assert 0.5 * n_in**-0.5 < layer.bias.abs().max() <= n_in**-0.5
+        elif isinstance(layer, nn.BatchNorm2d):  # the last one of a block too
+            assert (layer.weight == 1).all() and (layer.bias == 0).all()
+            assert (layer.running_mean == 0).all() and (layer.running_var == 1).all()
+            assert layer.eps == 1e-5 and layer.momentum == 0.1
+
+
+def test_init_weights_starts_over_and_leaves_cosine_heads_alone():
+    net = Net(backbone("resnet8"), CosineHead(64, 5))
+    net(torch.randn(4, 3, 8, 8))
+    nn.init.constant_(net.backbone.bn1.weight, 3.0)
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    assert init_weights(net, "pytorch") is net
+    after = net.state_dict()
+    assert torch.equal(after["head.weight"], before["head.weight"])
+    assert not torch.equal(after["backbone.conv1.weight"], before["backbone.conv1.weight"])
+    assert (after["backbone.bn1.weight"] == 1).all() and (after["backbone.bn1.running_mean"] == 0).all()
+
+
+def test_stem_changes_the_default_init():
+    torch.manual_seed(2)
+    assert not is_normal(backbone("resnet18").layer4[1].conv2.weight)
+    assert is_normal(backbone("resnet18", stem="imagenet").layer4[1].conv2.weight)
+    assert is_normal(backbone("resnet50", stem="cifar").layer4[1].conv2.weight)
+
+
+def test_small_linear_head():
+    head = linear_head(400, 100, init="small")
+    spread(head.weight, 0.01)
+    assert is_normal(head.weight)
+    assert (head.bias == 0).all()
+
+
+# Heads
+
+
+def test_cosine_heads_against_loops():
+    torch.manual_seed(0)
+    x = torch.randn(4, 6, dtype=torch.float64)
+    x[2] = 0
+    head, scaled = CosineHead(6, 3).double(), NormalisedLinear(6, 3, scale=7.0).double()
+    assert torch.allclose(head.weight.norm(dim=0), torch.ones(3, dtype=torch.float64), atol=1e-6)
+    fill_(head.weight, 3 * torch.randn(6, 3, dtype=torch.float64))
+    scaled.load_state_dict(head.state_dict())
+    out = head(x)
+    for i in range(4):
+        for c in range(3):
+            w = head.weight[:, c]
+            dot, lengths = sum(x[i, d] * w[d] for d in range(6)), x[i].norm() * w.norm()
+            torch.testing.assert_close(out[i, c], dot / lengths if i != 2 else torch.zeros_like(dot))
+    torch.testing.assert_close(scaled(x), 7 * out)
+    out.sum().backward()
+    assert head.weight.grad.isfinite().all()
+
+
+def test_cosine_classifier_starts_like_a_linear_layer():
+    torch.manual_seed(0)
+    head = CosineClassifier(64, 300)
+    spread(head.weight, (3 * 64) ** -0.5)
+    assert head.weight.abs().max() <= 1 / 8 and not is_normal(head.weight)
+    assert 1 / 16 < head.bias.abs().max() <= 1 / 8
+    assert head.scale.item() == 10 and F.softplus(head.scale).item() == pytest.approx(10.0000454)
+    assert head.norm == "class"
+
+
+@pytest.mark.parametrize("head", [CosineHead(64, 5), NormalisedLinear(64, 5), CosineClassifier(64, 5)], ids=type)
+def test_cosine_heads_keep_their_precision_under_autocast(head):
+    x = torch.randn(8, 64)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        low = head(x)
+        assert F.linear(x, x).dtype == torch.bfloat16, "autocast is on"
+        assert head(x.bfloat16()).dtype == torch.float32
+    assert low.dtype == torch.float32
+    torch.testing.assert_close(low, head(x).detach())
+
+
+def test_projection_heads():
+    x = torch.randn(5, 8, dtype=torch.float64)
+    two, one = ProjectionHead(8, 12, 4).double(), ProjectionHead(8, None, 4).double()
+    assert [tuple(p.shape) for p in two.parameters()] == [(12, 8), (12,), (4, 12), (4,)]
+    expected = (x @ two[0].weight.T + two[0].bias).clamp(min=0) @ two[2].weight.T + two[2].bias
+    torch.testing.assert_close(two(x), expected)
+    torch.testing.assert_close(one(x), x @ one[0].weight.T + one[0].bias)
+    both = ProjectionPrediction(8, 4).double()
+    z, p = both(x)
+    torch.testing.assert_close(z, both.projection(x))
+    torch.testing.assert_close(p, both.prediction(z))
+    assert p.shape == (5, 4)
+    p.sum().backward()  # what is held constant is for the loss to say, not for the head
+    assert both.projection.weight.grad.abs().max() > 0
+
+
+def test_fsgl_scale_acts_in_training_outputs_only():
+    torch.manual_seed(0)
+    net = Net(nn.Identity(), FSGLHeads(6, 3, 4)).double()
+    f, scale = torch.randn(5, 6, dtype=torch.float64), torch.linspace(1, 2, 5, dtype=torch.float64)
+    scaled = f * scale.reshape(5, 1)
+    logits, logits_cb, z, p = net(f, scale)
+    torch.testing.assert_close(logits, net.head.fc(scaled))
+    torch.testing.assert_close(logits_cb, net.head.fc_cb(scaled))
+    torch.testing.assert_close(z, net.head.projection(scaled))
+    torch.testing.assert_close(p, net.head.prediction(net.head.projection(scaled)))
+    assert torch.equal(net(f), net.head.fc_cb(f)), "evaluation: fc_cb on the feature as it is"
+    ones = net(f, torch.ones(1, dtype=torch.float64))
+    torch.testing.assert_close(ones[1], net(f))
+    assert not torch.allclose(logits_cb, net(f))
+
+
+def test_models_imports_no_helper():
+    with open(models.__file__) as file:
+        imported = re.findall(r"^\s*(?:from|import) (\w+)", file.read(), flags=re.MULTILINE)
+    assert set(imported) == {"re", "torch", "torchvision"}

@@ -1,0 +1,132 @@
+"""Several ranks against one: loss and gradients in float64, evaluation, and the command line's own launcher."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+
+import common
+import data_lt
+import models
+
+ROOT = Path(common.__file__).resolve().parent
+
+
+def small_problem(batch: int):
+    torch.manual_seed(0)
+    net = models.Net(models.backbone("resnet8"), torch.nn.Linear(64, 10)).double().eval()
+    for module in net.modules():  # statistics that are not the identity
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    images = torch.randint(0, 256, (40, 3, 16, 16), dtype=torch.uint8)
+    dataset = data_lt.ImageSet(images, torch.arange(40) % 10, torch.arange(40), list("abcdefghij"))
+    augment = data_lt.Augment(16, (0.5,) * 3, (0.2,) * 3, crop="pad", pad=2, flip=0.5)
+    loader = data_lt.Loader(dataset, batch, augment=augment, seed=3)
+    loader.set_epoch(1)
+    return net, loader
+
+
+def losses_and_gradients(batch: int):
+    """One epoch of summed gradients (no update in between: BN is frozen, the loss is linear in the batches)."""
+    net, loader = small_problem(batch)
+    replica, losses = common.distribute(net), []
+    for views, labels, _ in loader:
+        values = F.cross_entropy(replica(views[0].double()), labels, reduction="none")
+        loss = common.batch_mean(values, loader.global_batch)
+        loss.backward()
+        loss = loss.detach() / common.world_size()
+        if common.world_size() > 1:
+            dist.all_reduce(loss)
+        losses.append(float(loss))
+    return losses, [p.grad.clone() for p in net.parameters()]
+
+
+def rank_entry(rank: int, world: int, folder: str, batch: int):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    try:
+        torch.save(losses_and_gradients(batch), f"{folder}/rank{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("world", "batch"), [(2, 16), (3, 13)])
+def test_n_ranks_equal_one_in_loss_and_gradients(tmp_path, world, batch):
+    """Shares of unequal size included: 40 images in batches of 13 leave a last batch of 1 (dropped under 3 ranks)."""
+    mp.spawn(rank_entry, (world, str(tmp_path), batch), nprocs=world)
+    losses, gradients = losses_and_gradients(batch)
+    if 40 % batch and 40 % batch < world:
+        net, loader = small_problem(batch)
+        net.zero_grad()
+        losses = losses[:-1]
+        gradients = [torch.zeros_like(g) for g in gradients]
+        for i, (views, labels, _) in enumerate(loader):
+            if i < len(losses):
+                loss = F.cross_entropy(net(views[0].double()), labels)
+                gradients = [
+                    g + h for g, h in zip(gradients, torch.autograd.grad(loss, list(net.parameters())), strict=True)
+                ]
+    for rank in range(world):
+        theirs, their_gradients = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+        assert theirs == pytest.approx(losses, rel=1e-12)
+        for ours, other in zip(gradients, their_gradients, strict=True):
+            torch.testing.assert_close(other, ours, rtol=1e-9, atol=1e-12)
+
+
+FLAGS = "--experiment sweep2 --epochs 1 --device cpu --log-to none".split()
+
+
+def environment():
+    clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return clean | {"OMP_NUM_THREADS": "1"}
+
+
+def test_two_local_ranks_end_to_end_and_torchrun_gives_the_same(tmp_path):
+    script = str(ROOT / "toy_similarity.py")
+    own = [sys.executable, script, *FLAGS, "--gpus", "2", "--out", str(tmp_path / "own")]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    foreign = [*launcher, script, *FLAGS, "--out", str(tmp_path / "run")]
+    results = []
+    for line in (own, foreign):
+        done = subprocess.run(line, capture_output=True, text=True, env=environment(), timeout=200)
+        assert done.returncode == 0, done.stderr[-2000:]
+        (path,) = Path(line[-1]).glob("toy_similarity/*/*/seed0/result.json")
+        assert "gpus2" in path.parent.parent.name, "two ranks are another variant: BatchNorm sees half the batch"
+        results.append(json.loads(path.read_text()))
+    one, other = results
+    assert one["rows"] == other["rows"] and one["machine"]["ranks"] == 2
+    for row in one["rows"].values():
+        assert sum(map(sum, row["last"]["confusion"])) == 2500, "every test image counts once"
+
+
+def test_a_usage_error_under_two_ranks_is_told_once(tmp_path):
+    line = [sys.executable, str(ROOT / "toy_similarity.py"), *FLAGS, "--gpus", "2", "--head-class", "77"]
+    done = subprocess.run(
+        [*line, "--out", str(tmp_path)], capture_output=True, text=True, env=environment(), timeout=200
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("--head-class 77") == 1 and "Traceback" not in done.stderr, done.stderr
+
+
+def test_sigterm_reaches_both_ranks_and_the_run_continues(tmp_path):
+    line = [sys.executable, str(ROOT / "toy_similarity.py"), *FLAGS, "--gpus", "2", "--out", str(tmp_path)]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    deadline = time.time() + 150
+    while not list(tmp_path.glob("**/last.pt")) and time.time() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 143, errors[-2000:]
+    (last,) = tmp_path.glob("**/last.pt")
+    common.load_checkpoint(last)
+    done = subprocess.run(line, capture_output=True, text=True, env=environment(), timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -1,0 +1,433 @@
+"""The run folder's promises: continuing equals not having stopped, checkpoints survive what happens to disks and
+processes, ranks agree, bad input is one line. Each test breaks the promise on purpose."""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import common
+import data_lt
+
+ROOT = Path(common.__file__).resolve().parent
+SMALL = "--experiment sweep2 --epochs 2 --batch-size 16 --backbone resnet8 --device cpu --log none".split()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny_set(tmp_path_factory):
+    """Twenty letters of each kind to train on and ten to test: a whole sweep takes seconds."""
+    path = tmp_path_factory.mktemp("tiny") / "tiny.npz"
+    arrays = {}
+    for split, dataset, count in zip(("train", "test"), data_lt.load_pool("glyphs_lt"), (20, 10), strict=False):
+        keep = torch.cat([torch.where(dataset.labels == c)[0][:count] for c in range(10)])
+        arrays[f"x_{split}"] = dataset.images[keep].permute(0, 2, 3, 1).numpy()
+        arrays[f"y_{split}"] = dataset.labels[keep].numpy()
+    np.savez(path, **arrays)
+    TINY.append(str(path))
+
+
+TINY = []
+
+
+def command(*flags, out, base=SMALL):
+    dataset = [] if "--dataset" in flags else ["--dataset", TINY[0]]
+    return [sys.executable, str(ROOT / "toy_similarity.py"), *base, *dataset, "--out", str(out), *flags]
+
+
+def environment():
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def call(*flags, out, base=SMALL, **options):
+    done = subprocess.run(
+        command(*flags, out=out, base=base), capture_output=True, text=True, env=environment(), timeout=300, **options
+    )
+    return done
+
+
+def rows(folder: Path) -> list[dict]:
+    """metrics.jsonl without what is clocked."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "timing"} for line in lines]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        f"{path.name}/{name}": tensor
+        for path in sorted(folder.glob("sweep2_*.pt"))
+        for name, tensor in torch.load(path, weights_only=True)["state"]["model"].items()
+    }
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert rows(one) == rows(other)
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys() and len(first) > 5
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    strip = ("timing", "machine", "args")
+    results = [json.loads((f / "result.json").read_text()) for f in (one, other)]
+    a, b = ({k: v for k, v in r.items() if k not in strip} for r in results)
+    assert a == b
+
+
+def folder_of(out: Path) -> Path:
+    (found,) = out.glob("toy_similarity/*/*/seed*")
+    return found
+
+
+# --- a tiny run in this process -------------------------------------------------------------------------------------
+
+
+class FakeLoader:
+    """Six batches of eight rows; a function of (epoch, step) like the real loader."""
+
+    def __init__(self, steps=6):
+        self.steps, self.global_batch = steps, 8
+
+    def __len__(self):
+        return self.steps
+
+    def set_epoch(self, epoch, start_step=0):
+        self.epoch, self.start = epoch, start_step
+
+    def __iter__(self):
+        for step in range(self.start, self.steps):
+            draw = common.generator(5, "batch", self.epoch, step)
+            x = torch.randn(8, 4, generator=draw, dtype=torch.float64)
+            yield x, (x.sum(1) > 0).long(), torch.arange(8)
+
+
+def make_args(out, **extra):
+    fields = {
+        "dataset": "glyphs_lt", "imb_ratio": 10.0, "seed": 0, "out": str(out), "fresh": False, "resume_from": None,
+        "quiet": True, "log": "none", "device": "cpu", "precision": "fp32", "backbone": "linear", "lr": 0.1,
+        "changed": {}, "preset": "glyphs_lt",
+    }  # fmt: skip
+    return Namespace(**(fields | extra))
+
+
+def train(out, stop_at=None, poison_at=None, fused=False, epochs=3, args=None, data="data"):
+    """Train a linear layer; `stop_at` = (epoch, step) raises there as a crash would."""
+    run = common.Run(args or make_args(out), "unit", data)
+    try:
+        return run, fit(run, stop_at, poison_at, fused, epochs)
+    finally:
+        run.lock.close()  # as the end of the process would
+
+
+def fit(run, stop_at, poison_at, fused, epochs):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 2)).double()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, fused=fused)
+    stage = run.stage("fit", epochs, model=model, optimizer=optimizer)
+    for epoch in stage.epochs():
+        for x, y, _ in stage.batches(FakeLoader()):
+            loss = F.cross_entropy(model(x), y)
+            if poison_at == (epoch, stage.step):
+                loss = loss * float("nan")
+            optimizer.zero_grad()
+            loss.backward()
+            if stop_at == (epoch, stage.step):
+                raise KeyboardInterrupt
+            before = [p.detach().clone() for p in model.parameters()]
+            try:
+                stage.guard(loss, optimizer)
+            except common.RunError:
+                assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
+                raise
+            optimizer.step()
+            if poison_at == (epoch, stage.step):  # the fused optimiser was told on the device
+                assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
+            stage.add(len(y), loss=loss)
+        stage.end_epoch(lr=0.1)
+    stage.finish()
+    run.finish(headline={"overall": 0.5})
+    return model
+
+
+def test_a_crash_between_and_inside_epochs_changes_nothing(tmp_path):
+    straight, expected = train(tmp_path / "a")
+    for i, stop_at in enumerate([(0, 3), (1, 0), (2, 5)]):
+        out = tmp_path / f"b{i}"
+        with pytest.raises(KeyboardInterrupt):
+            train(out, stop_at=stop_at)
+        again, model = train(out)
+        assert rows(again.folder) == rows(straight.folder)
+        assert all(torch.equal(p, q) for p, q in zip(expected.parameters(), model.parameters(), strict=True))
+
+
+def test_a_stop_signal_saves_inside_the_epoch_and_the_next_batch_follows(tmp_path, monkeypatch):
+    straight, expected = train(tmp_path / "a")
+    add, seen = common.Stage.add, []
+
+    def add_then_signal(stage, count, **values):
+        add(stage, count, **values)
+        seen.append((stage.epoch, stage.step))
+        if (stage.epoch, stage.step) == (1, 2):
+            monkeypatch.setattr(common, "_stop_signal", signal.SIGTERM)
+
+    monkeypatch.setattr(common.Stage, "add", add_then_signal)
+    with pytest.raises(SystemExit) as stopped:
+        train(tmp_path / "b")
+    assert stopped.value.code == 143
+    monkeypatch.setattr(common, "_stop_signal", 0)
+    assert seen[-1] == (1, 2)
+    seen.clear()
+    monkeypatch.setattr(common.Stage, "add", lambda s, n, **v: (seen.append((s.epoch, s.step)), add(s, n, **v)))
+    again, model = train(tmp_path / "b")
+    assert seen[0] == (1, 3), "the run must go on with the very next batch"
+    assert rows(again.folder) == rows(straight.folder)
+    assert all(torch.equal(p, q) for p, q in zip(expected.parameters(), model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_nan_loss_never_reaches_the_weights_and_names_the_place(tmp_path, fused):
+    with pytest.raises(common.RunError, match=r"stage fit, epoch 1, step 2, lr 0\.1"):
+        train(tmp_path, poison_at=(1, 2), fused=fused)
+    (last,) = tmp_path.glob("**/last.pt")
+    saved = common.load_checkpoint(last)
+    assert saved["epoch"] == 1 and all(torch.isfinite(v).all() for v in saved["state"]["model"].values())
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_nan_in_the_last_step_of_an_epoch_is_not_saved(tmp_path, fused):
+    with pytest.raises(common.RunError, match="epoch 2, step 5"):
+        train(tmp_path, poison_at=(2, 5), fused=fused)
+    (last,) = tmp_path.glob("**/last.pt")
+    assert common.load_checkpoint(last)["epoch"] == 2
+
+
+def test_torch_save_failing_half_way_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
+    straight, _ = train(tmp_path / "a")
+    real_save, calls = torch.save, []
+
+    def failing_save(value, file):
+        calls.append(1)
+        if len(calls) == 3:
+            file.write(b"half of a checkpoint")
+            raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+        real_save(value, file)
+
+    monkeypatch.setattr(torch, "save", failing_save)
+    with pytest.raises(common.RunError, match="intact"):
+        train(tmp_path / "b")
+    monkeypatch.setattr(torch, "save", real_save)
+    (folder,) = (tmp_path / "b").glob("*/*/*/seed0")
+    assert common.load_checkpoint(folder / "last.pt")["epoch"] == 2
+    assert common.load_checkpoint(folder / "previous.pt")["epoch"] == 1
+    assert not list(folder.glob(".*.tmp"))
+    again, _ = train(tmp_path / "b")
+    assert rows(again.folder) == rows(straight.folder)
+
+
+def test_last_is_there_at_every_moment_of_a_save(tmp_path, monkeypatch):
+    """A crash at any system call of the save leaves a loadable last.pt."""
+    for name in ("fsync", "link", "replace"):
+        for nth in range(1, 9):
+            out, count, real = tmp_path / f"{name}{nth}", [0], getattr(os, name)
+
+            def crash(*args, count=count, nth=nth, real=real, **kwargs):
+                count[0] += 1
+                if count[0] == nth:
+                    raise KeyboardInterrupt
+                return real(*args, **kwargs)
+
+            monkeypatch.setattr(os, name, crash)
+            try:
+                train(out, epochs=2)
+            except KeyboardInterrupt:
+                pass
+            monkeypatch.setattr(os, name, real)
+            for last in out.glob("**/last.pt"):
+                common.load_checkpoint(last)
+            _, model = train(out, epochs=2)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_a_malicious_pickle_is_refused_and_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/owned",)
+
+    torch.save({"kind": "long-tail-run", "state": Evil()}, tmp_path / "a.pt")
+    (tmp_path / "b.pt").write_bytes(pickle.dumps(Evil()))
+    (tmp_path / "c.pt").write_bytes(os.urandom(3000))
+    torch.save({"kind": "other"}, tmp_path / "d.pt")
+    for name in "abcd":
+        with pytest.raises(common.UserError, match="checkpoint"):
+            common.load_checkpoint(tmp_path / f"{name}.pt")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_damaged_last_names_the_previous_one_and_that_one_works(tmp_path):
+    straight, expected = train(tmp_path / "a")
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "b", stop_at=(2, 3))
+    (folder,) = (tmp_path / "b").glob("*/*/*/seed0")
+    data = (folder / "last.pt").read_bytes()
+    (folder / "last.pt").write_bytes(data[: len(data) // 2])
+    with pytest.raises(common.UserError, match=r"--resume-from .*previous\.pt"):
+        train(tmp_path / "b")
+    again, model = train(tmp_path / "b", args=make_args(tmp_path / "b", resume_from=str(folder / "previous.pt")))
+    assert rows(again.folder) == rows(straight.folder)
+    assert all(torch.equal(p, q) for p, q in zip(expected.parameters(), model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("change", [{"lr": 0.2}, {"backbone": "other"}, {"precision": "bf16"}])
+def test_other_arguments_than_the_saved_ones_are_refused_by_name(tmp_path, change):
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, stop_at=(2, 3))
+    (name,) = change
+    with pytest.raises(common.UserError, match=f"--{name}"):
+        train(tmp_path, args=make_args(tmp_path, **change))
+
+
+def test_other_data_and_another_script_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, stop_at=(2, 3))
+    with pytest.raises(common.UserError, match="other images or labels"):
+        train(tmp_path, data="changed")
+    (last,) = tmp_path.glob("**/last.pt")
+    monkeypatch.setattr(sys, "argv", ["another_script.py"])
+    with pytest.raises(common.UserError, match="another_script"):
+        train(tmp_path, args=make_args(tmp_path, resume_from=str(last)))
+
+
+def test_fresh_starts_over_and_drops_what_was_there(tmp_path):
+    run, _ = train(tmp_path)
+    assert run.result is not None
+    args = make_args(tmp_path, fresh=True)
+    again = common.Run(args, "unit", "data")
+    assert again.result is None and again.saved is None and not list(again.folder.glob("*.pt"))
+
+
+def test_a_second_process_on_the_same_folder_is_refused_and_a_dead_one_is_not(tmp_path):
+    holder = "import fcntl, sys, time; f = open(sys.argv[1], 'a+'); fcntl.flock(f, fcntl.LOCK_EX); "
+    holder += "print(1, flush=True); time.sleep(60)"
+    run, _ = train(tmp_path)
+    process = subprocess.Popen(
+        [sys.executable, "-c", holder, str(run.folder / "lock")], stdout=subprocess.PIPE, text=True
+    )
+    process.stdout.readline()
+    with pytest.raises(common.UserError, match="in use by another process"):
+        train(tmp_path)
+    process.kill()
+    process.wait()
+    train(tmp_path)
+
+
+def test_seeds_are_stable_and_distinct():
+    assert common.derive_seed(0, "augment", 1, 2) == common.derive_seed(0, "augment", 1, 2)
+    keys = [(s, name, e, b) for s in range(3) for name in ("a", "b") for e in range(4) for b in range(4)]
+    assert len({common.derive_seed(*key) for key in keys}) == len(keys)
+    assert common.derive_seed(torch.tensor(3).item(), "x") == common.derive_seed(np.int64(3), "x")
+    assert common.derive_seed(0, "x") == 7329383403727699100
+
+
+# --- whole processes ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole")
+    done = call(out=out)
+    assert done.returncode == 0, done.stderr
+    return folder_of(out)
+
+
+def wait_for(path: Path, lines: int, process) -> None:
+    deadline = time.time() + 120
+    while time.time() < deadline and process.poll() is None:
+        found = list(path.glob("toy_similarity/*/*/seed0/metrics.jsonl"))
+        if found and len(found[0].read_text().splitlines()) >= lines:
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"the process ended or hung: {process.communicate()}")
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_killed_process_continues_to_the_same_result(tmp_path, uninterrupted, sent):
+    process = subprocess.Popen(
+        command(out=tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    )
+    wait_for(tmp_path, 2, process)
+    process.send_signal(sent)
+    process.communicate(timeout=120)
+    assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[sent]
+    assert not list(tmp_path.glob("toy_similarity/*/*/*/result.json")), "the run must have been cut short"
+    done = call(out=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(folder_of(tmp_path), uninterrupted)
+
+
+def test_a_full_disk_is_one_line_and_costs_nothing_saved(tmp_path, uninterrupted):
+    """A file-size limit stands in for the full disk: the write fails in the middle of a checkpoint."""
+    process = subprocess.Popen(command(out=tmp_path), stdout=subprocess.PIPE, text=True, env=environment())
+    wait_for(tmp_path, 1, process)
+    process.kill()
+    process.wait()
+    limited = ["bash", "-c", 'ulimit -f 100; exec "$0" "$@"', *command(out=tmp_path)]
+    done = subprocess.run(limited, capture_output=True, text=True, env=environment(), timeout=120)
+    assert done.returncode == 1 and "intact" in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    common.load_checkpoint(folder_of(tmp_path) / "last.pt")
+    assert call(out=tmp_path).returncode == 0
+    assert_same_run(folder_of(tmp_path), uninterrupted)
+
+
+def test_same_seed_twice_gives_the_same_metrics_and_a_finished_run_does_nothing(tmp_path, uninterrupted):
+    assert call(out=tmp_path).returncode == 0
+    assert_same_run(folder_of(tmp_path), uninterrupted)
+    before = {p: p.stat().st_mtime_ns for p in folder_of(tmp_path).iterdir() if p.name != "lock"}
+    again = call(out=tmp_path)
+    assert again.returncode == 0 and "%" in again.stdout or "recall" in again.stdout.lower()
+    assert before == {p: p.stat().st_mtime_ns for p in folder_of(tmp_path).iterdir() if p.name != "lock"}
+
+
+def test_the_seed_changes_the_training_and_not_the_subset(tmp_path, uninterrupted):
+    assert call("--seed", "1", out=tmp_path).returncode == 0
+    other = folder_of(tmp_path)
+    assert rows(other) != rows(uninterrupted)
+
+
+BAD = [
+    (["--dataset", "cifar11"], "cifar11"),
+    (["--dataset", "cifar10_lt", "--data-root", "nowhere"], "cifar-10-batches-py"),
+    (["--imb-ratio", "0.5"], "0.5"),
+    (["--imb-ratio", "nan"], "nan"),
+    (["--imb-ratio", "100000", "--experiment", "verification"], "leaves class"),
+    (["--dataset", "glyphs_lt", "--experiment", "sweep1", "--tail-count", "5000"], "5000"),
+    (["--batch-size", "0"], "batch-size"),
+    (["--gpus", "4", "--device", "auto"], "GPU"),
+    (["--fresh", "--resume-from", "x.pt"], "contradict"),
+    (["--resume-from", "x.pt"], "x.pt"),
+    (["--control"], "control"),
+    (["--out", "/proc/nothing"], "/proc/nothing"),
+    (["--backbone", "vgg"], "vgg"),
+    (["--device", "tpu"], "tpu"),
+    (["--head-class", "3", "--tail-class", "3"], "3"),
+    (["--head-class", "10"], "10"),
+    (["--lr", "-1"], "lr"),
+    (["--unknown"], "unknown"),
+    (["--precision", "tf32"], "tf32"),
+    (["--val-from", "test"], "select val"),
+    (["--steps", "0", "--epochs", "0"], "epochs"),
+    (["--eval", "missing.pt"], "missing.pt"),
+]
+
+
+@pytest.mark.parametrize(("flags", "named"), BAD, ids=[" ".join(flags) for flags, _ in BAD])
+def test_bad_input_is_one_line_and_exit_2(tmp_path, flags, named):
+    base = [] if "--experiment" in flags else SMALL
+    done = call(*flags, out=tmp_path / "o", base=base, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and "error" in lines[0] and named in lines[0], done.stderr

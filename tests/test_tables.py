@@ -1,0 +1,517 @@
+"""`python common.py run|tables|figures`, and the shell scripts that find an interpreter for it."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import tables
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# A method script of the runner's contract: takes seed and folders, leaves result.json, names it; can fail or hang.
+SCRIPT = """
+import argparse, json, os, signal, sys, time
+from pathlib import Path
+parser = argparse.ArgumentParser()
+for flag in ("--dataset", "--data-root"): parser.add_argument(flag, default="glyphs_lt")
+for flag in ("--fail", "--hang", "--deaf"): parser.add_argument(flag, action="store_true")
+parser.add_argument("--seed", type=int)
+parser.add_argument("--out", type=Path)
+parser.add_argument("--accuracy", type=float, default=50.0)
+args = parser.parse_args()
+args.out.mkdir(parents=True, exist_ok=True)
+with open(args.out / "starts", "a") as file:
+    print(args.accuracy, args.seed, os.environ["OMP_NUM_THREADS"], args.data_root, file=file)
+print("training", flush=True)
+if args.fail: sys.exit("it went wrong")
+if args.deaf: signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if args.hang:
+    if not args.deaf:
+        signal.signal(signal.SIGTERM, lambda *_: ((args.out / "saved").touch(), sys.exit(143)))
+    (args.out / "hanging").write_text(str(os.getpid()))
+    time.sleep(60)
+folder = args.out / "fake" / "glyphs_lt" / f"a{args.accuracy:g}" / f"seed{args.seed}"
+folder.mkdir(parents=True, exist_ok=True)
+head = {"overall": (args.accuracy + args.seed) / 100, "few": None}
+result = {"script": "fake", "dataset": "glyphs_lt", "variant": f"a{args.accuracy:g}", "seed": args.seed}
+result["headline"] = head
+(folder / "result.json").write_text(json.dumps(result))
+print(f"result: {folder / 'result.json'}")
+"""
+
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch):
+    """An empty working directory with the script above; `desk(lines, *flags)` runs them, `desk.starts()` counts."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fake script.py").write_text(SCRIPT)
+
+    class Desk:
+        path = tmp_path
+        script = f"'{tmp_path / 'fake script.py'}'"
+
+        def __call__(self, lines: str, *flags: str) -> int:
+            (tmp_path / "cells").write_text(lines.replace("FAKE", self.script))
+            return tables.main_cli(["run", "cells", *flags])
+
+        def starts(self) -> list[str]:
+            return (tmp_path / "runs" / "starts").read_text().splitlines()
+
+    return Desk()
+
+
+# --- lines ----------------------------------------------------------------------------------------------------------
+
+
+def test_lines_become_cells(desk):
+    lines = f"""
+    # a comment
+    one | python {desk.script} --accuracy 1 | 0, 1,2   # and another
+    two|{desk.script} --dataset=cifar10_lt --name 'a b'|7
+
+    again | {desk.script} --accuracy 1 | 1,5
+    """
+    cells = tables.read_cells(lines, seeds=2)
+    assert [(cell.table, cell.seed) for cell in cells] == [("one", 0), ("one", 1), ("two", 7), ("again", 5)]
+    assert cells[0].words == (str(desk.path / "fake script.py"), "--accuracy", "1")
+    assert cells[2].words[-1] == "a b"
+    assert [cell.dataset for cell in cells] == ["glyphs_lt", "glyphs_lt", "cifar10_lt", "glyphs_lt"]
+    assert len({cell.key for cell in cells}) == len(cells)
+    assert [cell.table for cell in tables.read_cells(lines, only="TWO|nothing")] == ["two"]
+    assert len(tables.read_cells(lines, seeds=9)) == 5
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("one | FAKE", "line 1: needs"),
+        ("one | FAKE | 0 | 1", "line 1: needs"),
+        (" | FAKE | 0", "line 1: needs"),
+        ("one | nothing.py --x 1 | 0", "no script 'nothing.py'"),
+        ("one | | 0", "no script ''"),
+        ("one | python | 0", "no script ''"),
+        ("one | FAKE | a", "seeds are whole numbers"),
+        ("one | FAKE | -1", "seeds are whole numbers"),
+        ("one | FAKE | 0,,1", "seeds are whole numbers"),
+        ("one | FAKE | ", "seeds are whole numbers"),
+        ("one | FAKE --x 'open | 0", "No closing quotation"),
+        ("one | FAKE --seed 3 | 0", "--seed is set by the run"),
+        ("one | FAKE --out=x | 0", "--out is set by the run"),
+        ("fine | FAKE | 0\n\none | FAKE | x", "line 3: seeds"),
+    ],
+)
+def test_a_bad_line_is_one_clear_line_and_runs_nothing(desk, capsys, line, words):
+    assert desk(line) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+    assert not (desk.path / "runs").exists()
+
+
+def test_bad_flags(desk, capsys):
+    for flags, words in (
+        (["--only", "nothing like it"], "fits no line"),
+        (["--only", "("], "not a regular expression"),
+    ):
+        assert desk("one | FAKE | 0", *flags) == 2
+        assert words in capsys.readouterr().err
+    for flags in (["--jobs", "0"], ["--seeds", "x"], ["--thread", "2"], ["--unknown"]):
+        with pytest.raises(SystemExit) as stopped:
+            desk("one | FAKE | 0", *flags)
+        assert stopped.value.code == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    assert tables.main_cli(["run", "no such file"]) == 2
+    assert tables.main_cli(["tables", "--runs", "nowhere"]) == 2
+    (desk.path / "runs").touch()
+    assert desk("one | FAKE | 0") == 2, "the folder of runs is a file"
+
+
+def test_what_this_machine_can_run(tmp_path, monkeypatch, desk):
+    def why(dataset, cifar=False):
+        (cell,) = tables.read_cells(f"t | {desk.script} --dataset {dataset} | 0")
+        return tables.why_not(cell, tmp_path / "data", cifar)
+
+    monkeypatch.setattr(tables.torch.cuda, "is_available", lambda: False)
+    assert why("glyphs_lt") is None
+    for name in ("cifar10_lt", "cifar100_lt", "svhn_lt"):
+        assert "no GPU" in why(name) and why(name, cifar=True) is None
+    for name in ("imagenet_lt", "inat18", "mini_imagenet_lt"):
+        assert "is not there" in why(name, cifar=True)
+        (tmp_path / "data" / name).mkdir(parents=True)
+        assert why(name) is None
+    assert "is not there" in why("my/images") and why(str(tmp_path)) is None
+    monkeypatch.setattr(tables.torch.cuda, "is_available", lambda: True)
+    assert why("cifar10_lt") is None
+
+
+# --- running --------------------------------------------------------------------------------------------------------
+
+
+def test_cells_run_once_and_again_when_their_folder_is_gone(desk, capsys):
+    lines = "one | FAKE --accuracy 60 | 0,1,2\ntwo | FAKE --accuracy 70 | 5\nthree | FAKE --dataset inat18 | 0"
+    assert desk(lines, "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert "will run 2 cell(s)" in said and "skipped: three" in said and "data/inat18 is not there" in said
+    assert not (desk.path / "runs").exists()
+
+    assert desk(lines) == 0
+    said = capsys.readouterr().out
+    assert "will run 2 cell(s)" in said and said.index("skipped: three") < said.index("start")
+    assert "[1/2] start  one | " in said and "seed 0" in said and "overall 60.0 %" in said and "overall 75.0 %" in said
+    assert sorted(desk.starts()) == ["60.0 0 1 data", "70.0 5 1 data"]
+    assert "| glyphs_lt, a60 | 60.0 (1 seed) |" in (desk.path / "RESULTS.md").read_text()
+
+    assert desk(lines, "--seeds", "3") == 0, "one seed of the first line is finished"
+    said = capsys.readouterr().out
+    assert "will run 2 cell(s)" in said and "finished before: one" in said and len(desk.starts()) == 4
+    assert "| glyphs_lt, a60 | 61.0 ± 1.0 (3 seeds) |" in (desk.path / "RESULTS.md").read_text()
+
+    assert desk(lines, "--seeds", "3") == 0 and len(desk.starts()) == 4, "all finished: no process"
+    shutil.rmtree(desk.path / "runs" / "fake" / "glyphs_lt" / "a70")
+    assert desk(lines, "--seeds", "3") == 0 and desk.starts()[4:] == ["70.0 5 1 data"]
+    for record in (desk.path / "runs" / "cells").glob("*.json"):
+        record.write_text("{")
+    assert desk(lines) == 0 and len(desk.starts()) == 7, "an unreadable record: the script says that it is finished"
+
+
+def test_threads_do_not_depend_on_jobs(desk):
+    lines = "one | FAKE | 0,1,2,3"
+    assert desk(lines, "--seeds", "4", "--jobs", "4", "--data-root", "here") == 0
+    assert sorted(desk.starts()) == [f"50.0 {seed} 1 here" for seed in range(4)]
+    assert desk(lines, "--jobs", "1", "--out", "other", "--threads", "2") == 0
+    assert (desk.path / "other" / "starts").read_text() == "50.0 0 2 data\n"
+
+
+def test_a_failed_cell_does_not_stop_the_others(desk, capsys):
+    assert desk("bad | FAKE --fail | 0\ngood | FAKE | 0", "--jobs", "1") == 1
+    said = capsys.readouterr().out
+    assert "FAILED bad | " in said and "exit code 1: it went wrong" in said
+    assert "done   good" in said and "failed: bad | " in said.splitlines()[-1]
+    (log,) = [log for log in (desk.path / "runs" / "cells").glob("*.log") if "wrong" in log.read_text()]
+    assert str(log.relative_to(desk.path)) in said and log.read_text() == "training\nit went wrong\n"
+    assert "a50" in (desk.path / "RESULTS.md").read_text()
+    assert desk("bad | FAKE --fail | 0\ngood | FAKE | 0") == 1
+    assert len(desk.starts()) == 3, "only the failed one is tried again"
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def start_and_wait(desk, lines: str) -> tuple[subprocess.Popen, int]:
+    """The command in a process of its own, and the process id of its hanging cell."""
+    (desk.path / "cells").write_text(lines.replace("FAKE", desk.script))
+    command = [sys.executable, str(ROOT / "common.py"), "run", "--jobs", "1"]
+    with open(desk.path / "cells") as cells:
+        process = subprocess.Popen(command, stdin=cells, stdout=subprocess.PIPE, text=True)
+    for _ in range(600):
+        if (desk.path / "runs" / "hanging").exists() and (desk.path / "runs" / "hanging").read_text():
+            return process, int((desk.path / "runs" / "hanging").read_text())
+        if process.poll() is not None:
+            break
+        time.sleep(0.05)
+    process.kill()
+    pytest.fail("the cell did not start")
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_lets_the_cells_save_and_ends_them(desk, number, code):
+    process, pid = start_and_wait(desk, "long | FAKE --hang | 0\nnever | FAKE | 0")
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=20)
+    assert process.returncode == code, said
+    assert "the same command continues" in said
+    assert (desk.path / "runs" / "saved").exists() and not alive(pid)
+    assert len(desk.starts()) == 1 and not (desk.path / "RESULTS.md").exists()
+
+
+def test_a_second_signal_kills_cells_that_do_not_listen(desk):
+    process, pid = start_and_wait(desk, "deaf | FAKE --hang --deaf | 0")
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    assert process.poll() is None and alive(pid)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=20)
+    assert process.returncode == 143 and not alive(pid)
+
+
+# --- tables and figures ---------------------------------------------------------------------------------------------
+
+
+def result(seed: int, values=((10.0, 20.0), (30.0, 40.0)), **more) -> dict:
+    """A result with one table of two columns and the rows `tail` (with published values) and `few`."""
+    rows = [
+        {"name": "tail", "values": list(values[0]), "paper": [11.0, None]},
+        {"name": "few", "values": list(values[1]), "paper": None},
+    ]
+    plot = {"x": [100, 5000], "xlabel": "images", "ylabel": "recall (%)", "rows": ["tail"]}
+    table = {
+        "title": "A | B",
+        "note": "a note",
+        "row_header": "class",
+        "columns": [100, 5000],
+        "rows": rows,
+        "plot": plot,
+    }
+    return {
+        "script": "tsc", "dataset": "cifar10_lt_ir100", "variant": "kcl", "method": "kcl", "seed": seed, "args": {},
+        "headline": {"overall": (70 + seed) / 100, "many": 0.9, "medium": 0.5, "few": None, "ece": 0.1,
+                     "macro_f1": 0.6},
+        "best_on_test": {"overall": 0.75, "epoch": 180 + seed}, "per_class": [0.9, 0.5, None], "counts": [500, 50, 5],
+        "confusion": [[9, 1, 0], [5, 5, 0], [0, 0, 0]], "image_passes": 12345, "epochs": 200, "parameters": 7,
+        "paper": {"overall": 71.3, "source": "Table 2"}, "released": None, "tables": [table],
+        "machine": {"device": "toaster", "threads": 1}, "timing": {"seconds": 100.0 + seed},
+    } | more  # fmt: skip
+
+
+def put(folder: Path, *results: dict) -> list[Path]:
+    paths = [folder / r["script"] / r["dataset"] / r["variant"] / f"seed{r['seed']}" / "result.json" for r in results]
+    for path, r in zip(paths, results, strict=True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(r))
+    return paths
+
+
+def make_tables(*folders: Path) -> tuple[int, str]:
+    out = folders[0] / "RESULTS.md"
+    code = tables.main_cli(["tables", "--runs", *map(str, folders), "--out", str(out)])
+    return code, out.read_text()
+
+
+def test_headline_and_tables_are_averaged_over_seeds(tmp_path):
+    put(tmp_path, result(0), result(1, ((14.0, None), (30.0, None))), result(2, ((18.0, 30.0), (30.0, None))))
+    code, text = make_tables(tmp_path)
+    assert code == 0
+    assert (
+        "| cifar10_lt_ir100, kcl | 71.0 ± 1.0 (3 seeds) | 71.3 | - | 90.0 ± 0.0 | 50.0 ± 0.0 | n/a | 60.0 ± 0.0 "
+        "| 10.0 ± 0.0 | 75.0 ± 0.0 (epoch 180, 181, 182) | 200 | 12,345 | 101 ± 1 |"
+    ) in text
+    assert "Column paper: Table 2." in text and "Column released" not in text and "device toaster" in text
+    assert "### A | B" in text and "3 seeds (0, 1, 2)" in text and "a note" in text
+    assert "| class | 100 | 5000 |\n| --- | ---: | ---: |\n" in text
+    assert "| tail | 14.0 ± 4.0 | 25.0 ± 7.1 (2 seeds) |\n| tail, paper | 11.0 | - |\n" in text
+    assert "| few | 30.0 ± 0.0 | 40.0 (1 seed) |" in text
+
+
+def test_missing_is_a_dash_and_an_empty_group_is_na(tmp_path):
+    put(tmp_path, result(0, ((None, 1.0), (None, 1.0)), headline={"overall": 0.5, "many": None}, best_on_test=None))
+    put(tmp_path, result(0, variant="none", headline=None, paper=None, tables=[], epochs=None, timing={}, machine=None))
+    text = make_tables(tmp_path)[1]
+    assert "| cifar10_lt_ir100, kcl | 50.0 (1 seed) | 71.3 | - | n/a | - | - | - | - | - | 200 |" in text
+    assert "| tail | - | 1.0 |" in text and "| few | n/a | 1.0 |" in text
+    assert "| cifar10_lt_ir100, none | - | - | - | - | - | - | - | - | 75.0 (epoch 180) | - | 12,345 | - |" in text
+
+
+def test_tables_with_other_columns_or_runs_stay_apart(tmp_path):
+    other = result(1)
+    other["tables"][0] |= {"columns": [100, 600]}
+    put(tmp_path, result(0), other, result(0, dataset="svhn_lt_ir100"), result(0, script="fsgl"))
+    text = make_tables(tmp_path)[1]
+    assert text.count("### A | B") == 4 and text.index("## fsgl") < text.index("## tsc")
+    assert "| class | 100 | 600 |" in text and "1 seed (1)" in text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        "null",
+        '{"hello": 1}',
+        "\ud800".encode("utf-8", "surrogatepass"),
+        json.dumps(result(0) | {"seed": "0"}),
+        json.dumps(result(0) | {"dataset": None}),
+        json.dumps(result(0) | {"headline": {"overall": "high"}}),
+        json.dumps(result(0) | {"headline": [1]}),
+        json.dumps(result(0) | {"paper": 71.3}),
+        json.dumps(result(0) | {"tables": [{"title": "t"}]}),
+        json.dumps(result(0, ((1.0,), (2.0, 3.0)))),
+        json.dumps(result(0) | {"confusion": [[1, 2]]}),
+        json.dumps(result(0) | {"per_class": [0.5]}),
+        "[" * 100_000,
+    ],
+    ids=range(15),
+)
+def test_a_foreign_result_is_named_and_the_others_are_used(tmp_path, capsys, text):
+    put(tmp_path, result(0))
+    bad = tmp_path / "tsc" / "x" / "result.json"
+    bad.parent.mkdir()
+    bad.write_bytes(text if isinstance(text, bytes) else text.encode())
+    code, written = make_tables(tmp_path)
+    assert code == 1 and f"skipped {bad}" in capsys.readouterr().err
+    assert "70.0 (1 seed)" in written
+
+
+def test_the_same_run_in_two_folders_counts_once(tmp_path, capsys):
+    put(tmp_path / "a", result(0))
+    put(tmp_path / "b", result(0), result(1))
+    code, text = make_tables(tmp_path / "a", tmp_path / "b")
+    assert code == 0 and "another folder has this run" in capsys.readouterr().err
+    assert "70.5 ± 0.7 (2 seeds)" in text
+
+
+def test_no_run_yet_is_said(tmp_path):
+    assert "No finished run yet" in make_tables(tmp_path)[1]
+
+
+def test_not_a_number_is_a_missing_value(tmp_path):
+    (path,) = put(tmp_path, result(0, ((float("nan"), 1.0), (1.0, float("inf")))))
+    assert "NaN" in path.read_text()
+    assert "| tail | - | 1.0 |" in make_tables(tmp_path)[1]
+
+
+def test_a_finished_run_is_printed_with_its_path_last(tmp_path, capsys):
+    tables.print_result(result(0), tmp_path)
+    said = capsys.readouterr().out
+    assert said.startswith("overall 70.0 %  many 90.0 %  medium 50.0 %  few n/a") and "| tail | 10.0 | 20.0 |" in said
+    assert said.splitlines()[-1] == f"result: {tmp_path / 'result.json'}"
+
+
+def test_figures_are_the_same_bytes_every_time(tmp_path):
+    pytest.importorskip("matplotlib")
+    many = list(range(1, 61))
+    put(tmp_path, result(0), result(1), result(0, variant="tsc"))
+    put(tmp_path, result(0, dataset="big", counts=many, per_class=[0.5] * 60, confusion=None, tables=[]))
+    put(tmp_path, result(0, dataset="plain", per_class=None, confusion=None, tables=[]))
+    code = [tables.main_cli(["figures", "--runs", str(tmp_path), "--out", str(tmp_path / name)]) for name in "ab"]
+    assert code == [0, 0]
+    first, second = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in "ab")
+    assert first == second and all(data.startswith(b"\x89PNG") for data in first.values())
+    assert sorted(first) == sorted(
+        [
+            "tsc-big-recall.png",
+            "tsc-cifar10_lt_ir100-kcl-A-B.png",
+            "tsc-cifar10_lt_ir100-kcl-confusion.png",
+            "tsc-cifar10_lt_ir100-recall.png",
+            "tsc-cifar10_lt_ir100-tsc-A-B.png",
+            "tsc-cifar10_lt_ir100-tsc-confusion.png",
+        ]
+    )
+
+
+def test_without_matplotlib_figures_stop_and_a_run_goes_on(desk, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    put(desk.path / "runs", result(0))
+    assert tables.main_cli(["figures"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "pip install matplotlib" in error
+    assert tables.main_cli(["tables"]) == 0
+    assert desk("one | FAKE | 0") == 0 and "no figures" in capsys.readouterr().out
+    tables.draw_result(result(0), desk.path)
+    assert "no pictures" in capsys.readouterr().out
+
+
+# --- the shell scripts ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """The scripts in a folder with spaces, requirements that this interpreter meets, and a common.py that echoes."""
+    root = tmp_path / "a b" / "long tail"
+    for name in ("env.sh", "run_all.sh", "tests/run.sh", ".ci/run"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, root / name)
+    (root / "requirements.txt").write_text("pytest>=7  # a comment\n")
+    (root / "tests" / "requirements.txt").write_text("\n# nothing\n")
+    echo = (
+        'import os\nimport sys\n\nprint(sys.argv[1:], os.getcwd(), sys.prefix)\nprint(sys.stdin.read().count(".py"))\n'
+    )
+    (root / "common.py").write_text(echo)
+    (root / "tests" / "test_one.py").write_text("def test_one():\n    assert True\n")
+    return root
+
+
+def shell(script: Path, *words: str, path: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
+    """Run a script from elsewhere; `path`: the folder whose python3 comes first, else this interpreter's."""
+    first = path or Path(sys.executable).parent
+    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHON", "PYTHONPATH", "VIRTUAL_ENV")}
+    environment = kept | {"PATH": f"{first}{os.pathsep}{os.environ['PATH']}", "PIP_NO_INDEX": "1"} | environment
+    return subprocess.run(
+        ["bash", str(script), *words], cwd=script.anchor, env=environment, capture_output=True, text=True,
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def test_run_all_uses_an_interpreter_that_has_everything(checkout):
+    done = shell(checkout / "run_all.sh", "--only", "two words")
+    assert done.returncode == 0, done.stderr
+    assert "it has the requirements" in done.stdout and f"['run', '--only', 'two words'] {checkout}" in done.stdout
+    assert int(done.stdout.splitlines()[-1]) >= 4, "the lines come on standard input"
+    assert not (checkout / ".venv").exists()
+
+
+def test_given_interpreter_is_used_as_it_is(checkout):
+    (checkout / "requirements.txt").write_text("surely-absent>=1\npytest>=999\n")
+    done = shell(checkout / "run_all.sh", PYTHON=sys.executable)
+    assert done.returncode == 0, done.stderr
+    assert "using PYTHON=" in done.stdout and "which lacks surely-absent, pytest>=999" in done.stdout
+    assert not (checkout / ".venv").exists()
+    (checkout / "requirements.txt").write_text("numpy\ntorch\n")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(checkout / "bare")], check=True)
+    for python, words in ((checkout / "bare" / "bin" / "python", "has no numpy"), ("nowhere", "no such program")):
+        done = shell(checkout / "run_all.sh", PYTHON=str(python))
+        assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
+
+
+def wheel(folder: Path, name: str) -> None:
+    """A package with one empty module."""
+    folder.mkdir(exist_ok=True)
+    info = f"{name}-1.0.dist-info"
+    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as file:
+        file.writestr(f"{name}.py", "")
+        file.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        file.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        file.writestr(f"{info}/RECORD", "")
+
+
+def test_else_a_venv_is_made_and_an_interrupted_one_is_finished(checkout, tmp_path):
+    (checkout / "requirements.txt").write_text("lt-one>=1.0\n")
+    script, shelf, venv = checkout / "run_all.sh", tmp_path / "shelf", checkout / ".venv"
+    wheel(shelf, "lt_one")
+    (venv / "bin").mkdir(parents=True)
+    for name in ("unfinished", "bin/python"):  # what a killed installation leaves
+        (venv / name).touch(mode=0o755)
+    done = shell(script, PIP_FIND_LINKS=str(shelf))
+    assert done.returncode == 0, done.stderr
+    assert "making .venv" in done.stdout and str(venv) in done.stdout.splitlines()[-2]
+    assert not (venv / "unfinished").exists()
+    done = shell(script)
+    assert done.returncode == 0 and "using .venv: it has the requirements" in done.stdout
+    (checkout / "requirements.txt").write_text("lt-one\nlt-two\n")
+    done = shell(script, PIP_FIND_LINKS=str(shelf))
+    assert done.returncode == 2 and "pip failed" in done.stderr and (venv / "unfinished").exists()
+    assert "making" not in done.stdout, "what was whole is kept"
+
+
+def test_the_tests_exit_code_is_passed_on(checkout):
+    for script in (checkout / "tests" / "run.sh", checkout / ".ci" / "run"):
+        done = shell(script, "-k", "one")
+        assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
+        assert shell(script, "-k", "nothing").returncode == 5, "no test ran"
+    (checkout / "tests" / "test_one.py").write_text("def test_one():\n    raise AssertionError\n")
+    assert shell(checkout / "tests" / "run.sh").returncode == 1
+    assert shell(checkout / ".ci" / "run").returncode == 1
+    (checkout / "tests" / "test_one.py").write_text("import pytest\n\n\n@pytest.mark.skip\ndef test_one():\n    pass\n")
+    assert shell(checkout / "tests" / "run.sh").returncode == 0
+    done = shell(checkout / ".ci" / "run")
+    assert done.returncode == 1 and "no test has passed" in done.stderr
+
+
+def test_lint_errors_fail_the_tests_too(checkout):
+    pytest.importorskip("ruff")
+    (checkout / "tests" / "test_one.py").write_text("import os\ndef test_one(): pass\n")
+    done = shell(checkout / "tests" / "run.sh")
+    assert done.returncode == 1 and "1 passed" in done.stdout and "F401" in done.stdout

@@ -1,0 +1,674 @@
+"""Sample number versus category similarity: three controlled experiments on one tail class.
+
+"Investigate the Essence of Long-Tailed Recognition from a Unified Perspective", Lei Liu and Li Liu, arXiv:2107.03758
+(2021; withdrawn by the authors in 2022).
+
+The idea. A tail class is recognised badly for two reasons, not one: it has few images, and images of other classes look
+like it. Experiment by experiment:
+  sweep1        fix the tail count, grow the other classes      -> the tail's recall should stay flat
+  sweep2        fix the other classes, shrink the tail          -> the tail's recall should fall
+  verification  keep every count, overwrite a share p of the head's images with head/tail mixtures that keep the head
+                label ("similar samples")                       -> the tail's recall should fall with p
+Counts never change in the third one: what falls there is due to similarity. Note that it is confounded by design: the
+mixtures also take clean head images away and show the tail's own pixels under a wrong label. `--control` mixes in a
+third class instead: it removes as many clean head images, but leaves the tail alone.
+
+Every point of an experiment is one plain cross-entropy training from scratch: counts -> images -> mixtures -> train ->
+evaluate on the balanced test set. Nothing is frozen, nothing is passed on.
+
+  python toy_similarity.py                                              # verification on the embedded letters
+  python toy_similarity.py --experiment sweep2 --seed 1
+  python toy_similarity.py --dataset cifar10_lt --experiment verification
+  python toy_similarity.py --dataset cifar10_lt --experiment sweep1 --points all
+  python toy_similarity.py --theory                                     # the closed form, no training
+  python toy_similarity.py --init-from runs/.../train.pt                # similarity diagnostics of any checkpoint
+
+EXPECT
+
+Where this differs from the paper and its code:
+ 1. Epochs: 200; the published loops run 201 (`--epochs 201`), sweep 1 as shipped 2.
+ 2. Only the points printed in the paper are trained; `--points all` trains the fifty of its curves.
+ 3. The axis of sweep 2 is the true tail count; the paper prints 5,100 minus it (`--paper-axis`).
+ 4. The mixing weight is named by meaning, `--head-weight` (code: 0.2). Table 6's lambda is the head's weight, Table 7's
+    lambda the tail's; both are printed.
+ 5. The number of mixtures is trunc(p n_head), safe against float error (the code gives 2,849 for p = 0.57).
+ 6. Best epochs are recorded apart for every point (the code carries them over from point to point) and choose nothing.
+ 7. The prior-weighted and nearest-mean rules of `--theory` are a derivation consistent with the abstract; the text of
+    the paper's theorem is no longer public.
+ 8. On the embedded letters the points, counts and steps are our own, chosen for 400 images a class.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.optimize import brentq
+from scipy.special import logsumexp, ndtr
+from scipy.stats import norm
+from torch import Tensor
+
+import common
+import data_lt
+import models
+
+# --- settings -------------------------------------------------------------------------------------------------------
+
+CIFAR = {
+    "backbone": "resnet32", "batch_size": 256, "lr": 0.1, "epochs": 200, "steps": 0, "schedule": "step",
+    "weight_decay": 2e-4, "imb_ratio": 100.0, "pad": 4, "flip": 0.5, "tail_count": 50, "eval_every": 1,
+}  # fmt: skip
+GLYPHS = CIFAR | {
+    "backbone": "resnet8", "batch_size": 64, "schedule": "cosine", "imb_ratio": 10.0, "pad": 2, "flip": 0.0,
+    "tail_count": 40, "epochs": 40, "eval_every": 10,
+}  # fmt: skip
+DEFAULTS = {
+    "verification": {"glyphs_lt": GLYPHS, "small": CIFAR},
+    "sweep1": {"glyphs_lt": GLYPHS | {"epochs": 0, "steps": 1500, "eval_every": 25}, "small": CIFAR},
+    "sweep2": {"glyphs_lt": GLYPHS | {"epochs": 20, "eval_every": 5}, "small": CIFAR},
+}
+
+# Accuracies in percent from the tables of the paper (its public repository shows them as images). Rows Class-1..10.
+PAPER = {
+    "sweep1": {  # Table 4; columns: images of each of the nine other classes, the tail has 50
+        "source": "Table 4",
+        "points": [100, 1000, 1500, 2000, 2500, 3000, 3500, 4000, 4500, 5000],
+        "recalls": [
+            [52.3, 86.2, 88.2, 90.0, 91.3, 91.0, 93.5, 93.8, 93.7, 94.3],
+            [66.3, 95.3, 96.1, 97.2, 98.6, 98.3, 97.6, 98.1, 97.8, 98.6],
+            [35.4, 73.0, 81.0, 87.0, 85.0, 84.9, 85.2, 89.3, 87.7, 88.7],
+            [39.2, 67.3, 73.1, 76.8, 75.9, 79.8, 81.7, 82.7, 82.3, 83.0],
+            [33.2, 81.9, 86.1, 87.3, 89.7, 99.0, 92.2, 91.8, 93.6, 94.7],
+            [41.7, 72.7, 80.0, 81.0, 84.1, 86.7, 87.3, 87.9, 87.4, 88.1],
+            [58.2, 86.6, 94.0, 92.0, 91.7, 93.9, 94.7, 93.5, 94.4, 95.8],
+            [55.1, 85.9, 95.0, 95.0, 91.7, 93.5, 93.2, 93.6, 94.8, 94.2],
+            [61.9, 89.2, 93.4, 92.8, 93.7, 95.0, 95.6, 95.8, 96.3, 95.9],
+            [43.0, 47.9, 48.2, 45.7, 42.0, 42.6, 45.5, 46.0, 47.0, 40.0],
+        ],
+        "rank-1": [48.5, 78.3, 82.7, 83.3, 84.1, 85.6, 86.6, 87.2, 87.5, 87.3],
+        "rank-5": [95.0, 98.5, 98.7, 98.9, 98.9, 98.9, 99.1, 99.2, 99.2, 99.1],
+    },
+    "sweep2": {  # Table 5 by the true tail count (5,100 minus the printed column); the others have 5,000
+        "source": "Table 5",
+        "points": [5000, 4100, 3600, 3100, 2600, 2100, 1600, 1100, 600, 100],
+        "recalls": [
+            [94.4, 93.0, 94.2, 94.6, 92.5, 93.8, 93.2, 91.7, 93.1, 94.0],
+            [97.0, 96.6, 97.2, 97.0, 97.3, 96.9, 97.5, 97.8, 98.1, 97.7],
+            [88.9, 89.2, 89.1, 88.3, 90.3, 88.6, 90.2, 88.3, 89.9, 89.5],
+            [85.0, 83.7, 82.8, 82.8, 85.3, 84.7, 84.0, 85.5, 84.6, 86.1],
+            [95.1, 94.6, 95.1, 92.3, 94.1, 94.3, 94.0, 94.1, 94.4, 94.8],
+            [88.1, 89.0, 87.5, 88.7, 88.7, 88.1, 88.9, 87.0, 89.1, 88.6],
+            [94.7, 94.3, 94.8, 93.3, 94.7, 94.6, 94.9, 94.8, 94.1, 94.1],
+            [94.3, 93.5, 94.4, 94.8, 94.1, 94.7, 92.9, 93.3, 94.6, 93.8],
+            [94.9, 96.3, 94.6, 94.9, 94.6, 95.6, 94.8, 97.3, 96.3, 96.8],
+            [94.2, 94.8, 93.4, 93.2, 92.6, 90.5, 89.4, 88.3, 82.6, 43.7],
+        ],
+        "rank-1": [92.6, 92.5, 92.3, 91.9, 92.4, 92.1, 91.9, 91.8, 91.6, 89.3],
+        "rank-5": [99.8, 99.8, 99.7, 99.7, 99.7, 99.8, 99.8, 99.7, 99.7, 99.4],
+    },
+    "verification": {  # Tables 6 and 7: (p, head weight) -> (Class-1, Class-10)
+        "source": "Tables 6 and 7",
+        "by_p": {0: (95.5, 32.8), 0.1: (95.8, 25.3), 0.2: (94.9, 24.3), 0.3: (94.3, 22.8), 0.4: (94.3, 21.4),
+                 0.5: (93.7, 19.8)},
+        "by_head_weight": {1: (95.4, 46.0), 0.8: (96.0, 33.8), 0.6: (95.5, 35.5), 0.4: (95.2, 32.8), 0.2: (96.1, 21.6),
+                           0: (96.6, 0.0)},
+    },
+}  # fmt: skip
+
+
+def parse_args(argv: list[str] | None = None):
+    parser = common.base_parser(__doc__)
+    add = parser.add_argument_group("experiment").add_argument
+    add(
+        "--experiment",
+        choices=tuple(DEFAULTS),
+        default="verification",
+        help="which of the three (default: verification)",
+    )
+    add("--points", choices=("table", "all"), default="table", help="points printed in the paper, or its whole curves")
+    add("--head-weight", type=common.number(float, 0, 1), default=0.2, help="head's share of a mixture (default: 0.2)")
+    add("--mix-ratio", type=common.number(float, 0, 1), default=0.2, help="p of the head-weight table (default: 0.2)")
+    add("--tail-count", type=common.number(int, 1), help="images of the tail in sweep 1 (default: 50, letters 40)")
+    add("--head-class", type=common.number(int, 0), help="class id of the head (default: the largest class)")
+    add("--tail-class", type=common.number(int, 0), help="class id of the tail (default: the smallest class)")
+    add("--control", action="store_true", help="mix a third class into the head instead of the tail")
+    add("--paper-axis", action="store_true", help="label sweep 2 as printed: class size + step - tail count")
+    add("--theory", action="store_true", help="print and draw the closed form instead of training")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--steps", type=common.number(int, 0), help="train every point for this many steps; 0: for --epochs")
+    add("--schedule", choices=("step", "cosine"), help="x0.01 at 160/200 and 180/200 after 5 warm-up epochs, or cosine")
+    add("--weight-decay", type=common.number(float, 0), help="on all parameters (default: 2e-4)")
+    add("--pad", type=common.number(int, 0), help="zero padding of the random crop in pixels (default: 4, letters 2)")
+    add("--flip", type=common.number(float, 0, 1), help="probability of a horizontal flip (default: 0.5, letters 0)")
+    args = parser.parse_args(argv)
+    common.resolve(
+        parser, args, DEFAULTS[args.experiment],
+        lambda: data_lt.peek_image_size(args.dataset, args.data_root, args.image_size),
+    )  # fmt: skip
+    args.changed.pop("experiment", None)  # it is the name of the method
+    if args.epochs == 0 and args.steps == 0:
+        parser.error("--steps 0 asks for --epochs: give one of them")
+    if args.control and args.experiment != "verification":
+        parser.error(f"--control belongs to --experiment verification, not to {args.experiment}")
+    if args.save_features == "val" and args.select != "val":
+        parser.error("--save-features val: there is a validation split only with --select val")
+    if args.paper_axis and args.experiment != "sweep2":
+        parser.error(f"--paper-axis belongs to --experiment sweep2, not to {args.experiment}")
+    return args
+
+
+# --- equations ------------------------------------------------------------------------------------------------------
+
+
+def sweep_counts(experiment: str, point: int, num_classes: int, size: int, tail: int, tail_count: int) -> list[int]:
+    """Class counts of one sweep point: sweep1 (n, .., n, tail_count), sweep2 (size, .., size, n), tail at `tail`."""
+    others, own = (point, tail_count) if experiment == "sweep1" else (size, point)
+    return [own if c == tail else others for c in range(num_classes)]
+
+
+def sweep_points(experiment: str, size: int, points: str) -> list[int]:
+    """The swept counts: size/50 (i + 1) for sweep 1, size - size/50 i for sweep 2, i = 0..49 (released code).
+
+    `table` keeps the ten columns that the paper prints: i = 0, 9, 14, .., 49.
+    """
+    chosen = range(50) if points == "all" else [0, *range(9, 50, 5)]
+    values = [max(1, size * (i + 1) // 50) if experiment == "sweep1" else size - size * i // 50 for i in chosen]
+    return sorted(set(values)) if experiment == "sweep1" else sorted(set(values), reverse=True)
+
+
+def mixture_count(p: float, n_head: int) -> int:
+    """K = trunc(p n_head), where a product that is an integer but for float error counts as that integer."""
+    return min(n_head, math.trunc(p * n_head + 1e-9))
+
+
+def similar_pairs(labels: np.ndarray, head: int, partner: int, rng: np.random.RandomState):
+    """Shuffled subset positions of the head class and of the class mixed into it (released code: in this order)."""
+    order = []
+    for c in (head, partner):
+        positions = np.flatnonzero(labels == c)
+        rng.shuffle(positions)
+        order.append(positions)
+    return order
+
+
+def mix_similar(head: Tensor, partner: Tensor, head_weight: float) -> Tensor:
+    """Similar samples trunc(w h_j + (1 - w) t_(j mod n_t)) in float64 on 0..255, as uint8.
+
+    head: uint8 [K, ...]; partner: uint8 [n_t, ...], used in turn. The labels of the head images stay as they are.
+    """
+    turn = torch.arange(len(head)) % len(partner)
+    return (head_weight * head.double() + (1 - head_weight) * partner[turn].double()).trunc().to(torch.uint8)
+
+
+def class_similarity(features: Tensor, labels: Tensor, num_classes: int) -> dict[str, Tensor]:
+    """How close the classes lie in feature space.
+
+    features [N, d], labels [N] -> cosine [C, C] of class means; distance [C, C] of class means in units of the pooled
+    standard deviation sqrt((tr S_a + tr S_b) / 2). Classes without a sample give nan.
+    """
+    features = features.double()
+    count = torch.bincount(labels, minlength=num_classes).double()[:, None]  # [C, 1]
+    total = torch.zeros(num_classes, features.shape[1], dtype=torch.double).index_add_(0, labels, features)
+    mean = total / count  # [C, d]
+    spread = (features - mean[labels]).square().sum(1)  # [N]
+    variance = torch.zeros(num_classes, dtype=torch.double).index_add_(0, labels, spread) / count[:, 0]  # tr S_c
+    unit = F.normalize(mean, dim=1)
+    pooled = ((variance[:, None] + variance[None, :]) / 2).sqrt()
+    return {"cosine": unit @ unit.T, "distance": (mean[:, None] - mean[None, :]).norm(dim=2) / pooled}
+
+
+@dataclass
+class Theory:
+    """Two 1-D Gaussian classes, a share p of the head's samples being mixtures w h + (1 - w) t with the head's label.
+
+    nearest-mean rule: threshold mean and variance, accuracies at the mean threshold. prior-weighted (Bayes) rule fitted
+    to the training mixture: first head-to-tail crossing (nan: the tail is never chosen) and its accuracies.
+    """
+
+    theta_mean: float
+    theta_var: float
+    acc_tail_mean: float
+    acc_head_mean: float
+    theta_bayes: float
+    acc_tail_bayes: float
+    acc_head_bayes: float
+
+
+def theory(mu_head, mu_tail, sigma, p, lam_head, n_head, n_tail) -> Theory:
+    """Closed form of the bias that similar samples put on the boundary (means, s.d. and counts as plain numbers)."""
+    lam_tail, gap = 1 - lam_head, mu_tail - mu_head
+    mean_head = mu_head + p * lam_tail * gap
+    var_head = (1 - p) * sigma**2 + p * (lam_head**2 + lam_tail**2) * sigma**2 + p * (1 - p) * (lam_tail * gap) ** 2
+    narrow = sigma * math.hypot(lam_head, lam_tail)
+
+    def log_ratio(x):  # log n_t f_T(x) - log n_h f_H(x); the tail is chosen where it is positive
+        with np.errstate(divide="ignore"):
+            weights = np.log([[1 - p], [p]])
+        x = np.atleast_1d(x)
+        parts = np.stack([norm.logpdf(x, mu_head, sigma), norm.logpdf(x, mu_head + lam_tail * gap, narrow)])
+        return np.log(n_tail) + norm.logpdf(x, mu_tail, sigma) - np.log(n_head) - logsumexp(parts + weights, axis=0)
+
+    grid = np.linspace(mu_head - 12 * sigma, mu_tail + 12 * sigma, 20_001)
+    chosen = log_ratio(grid) > 0
+    turns = [brentq(lambda x: log_ratio(x)[0], grid[i], grid[i + 1], xtol=1e-12)
+             for i in np.flatnonzero(chosen[1:] != chosen[:-1])]  # fmt: skip
+    edges = ([-np.inf] if chosen[0] else []) + turns + ([np.inf] if chosen[-1] else [])  # pairs: start, end of tail
+
+    def inside(mu: float) -> float:
+        z = ndtr((np.array(edges) - mu) / sigma)
+        return float((z[1::2] - z[0::2]).sum())
+
+    return Theory(
+        theta_mean=(mean_head + mu_tail) / 2,
+        theta_var=(var_head / n_head + sigma**2 / n_tail) / 4,
+        acc_tail_mean=float(ndtr(gap * (1 - p * lam_tail) / (2 * sigma))),
+        acc_head_mean=float(ndtr(gap * (1 + p * lam_tail) / (2 * sigma))),
+        theta_bayes=float(edges[0]) if edges else math.nan,
+        acc_tail_bayes=inside(mu_tail),
+        acc_head_bayes=1 - inside(mu_head),
+    )
+
+
+# --- stages ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Point:
+    """One training of an experiment."""
+
+    name: str  # of its checkpoint
+    value: float  # on the axis of the experiment
+    counts: list[int]
+    p: float = 0.0
+    head_weight: float = 1.0
+
+
+def plan(args, pool: data_lt.ImageSet) -> tuple[list[Point], int, int]:
+    """The points of the experiment and the head and tail class."""
+    num_classes, available = len(pool.classes), pool.counts()
+    size = min(available)
+    profile = data_lt.long_tail_counts(num_classes, size, args.imb_ratio, args.imb_type)
+    head = args.head_class if args.head_class is not None else int(np.argmax(profile))
+    tail = args.tail_class if args.tail_class is not None else num_classes - 1 - int(np.argmin(profile[::-1]))
+    for flag, c in (("--head-class", head), ("--tail-class", tail)):
+        if c >= num_classes:
+            raise common.UserError(f"{flag} {c}: {args.dataset} has the classes 0..{num_classes - 1}")
+    if head == tail:
+        raise common.UserError(f"--head-class and --tail-class are both {head}: they must be two classes")
+    letters = args.dataset == "glyphs_lt"
+    if args.experiment == "verification":
+        if letters:
+            ps, weights = [0, 0.1, 0.2, 0.5], [0, 0.2, 0.6, 1]
+        else:
+            ps, weights = [i / 10 for i in range(6)], [i / 5 for i in range(6)]
+        if args.points == "all":
+            ps, weights = [i / 20 for i in range(11)], [i / 10 for i in range(11)]
+        if args.control:  # the other table varies what the tail's pixels weigh
+            weights = []
+        pairs = [(p, args.head_weight) for p in ps] + [(args.mix_ratio, w) for w in weights]
+        points = [verification_point(p, w, profile) for p, w in pairs]
+        return list({point.name: point for point in points}.values()), head, tail
+    if letters:
+        grown = [40, 100, 200, 400] if args.points == "table" else list(range(40, 401, 40))
+        shrunk = [400, 160, 40, 20, 8] if args.points == "table" else [400, 320, 240, 160, 120, 80, 40, 20, 8, 4]
+        values = grown if args.experiment == "sweep1" else shrunk
+    else:
+        values = sweep_points(args.experiment, size, args.points)
+    points = []
+    for n in values:
+        counts = sweep_counts(args.experiment, n, num_classes, size, tail, args.tail_count)
+        points.append(Point(f"{args.experiment}_{n}", n, counts))
+    return points, head, tail
+
+
+def verification_point(p: float, head_weight: float, counts: list[int]) -> Point:
+    """A point of experiment 3; no mixtures and mixtures of the head alone are the same training set, trained once."""
+    if p == 0 or head_weight == 1:
+        p, head_weight = 0, 1
+    return Point(f"verification_p{p:g}_w{head_weight:g}", p, counts, p, head_weight)
+
+
+def check_point(args, pool: data_lt.ImageSet, point: Point) -> None:
+    """Refuse a point that asks for more images than there are, or for none of a class, before anything is trained."""
+    data_lt.check_counts(pool, point.counts)
+    for name, n in zip(pool.classes, point.counts, strict=True):
+        if n == 0:
+            raise common.UserError(
+                f"--imb-ratio {args.imb_ratio:g} leaves class {name} with 0 images; give a smaller one"
+            )
+
+
+def make_training_set(args, pool: data_lt.ImageSet, point: Point, head: int, tail: int) -> data_lt.ImageSet:
+    """Choose the images of a point, then overwrite part of the head's with mixtures; both by the data seed alone."""
+    published = data_lt.FSGL_SEED if args.subset_rule == "fsgl" else 0
+    rng = np.random.RandomState(published + args.data_seed)
+    choose = data_lt.subset_fsgl if args.subset_rule == "fsgl" else data_lt.subset_common
+    train = pool.select(choose(pool.labels.numpy(), point.counts, rng))
+    if point.p:
+        partner = control_class(point.counts, head, tail) if args.control else tail
+        head_order, partner_order = similar_pairs(train.labels.numpy(), head, partner, rng)
+        if not len(partner_order):
+            raise common.UserError(f"class {partner} ({pool.classes[partner]}) has no image to mix into the head")
+        picked = torch.from_numpy(head_order[: mixture_count(point.p, len(head_order))])
+        train.images[picked] = mix_similar(train.images[picked], train.images[partner_order], point.head_weight)
+    return train
+
+
+def control_class(counts: list[int], head: int, tail: int) -> int:
+    """The third class of `--control`: of median size among the classes that are neither head nor tail."""
+    others = sorted((c for c in range(len(counts)) if c not in (head, tail)), key=lambda c: (counts[c], c))
+    if not others:
+        raise common.UserError("--control needs a third class")
+    return others[len(others) // 2]
+
+
+def learning_rate(args, epoch: int, epochs: int) -> float:
+    schedule = common.step_lr if args.schedule == "step" else common.cosine_lr
+    return schedule(args.lr, epoch, epochs)
+
+
+def build(args, num_classes: int) -> models.Net:
+    try:
+        backbone = models.backbone(args.backbone)
+    except ValueError as error:
+        raise common.UserError(f"--backbone {args.backbone}: {error}") from None
+    net = models.Net(backbone, models.linear_head(backbone.feature_dim, num_classes, init="fan_in"))
+    return net.to(args.device, memory_format=torch.channels_last)
+
+
+def train_point(run: common.Run, args, point: Point, train: data_lt.ImageSet, test: data_lt.ImageSet, norm) -> dict:
+    """Train one network on one training set; returns the figures of the last epoch and, apart, of the best."""
+    test_loader, val_loader = evaluation_loader(args, test, norm), None
+    if args.select == "val":
+        held, train = validation_split(args, train, test)
+        val_loader = evaluation_loader(args, held, norm)
+    torch.manual_seed(common.derive_seed(args.seed, "init"))
+    net = build(args, len(train.classes))
+    optimizer = torch.optim.SGD(
+        net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=args.device.startswith("cuda")
+    )
+    augment = data_lt.Augment(train.images.shape[-1], *norm, crop="pad", pad=args.pad, flip=args.flip)
+    loader = data_lt.Loader(train, args.batch_size, augment=augment, seed=args.seed, device=args.device)
+    epochs = math.ceil(args.steps / len(loader)) if args.steps else args.epochs
+    stage = run.stage(point.name, epochs, model=net, optimizer=optimizer)
+    if not stage.finished:
+        run.say(f"{point.name}: {len(train)} images, {epochs} epochs of {len(loader)} steps")
+        replica = common.distribute(torch.compile(net) if args.compile else net)
+        for epoch in stage.epochs():
+            lr = common.set_lr(optimizer, learning_rate(args, epoch, epochs))
+            net.train()
+            for views, labels, _ in stage.batches(loader):
+                with common.autocast(args):
+                    logits = replica(views[0])  # [b, C]
+                losses = F.cross_entropy(logits.float(), labels, reduction="none")  # [b]
+                loss = common.batch_mean(losses, loader.global_batch)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                stage.guard(loss, optimizer)
+                optimizer.step()
+                stage.add(len(labels), loss=losses.mean(), accuracy=(logits.argmax(1) == labels).float().mean())
+            scores, selected = {}, None
+            if stage.due(args.eval_every):
+                scores["test"] = evaluation_figures(args, net, test_loader, point.counts)
+                if val_loader:
+                    scores["val"] = evaluation_figures(args, net, val_loader, point.counts)
+                    selected = scores["val"]["overall"]
+            stage.end_epoch(lr=lr, score=selected, **scores)
+        stage.finish()
+    if val_loader:
+        stage.load_best()
+    if args.save_features:
+        chosen = {"train": train, "test": test, "val": held if val_loader else None}[args.save_features]
+        save_features(run, args, point, net, chosen, norm)
+    return point_figures(run, args, point, net, test_loader)
+
+
+def validation_split(args, train: data_lt.ImageSet, test: data_lt.ImageSet):
+    """(validation set, what is left to train on) for `--select val`; with `--val-from test` the test set serves."""
+    if args.val_from == "test":
+        return test, train
+    held = data_lt.holdout(train.labels.numpy(), len(train.classes), common.generator(args.data_seed, "holdout"))
+    rest = np.setdiff1d(np.arange(len(train)), held)
+    return train.select(held), train.select(rest)
+
+
+def save_features(run: common.Run, args, point: Point, net, dataset: data_lt.ImageSet, norm) -> None:
+    """features_<split>_<point>.npz in the run folder."""
+    loader = evaluation_loader(args, dataset, norm)
+    scores = common.evaluate(net, loader, autocast=lambda: common.autocast(args), features=net.features)
+    common.save_features(scores, run.folder / f"features_{args.save_features}_{point.name}.npz")
+
+
+def evaluation_figures(args, net, loader, counts) -> dict:
+    """What metrics.jsonl keeps of an evaluation."""
+    full = common.evaluate(net, loader, autocast=lambda: common.autocast(args)).report(counts)
+    return {key: full[key] for key in ("overall", "top5", "loss", "per_class")}
+
+
+def point_figures(run: common.Run, args, point: Point, net, loader) -> dict:
+    """Row of one finished point: last and best epoch, recalls, confusion, where the tail's errors go, similarity."""
+    rows = [row for row in run.rows if row["stage"] == point.name and "test" in row]
+    scores = common.evaluate(net, loader, autocast=lambda: common.autocast(args), features=net.features)
+    full = scores.report(point.counts)
+    best = max(rows, key=lambda row: row["test"]["overall"])
+    return {
+        "point": point.value, "counts": point.counts, "p": point.p, "head_weight": point.head_weight,
+        "epochs": rows[-1]["epoch"] + 1, "image_passes": rows[-1]["passes"],
+        "last": {key: full[key] for key in ("overall", "top5", "per_class", "confusion", "macro_f1", "ece", "loss")},
+        "best_on_test": {"overall": best["test"]["overall"], "epoch": best["epoch"]},
+        "similarity": similarity_figures(scores, len(point.counts)),
+    }  # fmt: skip
+
+
+def similarity_figures(scores: common.Scores, num_classes: int) -> dict:
+    """Diagnostics of category similarity as plain lists (see class_similarity)."""
+    similar = class_similarity(scores.features, scores.labels, num_classes)
+    return {key: [[round(x, 6) for x in row] for row in value.tolist()] for key, value in similar.items()}
+
+
+def tables(args, points: list[Point], rows: dict[str, dict], classes: list[str], head: int, tail: int) -> list[dict]:
+    """The experiment's tables as data (percent): ours, the published figures where the set matches, what to draw."""
+    published = PAPER[args.experiment] if args.dataset == "cifar10_lt" and not args.control else None
+    names = [
+        f"{name} (head)" if c == head else f"{name} (tail)" if c == tail else name for c, name in enumerate(classes)
+    ]
+
+    def recall(point: Point, c: int) -> float | None:
+        value = rows[point.name]["last"]["per_class"][c]
+        return None if value is None else 100 * value
+
+    def table(title, columns, chosen, lines, xlabel, draw):
+        lines = [{"name": n, "values": [f(point) for point in chosen], "paper": paper} for n, f, paper in lines]
+        plot = {"x": columns, "xlabel": xlabel, "ylabel": "recall (%)", "rows": draw}
+        passes = [rows[point.name]["image_passes"] for point in chosen]
+        note = f"last epoch; image passes of each column: {', '.join(f'{n:,}' for n in passes)}"
+        return {"title": title, "note": note, "row_header": xlabel, "columns": columns, "rows": lines, "plot": plot}
+
+    overall = ("rank-1", lambda point: 100 * rows[point.name]["last"]["overall"])
+    top5 = ("rank-5", lambda point: 100 * rows[point.name]["last"]["top5"])
+    made = []
+    if args.experiment == "verification":
+        mixed = f"class {classes[control_class(points[0].counts, head, tail)]}" if args.control else "the tail"
+        by_p = sorted((q for q in points if q.p == 0 or q.head_weight == args.head_weight), key=lambda q: q.p)
+        by_w = sorted((q for q in points if q.p in (0, args.mix_ratio)), key=lambda q: -q.head_weight)
+        by_w = [] if args.control else by_w
+        for title, chosen, columns, key, xlabel in (
+            (f"Recall against p, head mixed with {mixed} (head weight {args.head_weight:g})", by_p,
+             [q.p for q in by_p], "by_p", "p"),
+            (f"Recall against the head weight, head mixed with {mixed} (p = {args.mix_ratio:g})", by_w,
+             [q.head_weight for q in by_w], "by_head_weight", "head weight (1 - Table 7's lambda)"),
+        ):  # fmt: skip
+            if not chosen:
+                continue
+            lines = []
+            for i, c in enumerate((head, tail)):
+                paper = published and [published[key].get(x, (None, None))[i] for x in columns]
+                lines.append((names[c], lambda q, c=c: recall(q, c), paper))
+            made.append(table(title, columns, chosen, [*lines, (*overall, None)], xlabel, [names[head], names[tail]]))
+    else:
+        values = [int(q.value) for q in points]
+        size = max(max(q.counts) for q in points)
+        columns = [size + size // 50 - v for v in values] if args.paper_axis else values
+        column = {v: i for i, v in enumerate(published["points"])} if published else {}
+
+        def paper(series):
+            return [series[column[v]] if v in column else None for v in values] if published else None
+
+        lines = [(n, lambda q, c=c: recall(q, c), paper(published["recalls"][c]) if published else None)
+                 for c, n in enumerate(names)]  # fmt: skip
+        lines += [
+            (*overall, published and paper(published["rank-1"])),
+            (*top5, published and paper(published["rank-5"])),
+        ]
+        what = "images of every class but the tail" if args.experiment == "sweep1" else "images of the tail"
+        fixed = f"tail fixed at {args.tail_count}" if args.experiment == "sweep1" else f"the others fixed at {size}"
+        title = f"{'Sweep 1' if args.experiment == 'sweep1' else 'Sweep 2'}: recall against {what} ({fixed})"
+        made.append(
+            table(title, columns, points, lines, what + (" (axis as printed)" if args.paper_axis else ""), names)
+        )
+    return [*made, similarity_table(points, rows, head, tail)]
+
+
+def similarity_table(points: list[Point], rows: dict[str, dict], head: int, tail: int) -> dict:
+    """Where the tail's test images go, and how close its features are to the head's."""
+    lines = [[], [], [], []]
+    for point in points:
+        row = rows[point.name]
+        confusion, similar = row["last"]["confusion"], row["similarity"]
+        total = max(sum(confusion[tail]), 1)
+        wrong = [n if c != tail else -1 for c, n in enumerate(confusion[tail])]
+        lines[0].append(100 * confusion[tail][head] / total)
+        lines[1].append(100 * max(wrong) / total)
+        lines[2].append(100 * similar["cosine"][tail][head])
+        lines[3].append(100 * similar["distance"][tail][head])
+    titles = (
+        "tail images called head (%)",
+        "tail images called its most frequent wrong class (%)",
+        "cosine of the class means, tail and head (x100)",
+        "distance of the class means over pooled s.d. (x100)",
+    )
+    return {
+        "title": "Category similarity of tail and head on the test set", "note": "64-d features before the classifier",
+        "row_header": "", "columns": [point.name for point in points], "plot": None,
+        "rows": [{"name": n, "values": v, "paper": None} for n, v in zip(titles, lines, strict=True)],
+    }  # fmt: skip
+
+
+# --- main -----------------------------------------------------------------------------------------------------------
+
+
+def show_theory(args) -> None:
+    """Print the closed form for two unit-variance classes with means 1 and 3, and draw it."""
+    n_head, n_tail = 5000, max(1, round(5000 / args.imb_ratio))
+    print(f"Two Gaussians, means 1 and 3, s.d. 1; n_head {n_head}, n_tail {n_tail}. Tail accuracy in percent:")
+    print(f"{'p':>6} {'head weight':>12} {'tail weight':>12} {'nearest mean':>13} {'prior-weighted':>15}")
+    grid = [(p, args.head_weight) for p in (0, 0.1, 0.2, 0.3, 0.4, 0.5)]
+    grid += [(args.mix_ratio, w) for w in (1, 0.8, 0.6, 0.4, 0.2, 0)]
+    rows = []
+    for p, weight in grid:
+        figures = theory(1.0, 3.0, 1.0, p, weight, n_head, n_tail)
+        rows.append({"p": p, "head_weight": weight, **vars(figures)})
+        mean, bayes = 100 * figures.acc_tail_mean, 100 * figures.acc_tail_bayes
+        print(f"{p:6g} {weight:12g} {1 - weight:12g} {mean:13.1f} {bayes:15.1f}")
+    folder = Path(args.out) / "toy_similarity" / "theory"
+    common.make_folder(folder)
+    common.write_json(folder / "theory.json", [{k: None if v != v else v for k, v in row.items()} for row in rows])
+    draw_theory(rows, folder / "theory.png")
+
+
+def draw_theory(rows: list[dict], path: Path) -> None:
+    import tables as plots
+
+    plt = plots.pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
+    for axis, key, part in ((axes[0], "p", rows[:6]), (axes[1], "head_weight", rows[6:])):
+        for name, label in (("acc_tail_mean", "nearest mean"), ("acc_tail_bayes", "prior-weighted")):
+            axis.plot([row[key] for row in part], [100 * row[name] for row in part], marker="o", label=label)
+        axis.set_xlabel(key.replace("_", " "))
+    axes[0].set_ylabel("tail accuracy (%)")
+    axes[0].legend()
+    plots.save_figure(figure, path)
+
+
+def network_of(args, path: str, num_classes: int) -> tuple[models.Net, dict, bool]:
+    """The network of a checkpoint of any script; whether its head is a classifier of these classes."""
+    checkpoint = common.load_checkpoint(path)
+    state = checkpoint["state"].get("model")
+    if state is None:
+        raise common.UserError(f"{path} holds no network under the name model")
+    net = build(args, num_classes)
+    own = {key for key, value in net.state_dict().items() if key in state and state[key].shape == value.shape}
+    whole = own == set(net.state_dict())
+    backbone = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
+    common.load_weights(net.backbone, backbone, path)
+    if whole:
+        net.load_state_dict(state)
+    return net, checkpoint, whole
+
+
+def examine(args, pool, test, norm) -> None:
+    """`--eval CKPT` (accuracy of a finished point) and `--init-from CKPT` (category similarity of any checkpoint)."""
+    path = args.eval or args.init_from
+    net, checkpoint, whole = network_of(args, path, len(pool.classes))
+    points, head, tail = plan(args, pool)
+    counts = {point.name: point.counts for point in points}.get(checkpoint["stage"], pool.counts())
+    if args.eval and not whole:
+        raise common.UserError(f"{path} holds no classifier of {len(pool.classes)} classes to evaluate")
+    loader = evaluation_loader(args, test, norm)
+    scores = common.evaluate(net, loader, autocast=lambda: common.autocast(args), features=net.features)
+    result = {"checkpoint": Path(path).name, "stage": checkpoint["stage"], "epoch": checkpoint["epoch"]}
+    if whole:
+        full = scores.report(counts)
+        result |= {key: full[key] for key in ("overall", "many", "medium", "few", "per_class", "macro_f1", "ece")}
+        print(f"{path}: overall {100 * full['overall']:.2f}%, {pool.classes[tail]} (tail) "
+              f"{100 * full['per_class'][tail]:.2f}%")  # fmt: skip
+    if args.init_from:
+        result["similarity"] = similar = similarity_figures(scores, len(pool.classes))
+        cosine, distance = similar["cosine"][tail], similar["distance"][tail]
+        print(f"{path}: class means seen from {pool.classes[tail]} (tail): cosine, distance over pooled s.d.")
+        for c, name in enumerate(pool.classes):
+            print(f"  {name:>12} {cosine[c]:7.3f} {distance[c]:8.2f}{'  head' if c == head else ''}")
+    folder = Path(args.out) / "toy_similarity" / "examined"
+    common.make_folder(folder)
+    common.write_json(folder / f"{Path(path).parent.name}_{Path(path).stem}.json", result)
+
+
+def evaluation_loader(args, dataset, norm) -> data_lt.Loader:
+    augment = data_lt.Augment(dataset.images.shape[-1], *norm)
+    return data_lt.Loader(dataset, 1000, augment=augment, device=args.device, evaluation=True)
+
+
+def main(args) -> None:
+    if args.theory:
+        return show_theory(args)
+    if path := args.eval or args.init_from:  # before the data: a foreign checkpoint needs none to be refused
+        common.check_same(path, common.load_checkpoint(path)["args"], vars(args), ["dataset", "backbone"])
+    source = data_lt.load_pool(args.dataset, args.data_root, args.image_size)
+    pool, test, norm = source.train, source.test, (source.mean, source.std)
+    if args.eval or args.init_from:
+        return examine(args, pool, test, norm)
+    points, head, tail = plan(args, pool)
+    for point in points:
+        check_point(args, pool, point)
+    run = common.Run(args, args.experiment, pool.fingerprint())
+    if run.result:
+        return run.show()
+    rows = {}
+    for point in points:
+        train = make_training_set(args, pool, point, head, tail)
+        rows[point.name] = train_point(run, args, point, train, test, norm)
+    last = rows[points[-1].name]
+    run.finish(
+        rows=rows, tables=tables(args, points, rows, pool.classes, head, tail), classes=pool.classes,
+        counts=points[-1].counts, per_class=last["last"]["per_class"], confusion=last["last"]["confusion"],
+        image_passes=sum(row["image_passes"] for row in rows.values()), epochs=last["epochs"],
+        parameters=models.count_parameters(build(args, len(pool.classes))),
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    common.launch(main, parse_args())
