@@ -36,17 +36,16 @@ import re
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import resnet as torchvision_resnet
 
 # name -> block, blocks in each of the four stages, usual stem, extra arguments of torchvision's ResNet
 WIDE = {
-    "resnet10": (torchvision_resnet.BasicBlock, (1, 1, 1, 1), "imagenet", {}),
-    "resnet18": (torchvision_resnet.BasicBlock, (2, 2, 2, 2), "cifar", {}),
-    "resnet34": (torchvision_resnet.BasicBlock, (3, 4, 6, 3), "cifar", {}),
-    "resnet50": (torchvision_resnet.Bottleneck, (3, 4, 6, 3), "imagenet", {}),
-    "resnet101": (torchvision_resnet.Bottleneck, (3, 4, 23, 3), "imagenet", {}),
-    "resnet152": (torchvision_resnet.Bottleneck, (3, 8, 36, 3), "imagenet", {}),
-    "resnext50": (torchvision_resnet.Bottleneck, (3, 4, 6, 3), "imagenet", {"groups": 32, "width_per_group": 4}),
+    "resnet10": ("BasicBlock", (1, 1, 1, 1), "imagenet", {}),
+    "resnet18": ("BasicBlock", (2, 2, 2, 2), "cifar", {}),
+    "resnet34": ("BasicBlock", (3, 4, 6, 3), "cifar", {}),
+    "resnet50": ("Bottleneck", (3, 4, 6, 3), "imagenet", {}),
+    "resnet101": ("Bottleneck", (3, 4, 23, 3), "imagenet", {}),
+    "resnet152": ("Bottleneck", (3, 8, 36, 3), "imagenet", {}),
+    "resnext50": ("Bottleneck", (3, 4, 6, 3), "imagenet", {"groups": 32, "width_per_group": 4}),
 }
 SLIM = ("resnet8", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "resnet32_bbn")
 BACKBONES = SLIM + tuple(WIDE)
@@ -175,8 +174,11 @@ def wide_resnet(name: str, stem: str | None = None) -> nn.Module:
     stem  "imagenet": 7x7 convolution and 3x3 max-pool, stride 2 each; "cifar": 3x3 convolution, stride 1, no pool
     Shortcuts that change the shape are 1x1 convolutions with batch norm; bottlenecks have their stride on the 3x3.
     """
+    from torchvision.models import resnet  # here, because its import takes a second
+
     block, blocks, usual_stem, extra = WIDE[name]
-    net = torchvision_resnet.ResNet(block, blocks, num_classes=1, **extra)
+    block = getattr(resnet, block)
+    net = resnet.ResNet(block, blocks, num_classes=1, **extra)
     net.fc = nn.Identity()
     net.feature_dim = 512 * block.expansion
     if (stem or usual_stem) == "cifar":
@@ -201,7 +203,7 @@ def backbone(name: str, *, width: int | None = None, stem: str | None = None, in
             raise ValueError(f"{name} is 64 wide, got width {width}; only resnet8, resnet20, ... take a width")
         net = wide_resnet(name, stem)
         stem = stem or WIDE[name][2]
-        default = "pytorch" if stem == "cifar" and WIDE[name][0] is torchvision_resnet.BasicBlock else "fan_out"
+        default = "pytorch" if stem == "cifar" and WIDE[name][0] == "BasicBlock" else "fan_out"
     else:
         found = re.fullmatch(r"resnet([1-9]\d*)", "resnet32" if name == "resnet32_bbn" else name)
         depth = int(found.group(1)) if found else 0

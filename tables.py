@@ -345,7 +345,9 @@ def write_tables(results: Sequence[dict], path: Path) -> None:
     head = "run|ours|paper|released|many|medium|few|macro-F1|ECE|best on test|epochs|image passes|seconds".split("|")
     for script in dict.fromkeys(key[0] for key in groups):
         runs = [seeds for key, seeds in groups.items() if key[0] == script]
-        lines += [f"## {script}", "", *_markdown([head, *map(_headline_row, runs)])]
+        lines += [f"## {script}", ""]
+        if headed := [seeds for seeds in runs if any(result.get("headline") for result in seeds)]:
+            lines += _markdown([head, *map(_headline_row, headed)])
         for key in ("paper", "released"):
             sources = [source for seeds in runs if (source := (seeds[0].get(key) or {}).get("source"))]
             lines += [f"Column {key}: {_unique(sources)}.", ""] if sources else []
@@ -427,7 +429,8 @@ def write_figures(results: Sequence[dict], folder: Path) -> list[Path]:
                 if table.get("plot"):
                     picture(_draw_curves, (7.2, 4.4), [*name, table["title"]], table, run)
             if counted := [result["confusion"] for result in seeds if result.get("confusion")]:
-                title = f"{name[0]}, {run}, {len(counted)} seed(s)"
+                point = f", {seeds[0]['confusion_of']}" if seeds[0].get("confusion_of") else ""
+                title = f"{name[0]}, {run}{point}, {len(counted)} seed(s)"
                 picture(_draw_confusion, (6.4, 5.6), [*name, "confusion"], counted, seeds[0].get("classes"), title)
             if counted := [result for result in seeds if result.get("headline") and result.get("per_class")]:
                 recalls.setdefault(name[:2], []).append(counted)
@@ -528,7 +531,7 @@ def main_cli(argv: Sequence[str]) -> int:
     add("--dry-run", action="store_true", help="only say what would run")
     add("--only", metavar="PATTERN", help="lines in which this regular expression is found")
     add("--seeds", type=number(int, 1), default=1, help="use the first N seeds of each line (default: 1)")
-    add("--jobs", type=number(int, 1), help="cells at a time (default: one a GPU, else cores / threads)")
+    add("--jobs", type=number(int, 1), help="cells at a time (default: one a GPU, else cores / threads + 1)")
     add("--threads", type=number(int, 1), default=1, help="threads of a cell (default: 1); moves last digits")
     add("--cifar", action="store_true", help="run CIFAR and SVHN cells without a GPU too")
     for flag, standard in (("data-root", "data"), ("out", "runs"), ("results", "RESULTS.md"), ("figures", "figures")):
@@ -564,7 +567,9 @@ def _run_command(args) -> int:
     done = [cell for cell in cells if cell not in skipped and _finished(cell, args.out)]
     todo = [cell for cell in cells if cell not in skipped and cell not in done]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    jobs = args.jobs or torch.cuda.device_count() or max(1, cores // args.threads)
+    jobs = (
+        args.jobs or torch.cuda.device_count() or cores // args.threads + 1
+    )  # one more: a cell's start and end leave its core idle
     print(f"will run {len(todo)} cell(s), {jobs} at a time, threads a cell: {args.threads}; logs: {args.out / 'cells'}")
     for cell in todo:
         print(f"  run: {cell}")

@@ -47,9 +47,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.optimize import brentq
 from scipy.special import logsumexp, ndtr
-from scipy.stats import norm
 from torch import Tensor
 
 import common
@@ -71,6 +69,16 @@ DEFAULTS = {
     "sweep1": {"glyphs_lt": GLYPHS | {"epochs": 0, "steps": 1500, "eval_every": 25}, "small": CIFAR},
     "sweep2": {"glyphs_lt": GLYPHS | {"epochs": 20, "eval_every": 5}, "small": CIFAR},
 }
+
+# The trained points, --points table | all. Sweeps of other sets than the letters: `sweep_points`.
+PRINTED = {"p": [0, 0.1, 0.2, 0.3, 0.4, 0.5], "head_weight": [1, 0.8, 0.6, 0.4, 0.2, 0]}
+PRINTED["control"] = PRINTED["p"]
+CURVES = {"p": [i / 20 for i in range(11)], "head_weight": [i / 10 for i in range(11)], "control": PRINTED["p"]}
+LETTERS = {
+    "table": {"p": [0, 0.1, 0.2, 0.5], "head_weight": [1, 0.6, 0.2, 0], "control": [0.2, 0.5],
+              "sweep1": [40, 100, 200, 400], "sweep2": [400, 160, 40, 20, 8]},
+    "all": CURVES | {"sweep1": list(range(40, 401, 40)), "sweep2": [400, 320, 240, 160, 120, 80, 40, 20, 8, 4]},
+}  # fmt: skip
 
 # Accuracies in percent from the tables of the paper (its public repository shows them as images). Rows Class-1..10.
 PAPER = {
@@ -238,6 +246,11 @@ class Theory:
     acc_head_bayes: float
 
 
+def log_density(x: np.ndarray, mean: float, sd: float) -> np.ndarray:
+    """Log density of a normal law."""
+    return -0.5 * ((x - mean) / sd) ** 2 - math.log(sd * math.sqrt(2 * math.pi))
+
+
 def theory(mu_head, mu_tail, sigma, p, lam_head, n_head, n_tail) -> Theory:
     """Closed form of the bias that similar samples put on the boundary (means, s.d. and counts as plain numbers)."""
     lam_tail, gap = 1 - lam_head, mu_tail - mu_head
@@ -249,14 +262,20 @@ def theory(mu_head, mu_tail, sigma, p, lam_head, n_head, n_tail) -> Theory:
         with np.errstate(divide="ignore"):
             weights = np.log([[1 - p], [p]])
         x = np.atleast_1d(x)
-        parts = np.stack([norm.logpdf(x, mu_head, sigma), norm.logpdf(x, mu_head + lam_tail * gap, narrow)])
-        return np.log(n_tail) + norm.logpdf(x, mu_tail, sigma) - np.log(n_head) - logsumexp(parts + weights, axis=0)
+        parts = np.stack([log_density(x, mu_head, sigma), log_density(x, mu_head + lam_tail * gap, narrow)])
+        return np.log(n_tail) + log_density(x, mu_tail, sigma) - np.log(n_head) - logsumexp(parts + weights, axis=0)
 
     grid = np.linspace(mu_head - 12 * sigma, mu_tail + 12 * sigma, 20_001)
     chosen = log_ratio(grid) > 0
-    turns = [brentq(lambda x: log_ratio(x)[0], grid[i], grid[i + 1], xtol=1e-12)
-             for i in np.flatnonzero(chosen[1:] != chosen[:-1])]  # fmt: skip
-    edges = ([-np.inf] if chosen[0] else []) + turns + ([np.inf] if chosen[-1] else [])  # pairs: start, end of tail
+    at = np.flatnonzero(chosen[1:] != chosen[:-1])
+    low, high = grid[at], grid[at + 1]
+    for _ in range(60):  # bisection of all crossings at once
+        middle = (low + high) / 2
+        left = (log_ratio(middle) > 0) == chosen[at]
+        low, high = np.where(left, middle, low), np.where(left, high, middle)
+    edges = (
+        ([-np.inf] if chosen[0] else []) + low.tolist() + ([np.inf] if chosen[-1] else [])
+    )  # pairs: start, end of tail
 
     def inside(mu: float) -> float:
         z = ndtr((np.array(edges) - mu) / sigma)
@@ -287,39 +306,31 @@ class Point:
     head_weight: float = 1.0
 
 
-def plan(args, pool: data_lt.ImageSet) -> tuple[list[Point], int, int]:
+def plan(args, source: data_lt.Pool) -> tuple[list[Point], int, int]:
     """The points of the experiment and the head and tail class."""
-    num_classes, available = len(pool.classes), pool.counts()
-    size = min(available)
-    profile = data_lt.long_tail_counts(num_classes, size, args.imb_ratio, args.imb_type)
-    head = args.head_class if args.head_class is not None else int(np.argmax(profile))
-    tail = args.tail_class if args.tail_class is not None else num_classes - 1 - int(np.argmin(profile[::-1]))
+    num_classes, info = len(source.train.classes), source.info
+    size = int(info.n_max or min(source.train.counts()))
+    profile = [0] * num_classes
+    counts = data_lt.long_tail_counts(num_classes, size, args.imb_ratio, args.imb_type)
+    for c, n in zip(info.class_order or range(num_classes), counts, strict=True):
+        profile[c] = n
+    by_size = sorted(range(num_classes), key=lambda c: -profile[c])
+    head = by_size[0] if args.head_class is None else args.head_class
+    tail = by_size[-1] if args.tail_class is None else args.tail_class
     for flag, c in (("--head-class", head), ("--tail-class", tail)):
         if c >= num_classes:
             raise common.UserError(f"{flag} {c}: {args.dataset} has the classes 0..{num_classes - 1}")
     if head == tail:
         raise common.UserError(f"--head-class and --tail-class are both {head}: they must be two classes")
-    letters = args.dataset == "glyphs_lt"
+    grid = LETTERS[args.points] if args.dataset == "glyphs_lt" else PRINTED if args.points == "table" else CURVES
     if args.experiment == "verification":
-        if letters:
-            ps, weights = [0, 0.1, 0.2, 0.5], [0, 0.2, 0.6, 1]
-        else:
-            ps, weights = [i / 10 for i in range(6)], [i / 5 for i in range(6)]
-        if args.points == "all":
-            ps, weights = [i / 20 for i in range(11)], [i / 10 for i in range(11)]
-        if args.control:  # the other table varies what the tail's pixels weigh
-            weights = []
-        pairs = [(p, args.head_weight) for p in ps] + [(args.mix_ratio, w) for w in weights]
+        pairs = [(p, args.head_weight) for p in grid["control" if args.control else "p"]]
+        if not args.control:  # the other table varies what the tail's pixels weigh
+            pairs += [(args.mix_ratio, w) for w in grid["head_weight"]]
         points = [verification_point(p, w, profile) for p, w in pairs]
         return list({point.name: point for point in points}.values()), head, tail
-    if letters:
-        grown = [40, 100, 200, 400] if args.points == "table" else list(range(40, 401, 40))
-        shrunk = [400, 160, 40, 20, 8] if args.points == "table" else [400, 320, 240, 160, 120, 80, 40, 20, 8, 4]
-        values = grown if args.experiment == "sweep1" else shrunk
-    else:
-        values = sweep_points(args.experiment, size, args.points)
     points = []
-    for n in values:
+    for n in grid.get(args.experiment) or sweep_points(args.experiment, size, args.points):
         counts = sweep_counts(args.experiment, n, num_classes, size, tail, args.tail_count)
         points.append(Point(f"{args.experiment}_{n}", n, counts))
     return points, head, tail
@@ -610,15 +621,15 @@ def network_of(args, path: str, num_classes: int) -> tuple[models.Net, dict, boo
     return net, checkpoint, whole
 
 
-def examine(args, pool, test, norm) -> None:
+def examine(args, source: data_lt.Pool) -> None:
     """`--eval CKPT` (accuracy of a finished point) and `--init-from CKPT` (category similarity of any checkpoint)."""
-    path = args.eval or args.init_from
+    path, pool = args.eval or args.init_from, source.train
     net, checkpoint, whole = network_of(args, path, len(pool.classes))
-    points, head, tail = plan(args, pool)
+    points, head, tail = plan(args, source)
     counts = {point.name: point.counts for point in points}.get(checkpoint["stage"], pool.counts())
     if args.eval and not whole:
         raise common.UserError(f"{path} holds no classifier of {len(pool.classes)} classes to evaluate")
-    loader = evaluation_loader(args, test, norm)
+    loader = evaluation_loader(args, source.test, (source.mean, source.std))
     scores = common.evaluate(net, loader, autocast=lambda: common.autocast(args), features=net.features)
     result = {"checkpoint": Path(path).name, "stage": checkpoint["stage"], "epoch": checkpoint["epoch"]}
     if whole:
@@ -650,8 +661,8 @@ def main(args) -> None:
     source = data_lt.load_pool(args.dataset, args.data_root, args.image_size)
     pool, test, norm = source.train, source.test, (source.mean, source.std)
     if args.eval or args.init_from:
-        return examine(args, pool, test, norm)
-    points, head, tail = plan(args, pool)
+        return examine(args, source)
+    points, head, tail = plan(args, source)
     for point in points:
         check_point(args, pool, point)
     run = common.Run(args, args.experiment, pool.fingerprint())
@@ -661,10 +672,14 @@ def main(args) -> None:
     for point in points:
         train = make_training_set(args, pool, point, head, tail)
         rows[point.name] = train_point(run, args, point, train, test, norm)
-    last = rows[points[-1].name]
+    shown = points[-1]  # the smallest tail; in experiment 3 the most mixtures
+    if args.experiment == "verification":
+        shown = max((q for q in points if q.p == 0 or q.head_weight == args.head_weight), key=lambda q: q.p)
+    last = rows[shown.name]
     run.finish(
         rows=rows, tables=tables(args, points, rows, pool.classes, head, tail), classes=pool.classes,
-        counts=points[-1].counts, per_class=last["last"]["per_class"], confusion=last["last"]["confusion"],
+        counts=shown.counts, per_class=last["last"]["per_class"], confusion=last["last"]["confusion"],
+        confusion_of=shown.name,
         image_passes=sum(row["image_passes"] for row in rows.values()), epochs=last["epochs"],
         parameters=models.count_parameters(build(args, len(pool.classes))),
     )  # fmt: skip

@@ -114,8 +114,8 @@ def test_class_similarity_against_loops():
 
 def training_set(*flags, p=0.2, weight=0.2):
     args = toy.parse_args(["--imb-ratio", "10", *flags])
-    pool = data_lt.load_pool("glyphs_lt", "data").train
-    points, head, tail = toy.plan(args, pool)
+    source = data_lt.load_pool("glyphs_lt", "data")
+    pool, (points, head, tail) = source.train, toy.plan(args, source)
     point = toy.verification_point(p, weight, points[0].counts)
     return toy.make_training_set(args, pool, point, head, tail), pool, point, head, tail
 
@@ -147,15 +147,15 @@ def test_the_data_seed_chooses_the_images_and_sweep_points_are_nested():
     other, *_ = training_set("--data-seed", "1")
     assert not torch.equal(one.indices, other.indices)
     args = toy.parse_args(["--experiment", "sweep2"])
-    pool = data_lt.load_pool("glyphs_lt", "data").train
-    points, head, tail = toy.plan(args, pool)
+    source = data_lt.load_pool("glyphs_lt", "data")
+    pool, (points, head, tail) = source.train, toy.plan(args, source)
     sets = [set(toy.make_training_set(args, pool, q, head, tail).indices.tolist()) for q in points]
     assert all(small < large for large, small in zip(sets, sets[1:], strict=False))
 
 
 def test_equal_training_sets_are_one_point():
     args = toy.parse_args([])
-    points, *_ = toy.plan(args, data_lt.load_pool("glyphs_lt", "data").train)
+    points, *_ = toy.plan(args, data_lt.load_pool("glyphs_lt", "data"))
     assert len({point.name for point in points}) == len(points) == 6
 
 
