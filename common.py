@@ -846,6 +846,7 @@ def step_lr(base_lr: float, epoch: float, epochs: int, *, lr_bug: bool = False) 
     `lr_bug`: the order of branches in one released code, which never reaches the last drop.
     """
     warmup, first, second = scale_milestones((5, 160, 180), 200, epochs)
+    second = max(second, first + 1)  # in very short runs the two drops would fall together
     if epoch < warmup:
         return base_lr * (math.floor(epoch) + 1) / warmup
     return milestone_lr(base_lr, epoch, (first,) if lr_bug else (first, second), 0.01)

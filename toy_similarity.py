@@ -40,6 +40,7 @@ Where this differs from the paper and its code:
 
 from __future__ import annotations
 
+import argparse
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,7 +138,8 @@ def parse_args(argv: list[str] | None = None):
         default="verification",
         help="which of the three (default: verification)",
     )
-    add("--points", choices=("table", "all"), default="table", help="points printed in the paper, or its whole curves")
+    add("--points", type=point_list, default="table", metavar="{table,all,N,N,..}",
+        help="points of the paper (default), its whole curves, or only these counts (experiment 3: p)")  # fmt: skip
     add("--head-weight", type=common.number(float, 0, 1), default=0.2, help="head's share of a mixture (default: 0.2)")
     add("--mix-ratio", type=common.number(float, 0, 1), default=0.2, help="p of the head-weight table (default: 0.2)")
     add("--tail-count", type=common.number(int, 1), help="images of the tail in sweep 1 (default: 50, letters 40)")
@@ -167,6 +169,18 @@ def parse_args(argv: list[str] | None = None):
     if args.paper_axis and args.experiment != "sweep2":
         parser.error(f"--paper-axis belongs to --experiment sweep2, not to {args.experiment}")
     return args
+
+
+def point_list(text: str) -> str:
+    """argparse type of --points: table, all, or numbers with commas between them (given back as text)."""
+    if text not in ("table", "all"):
+        try:
+            numbers = [float(part) for part in text.split(",")]
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"needs table, all or numbers with commas, got {text!r}") from None
+        if not all(0 <= x < math.inf for x in numbers):
+            raise argparse.ArgumentTypeError(f"needs numbers of at least 0, got {text!r}")
+    return text
 
 
 # --- equations ------------------------------------------------------------------------------------------------------
@@ -322,7 +336,15 @@ def plan(args, source: data_lt.Pool) -> tuple[list[Point], int, int]:
             raise common.UserError(f"{flag} {c}: {args.dataset} has the classes 0..{num_classes - 1}")
     if head == tail:
         raise common.UserError(f"--head-class and --tail-class are both {head}: they must be two classes")
-    grid = LETTERS[args.points] if args.dataset == "glyphs_lt" else PRINTED if args.points == "table" else CURVES
+    if args.points in ("table", "all"):
+        grid = LETTERS[args.points] if args.dataset == "glyphs_lt" else PRINTED if args.points == "table" else CURVES
+    else:
+        chosen = [float(x) for x in args.points.split(",")]
+        grid = {"p": chosen, "control": chosen, "head_weight": []} | dict.fromkeys(("sweep1", "sweep2"), chosen)
+        if args.experiment == "verification" and max(chosen) > 1:
+            raise common.UserError(f"--points {args.points}: experiment 3 takes shares p in 0..1")
+        if args.experiment != "verification" and not all(x >= 1 and x == int(x) for x in chosen):
+            raise common.UserError(f"--points {args.points}: sweeps take counts of images, whole numbers of at least 1")
     if args.experiment == "verification":
         pairs = [(p, args.head_weight) for p in grid["control" if args.control else "p"]]
         if not args.control:  # the other table varies what the tail's pixels weigh
@@ -330,7 +352,7 @@ def plan(args, source: data_lt.Pool) -> tuple[list[Point], int, int]:
         points = [verification_point(p, w, profile) for p, w in pairs]
         return list({point.name: point for point in points}.values()), head, tail
     points = []
-    for n in grid.get(args.experiment) or sweep_points(args.experiment, size, args.points):
+    for n in map(int, grid.get(args.experiment) or sweep_points(args.experiment, size, args.points)):
         counts = sweep_counts(args.experiment, n, num_classes, size, tail, args.tail_count)
         points.append(Point(f"{args.experiment}_{n}", n, counts))
     return points, head, tail
@@ -506,7 +528,7 @@ def tables(args, points: list[Point], rows: dict[str, dict], classes: list[str],
         mixed = f"class {classes[control_class(points[0].counts, head, tail)]}" if args.control else "the tail"
         by_p = sorted((q for q in points if q.p == 0 or q.head_weight == args.head_weight), key=lambda q: q.p)
         by_w = sorted((q for q in points if q.p in (0, args.mix_ratio)), key=lambda q: -q.head_weight)
-        by_w = [] if args.control else by_w
+        by_w = [] if len(by_w) < 3 or args.control else by_w
         for title, chosen, columns, key, xlabel in (
             (f"Recall against p, head mixed with {mixed} (head weight {args.head_weight:g})", by_p,
              [q.p for q in by_p], "by_p", "p"),

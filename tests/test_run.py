@@ -431,3 +431,19 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, flags, named):
     assert done.returncode == 2, done.stderr
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1 and "error" in lines[0] and named in lines[0], done.stderr
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_a_bar_on_a_terminal_and_a_line_an_epoch_elsewhere(tmp_path, capsys, monkeypatch, terminal):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    train(tmp_path, args=make_args(tmp_path, quiet=False))
+    printed = capsys.readouterr().out
+    assert ("[" in printed and "\r" in printed) == terminal
+    lines = [line for line in printed.replace("\r", "\n").splitlines() if "images/s" in line and "[" not in line]
+    assert len(lines) == 3 and all("s left" in line and "loss" in line for line in lines)
+
+
+def test_quiet_prints_only_the_result(tmp_path, capsys):
+    train(tmp_path, args=make_args(tmp_path, quiet=True))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and lines[0].startswith("overall 50.0 %") and lines[1].startswith("result: ")
