@@ -31,6 +31,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import logging
 import math
 import os
 import platform
@@ -116,14 +117,26 @@ NEUTRAL = frozenset("out data_root fresh resume_from eval quiet log workers devi
 KNOWN_SETS = "glyphs_lt cifar10_lt cifar100_lt svhn_lt mini_imagenet_lt imagenet_lt inat18".split()
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """argparse with one-line errors and `@file` lines read like a shell would."""
 
     def error(self, message: str):
+        if int(os.environ.get("RANK", 0)) > 0:
+            time.sleep(2)  # every rank of torchrun finds the same mistake: rank 0 tells it
+            sys.exit(2)
         self.exit(2, f"{self.prog}: error: {message}\n")
 
+    def parse_known_args(self, args=None, namespace=None):
+        try:
+            return super().parse_known_args(args, namespace)
+        except UnicodeDecodeError:
+            self.error("an @file of flags is not text in UTF-8")
+
     def convert_arg_line_to_args(self, line: str) -> list[str]:
-        return shlex.split(line, comments=True)
+        try:
+            return shlex.split(line, comments=True)
+        except ValueError as error:
+            self.error(f"an @file of flags holds a line that cannot be read ({error}): {line.strip()}")
 
 
 def number(kind: type, low: float = -math.inf, high: float = math.inf, open_low: bool = False):
@@ -133,13 +146,12 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf, open_low:
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(
-                f"needs {'an integer' if kind is int else 'a number'}, got {text!r}"
-            ) from None
-        if not math.isfinite(value) or value < low or value > high or (open_low and value == low):
+            wanted = "an integer" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"needs {wanted}, got {text[:40]!r}") from None
+        if not low <= value <= high or (open_low and value == low) or value in (math.inf, -math.inf):
             bound = f"above {low:g}" if open_low else f"at least {low:g}"
             bound += f" and at most {high:g}" if high < math.inf else ""
-            raise argparse.ArgumentTypeError(f"must be {bound}, got {text}")
+            raise argparse.ArgumentTypeError(f"must be {bound}, got {text[:40]}")
         return value
 
     return parse
@@ -147,7 +159,7 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf, open_low:
 
 def base_parser(doc: str) -> argparse.ArgumentParser:
     """Parser with the flags that all scripts share. Flags left at None take the data set's preset in `resolve`."""
-    parser = _Parser(
+    parser = Parser(
         description=doc.strip().split("\n\n")[0], allow_abbrev=False, fromfile_prefix_chars="@",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
@@ -157,11 +169,11 @@ def base_parser(doc: str) -> argparse.ArgumentParser:
     add("--imb-ratio", type=number(float, 1), help="largest / smallest class, >= 1 (default: by data set)")
     add("--imb-type", choices=("exp", "step"), default="exp", help="profile of the class counts (default: exp)")
     add("--subset-rule", choices=("common", "fsgl"), default="common", help="how images are chosen (default: common)")
-    add("--data-seed", type=number(int, 0), default=0, help="which images form the subset (default: 0)")
+    add("--data-seed", type=number(int, 0, 2**32 - 1), default=0, help="which images form the subset (default: 0)")
     add("--image-size", type=number(int, 1), help="side in pixels (default: by data set)")
     add("--val-from", choices=("train", "test"), help="carve the validation split from train, or let test serve")
     add = parser.add_argument_group("training").add_argument
-    add("--seed", type=number(int, 0), default=0, help="initialisation, order, augmentation (default: 0)")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="initialisation, order, augmentation (default: 0)")
     add("--epochs", type=number(int, 1), help="epochs of stage 1 (default: by data set)")
     add("--batch-size", type=number(int, 1), help="images of a batch over all ranks (default: by data set)")
     add("--lr", type=number(float, 0, open_low=True), help="base learning rate of stage 1 (default: by data set)")
@@ -172,7 +184,7 @@ def base_parser(doc: str) -> argparse.ArgumentParser:
         default="default",
         help="released: the settings of the released run",
     )
-    add("--init-from", metavar="CKPT", help="checkpoint whose weights to start from")
+    add("--init-from", metavar="CKPT", help="checkpoint to start from (toy_similarity.py: to examine)")
     add("--eval-every", type=number(int, 1), help="epochs between evaluations, the last is always one (default: 1)")
     add("--select", choices=("last", "val"), default="last", help="headline: last epoch, or best on validation data")
     add = parser.add_argument_group("machine").add_argument
@@ -209,8 +221,12 @@ def resolve(parser, args, presets: dict[str, dict], image_size, released: dict[s
     if name not in presets:
         parser.error(f"--dataset {args.dataset} makes no sense here: there is no preset for images above 64 px")
     chosen = {"eval_every": 1} | presets[name]
+    if args.dataset not in KNOWN_SETS:
+        chosen["imb_ratio"] = None  # a user's own images stay as they are
     if args.recipe == "released":
-        chosen |= (released or {}).get(name, (released or {}).get("*", {}))
+        if name not in (released or {}):
+            parser.error(f"--recipe released: nothing was released for --dataset {args.dataset} here")
+        chosen |= released[name]
     standard = {key: parser.get_default(key) for key in vars(args)} | chosen
     for key, value in chosen.items():
         if getattr(args, key) is None or (args.recipe == "released" and getattr(args, key) == parser.get_default(key)):
@@ -231,8 +247,9 @@ def resolve(parser, args, presets: dict[str, dict], image_size, released: dict[s
 
 
 def result_args(args) -> dict:
-    """The arguments that decide the result, as plain values (no paths of this machine but a data set of the user's)."""
-    return {key: value for key, value in sorted(vars(args).items()) if key not in NEUTRAL | {"changed"}}
+    """The arguments that decide the result, as plain values; a path as data set by its name and a hash."""
+    kept = {key: value for key, value in sorted(vars(args).items()) if key not in NEUTRAL | {"changed"}}
+    return kept | {"dataset": dataset_name(args.dataset)}
 
 
 # --- launch ---------------------------------------------------------------------------------------------------------
@@ -268,16 +285,28 @@ def launch(main, args) -> None:
         signal.signal(signal.SIGINT, _on_signal)
         main(args)
     except (UserError, RunError) as error:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if not is_main():
-            time.sleep(2)  # the same mistake on every rank is told once: the launcher ends us when rank 0 has left
-        sys.stdout.flush()
-        where = f" (rank {rank()})" if rank() else ""
-        print(f"{Path(sys.argv[0]).name}: error{where}: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UserError) else 1)
+        _tell_and_exit(error)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        _tell_and_exit(UserError("a batch of one image cannot be batch-normalised here: choose another --batch-size"))
     finally:
         if dist.is_initialized() and sys.exc_info()[0] is None:
             dist.destroy_process_group()
+
+
+def _tell_and_exit(error: Exception) -> None:
+    """One line on stderr and the exit code; a mistake that all ranks make is told by rank 0 alone."""
+    code = 2 if isinstance(error, UserError) else 1
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if not is_main():
+        time.sleep(10)  # when rank 0 has left as well, the launcher ends us before this is over
+    sys.stdout.flush()
+    where = f" (rank {rank()})" if rank() else ""
+    print(f"{Path(sys.argv[0]).name}: error{where}: {error}", file=sys.stderr, flush=True)
+    if world_size() > 1:
+        os._exit(code)  # at once: leaving a process group in good order would wait for the other ranks
+    sys.exit(code)
 
 
 def _choose_device(args, under_torchrun: bool) -> None:
@@ -315,6 +344,8 @@ def _start_ranks(count: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks say themselves what is wrong
+
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=count, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
         rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1,
@@ -331,6 +362,11 @@ def _start_ranks(count: int) -> int:
             )
         return first.exitcode if first.exitcode > 0 else 1
     return 0
+
+
+def grad_scaler(args) -> torch.amp.GradScaler:
+    """Loss scaling for `--precision fp16`; does nothing otherwise. A part of the stage: its state belongs to it."""
+    return torch.amp.GradScaler(args.device.split(":")[0], enabled=args.precision == "fp16")
 
 
 def autocast(args):
@@ -358,7 +394,16 @@ def write_atomic(path: Path, write) -> None:
 
 
 def write_json(path: Path, value) -> None:
-    write_atomic(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
+    """Write a JSON file; a figure that is not finite becomes null."""
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {key: plain(part) for key, part in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(part) for part in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    write_atomic(path, lambda file: file.write((json.dumps(plain(value), indent=1) + "\n").encode()))
 
 
 def save_checkpoint(path: Path, checkpoint: dict, keep: Path | None = None) -> None:
@@ -387,22 +432,19 @@ def load_checkpoint(path: str | Path, hint: str = "") -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"checkpoint {path} does not exist") from None
-    except Exception as error:  # unpickling raises many kinds; whichever it was, the file is of no use
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise UserError(f"checkpoint {path} is damaged or not one of ours ({reason}){hint}") from None
+    except Exception:  # unpickling raises many kinds; whichever it was, the file is of no use
+        raise UserError(f"checkpoint {path} is damaged or not one of ours{hint}") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("kind") != "long-tail-run":
         raise UserError(f"checkpoint {path} was not written by these scripts{hint}")
     return checkpoint
 
 
-def check_same(path, saved: dict, now: dict, names) -> None:
+def check_same(path, saved: dict, now: dict, names, remedy: str = "give the saved value") -> None:
     """Refuse a checkpoint whose arguments differ from the present ones, naming the first that does."""
     for name in names:
-        if name not in ("out", "device") and saved.get(name) != now.get(name):
-            raise UserError(
-                f"{path} was made with --{name.replace('_', '-')} {saved.get(name)}, this command has {now.get(name)}; "
-                "give the saved value, another --out, or --fresh"
-            )
+        if saved.get(name) != now.get(name):
+            flag = name.replace("_", "-")
+            raise UserError(f"{path} was made with --{flag} {saved.get(name)}, this has {now.get(name)}; {remedy}")
 
 
 def make_folder(path: Path) -> None:
@@ -431,13 +473,17 @@ def load_weights(module: nn.Module, state: dict[str, Tensor], source) -> None:
 # --- run folder -----------------------------------------------------------------------------------------------------
 
 
+def dataset_name(dataset: str) -> str:
+    """A known set's name; for a path its last part and a hash of the whole, however it was written."""
+    if dataset in KNOWN_SETS:
+        return dataset
+    path = Path(dataset).resolve()
+    return re.sub(r"[^\w.+-]", "-", f"{path.stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:6]}")
+
+
 def dataset_tag(args) -> str:
-    """Folder name of the data set: `cifar10_lt_ir100`; a path becomes its last part and a hash of the whole."""
-    name = args.dataset
-    if name not in KNOWN_SETS:
-        name = f"{Path(name).stem or 'data'}-{hashlib.sha256(str(Path(name).resolve()).encode()).hexdigest()[:6]}"
-    ratio = "" if args.imb_ratio is None else f"_ir{args.imb_ratio:g}"
-    return re.sub(r"[^\w.+-]", "-", name) + ratio
+    """Folder name of the data set: `cifar10_lt_ir100`."""
+    return dataset_name(args.dataset) + ("" if args.imb_ratio is None else f"_ir{args.imb_ratio:g}")
 
 
 def variant_name(args, method: str) -> str:
@@ -470,16 +516,21 @@ class Run:
             self._open()
         barrier()
         torch.manual_seed(derive_seed(args.seed, "init"))  # networks built from here on
-        self._read_checkpoint()
-        if is_main() and self.result is None:
-            self._start_logs()
+        if finished := self.result:
+            self.check(self.folder / "result.json", finished)
+        else:
+            self._read_checkpoint()
+            if is_main():
+                self._start_logs()
         barrier()
 
     @property
     def result(self) -> dict | None:
-        """The result of a finished run, None before."""
-        path = self.folder / "result.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        """The result of a finished run; None before, and when its file is damaged (it is then made again)."""
+        try:
+            return json.loads((self.folder / "result.json").read_text())
+        except (FileNotFoundError, ValueError):
+            return None
 
     def _open(self) -> None:
         make_folder(self.folder)
@@ -519,7 +570,8 @@ class Run:
         if checkpoint["script"] != self.script:
             raise UserError(f"{path} is a checkpoint of {checkpoint['script']}.py, this is {self.script}.py")
         now = result_args(self.args)
-        check_same(path, checkpoint["args"], now, ["dataset", "backbone", *now, *checkpoint["args"]])
+        names = ["dataset", "backbone", *now, *checkpoint["args"]]
+        check_same(path, checkpoint["args"], now, names, "give the saved value, another --out, or --fresh")
         if checkpoint["data"] != self.fingerprint:
             raise UserError(
                 f"{path} was trained on other images or labels than --dataset {self.args.dataset} gives now"
@@ -527,8 +579,7 @@ class Run:
 
     def _start_logs(self) -> None:
         write_json(self.folder / "args.json", {k: v for k, v in sorted(vars(self.args).items()) if k != "changed"})
-        lines = "".join(json.dumps(row) + "\n" for row in self.rows)
-        write_atomic(self.folder / "metrics.jsonl", lambda file: file.write(lines.encode()))
+        self._write_metrics()
         if self.args.log == "tensorboard":
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -537,13 +588,20 @@ class Run:
                 return
             self.writer = SummaryWriter(str(self.folder), purge_step=len(self.rows))
 
+    def _write_metrics(self) -> None:
+        lines = "".join(json.dumps(row) + "\n" for row in self.rows)
+        write_atomic(self.folder / "metrics.jsonl", lambda file: file.write(lines.encode()))
+
     def say(self, text: str) -> None:
         if is_main() and not self.args.quiet:
             print(text, flush=True)
 
-    def stage(self, name: str, epochs: int, **parts) -> Stage:
-        """A stage of training whose `parts` (anything with state_dict / load_state_dict) make up its checkpoints."""
-        return Stage(self, name, epochs, parts)
+    def stage(self, name: str, epochs: int, info: dict | None = None, **parts) -> Stage:
+        """A stage of training whose `parts` (anything with state_dict / load_state_dict) make up its checkpoints.
+
+        info: plain values that whoever evaluates the checkpoint needs to know, such as the class counts.
+        """
+        return Stage(self, name, epochs, info or {}, parts)
 
     def finish(self, **result) -> dict:
         """Write result.json (atomic) and return it; clocked or machine-dependent figures go into timing / machine."""
@@ -554,6 +612,7 @@ class Run:
             "torch": torch.__version__, "python": platform.python_version(),
         }  # fmt: skip
         head = {
+            "kind": "long-tail-result", "data": self.fingerprint,
             "script": self.script, "dataset": dataset_tag(args), "variant": self.variant, "method": self.method,
             "seed": args.seed, "args": result_args(args), "headline": None, "best_on_test": None,
         }  # fmt: skip
@@ -580,17 +639,21 @@ class Run:
 class Stage:
     """The bookkeeping of one training stage; the loop itself stays in the script (see the top of this file)."""
 
-    def __init__(self, run: Run, name: str, epochs: int, parts: dict):
-        self.run, self.name, self.total, self.parts = run, name, epochs, parts
+    def __init__(self, run: Run, name: str, epochs: int, info: dict, parts: dict):
+        self.run, self.name, self.total, self.info, self.parts = run, name, epochs, info, parts
         self.epoch, self.step, self.sums, self.best, self.seconds = 0, 0, {}, None, 0.0
         self.passes = 0  # images that went forward and backward, over all ranks
         self.finished = False
         own = run.folder / f"{name}.pt"
         if own.exists():
-            checkpoint = load_checkpoint(own)
+            checkpoint = load_checkpoint(own, "; delete it (its stage is then trained again) or use --fresh")
             run.check(own, checkpoint)
             self._restore(checkpoint)
             self.finished = True
+            if len(checkpoint["rows"]) > len(run.rows):  # last.pt was lost, or an older one was asked for
+                run.rows = checkpoint["rows"]
+                if is_main():
+                    run._write_metrics()
         elif run.saved is not None and run.saved["stage"] == name:
             self._restore(run.saved)
             run.say(f"{name}: continuing at epoch {self.epoch + 1}, step {self.step + 1}")
@@ -615,7 +678,8 @@ class Stage:
         return {
             "kind": "long-tail-run", "script": self.run.script, "args": result_args(self.run.args),
             "data": self.run.fingerprint, "stage": self.name, "epoch": self.epoch, "step": self.step,
-            "passes": self.passes, "sums": self.sums, "best": self.best, "seconds": self.seconds, "rng": everyone,
+            "passes": self.passes, "info": self.info, "sums": self.sums, "best": self.best,
+            "seconds": self.seconds, "rng": everyone,
             "rows": self.run.rows, "state": {key: part.state_dict() for key, part in self.parts.items()},
         }  # fmt: skip
 
@@ -668,7 +732,8 @@ class Stage:
         """Call between backward and optimizer.step: a non-finite loss ends the run and never reaches the weights.
 
         Without a host sync where it costs one: a fused optimiser on a GPU is told on the device to skip its update and
-        the host reads the flag one step later; elsewhere the loss is looked at here.
+        the host reads the flag one step later; elsewhere the loss is looked at here. (A GradScaler overwrites the flag
+        with its own, which skips the update as well.)
         """
         bad = (~torch.isfinite(loss.detach())).float().reshape(())
         if world_size() > 1:
@@ -1014,10 +1079,12 @@ class Scores:
         return report(self.labels, self.predictions, counts, **options)
 
 
-def save_features(scores: Scores, path: Path) -> None:
-    """Write `features` [N, d] (float32, before the head), `labels` [N] and `indices` [N] of an evaluation as .npz."""
-    arrays = {"features": scores.features.numpy(), "labels": scores.labels.numpy()}
-    arrays["indices"] = np.arange(len(scores.labels))
+def save_features(scores: Scores, indices: Tensor, path: Path) -> None:
+    """Write `features` [N, d] (float32, before the head), `labels` [N] and `indices` [N] of an evaluation as .npz.
+
+    indices: positions of the images in the source set (`ImageSet.indices`).
+    """
+    arrays = {"features": scores.features.numpy(), "labels": scores.labels.numpy(), "indices": indices.cpu().numpy()}
     if is_main():
         write_atomic(path, lambda file: np.savez(file, **arrays))
     barrier()

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from common import GROUPS, KNOWN_SETS, ROOT, RunError, UserError, _Parser, is_main, number, write_atomic, write_json
+from common import GROUPS, KNOWN_SETS, ROOT, Parser, RunError, UserError, is_main, number, write_atomic, write_json
 
 
 @dataclass(frozen=True)
@@ -523,7 +523,7 @@ def _draw_confusion(axes, counted: list[list[list[int]]], names: Sequence[str] |
 
 def main_cli(argv: Sequence[str]) -> int:
     """`python common.py run|tables|figures`; the exit code: 0 fine, 1 something failed, 2 bad input."""
-    parser = _Parser(prog="common.py", description="Run the cells of tables; make tables and figures of their results.")
+    parser = Parser(prog="common.py", description="Run the cells of tables; make tables and figures of their results.")
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="run the cells, then write tables and figures", allow_abbrev=False)
     add = run.add_argument

@@ -21,7 +21,7 @@ evaluate on the balanced test set. Nothing is frozen, nothing is passed on.
   python toy_similarity.py --dataset cifar10_lt --experiment verification
   python toy_similarity.py --dataset cifar10_lt --experiment sweep1 --points all
   python toy_similarity.py --theory                                     # the closed form, no training
-  python toy_similarity.py --init-from runs/.../train.pt                # similarity diagnostics of any checkpoint
+  python toy_similarity.py --init-from runs/.../sweep2_8.pt             # similarity diagnostics of any checkpoint
 
 EXPECT
 
@@ -32,7 +32,8 @@ Where this differs from the paper and its code:
  4. The mixing weight is named by meaning, `--head-weight` (code: 0.2). Table 6's lambda is the head's weight, Table 7's
     lambda the tail's; both are printed.
  5. The number of mixtures is trunc(p n_head), safe against float error (the code gives 2,849 for p = 0.57).
- 6. Best epochs are recorded apart for every point (the code carries them over from point to point) and choose nothing.
+ 6. Best epochs are recorded apart for every point (the code carries them over from point to point), choose nothing and
+    leave no checkpoint; `--select val` keeps the best one on validation data.
  7. The prior-weighted and nearest-mean rules of `--theory` are a derivation consistent with the abstract; the text of
     the paper's theorem is no longer public.
  8. On the embedded letters the points, counts and steps are our own, chosen for 400 images a class.
@@ -59,7 +60,8 @@ import models
 
 CIFAR = {
     "backbone": "resnet32", "batch_size": 256, "lr": 0.1, "epochs": 200, "steps": 0, "schedule": "step",
-    "weight_decay": 2e-4, "imb_ratio": 100.0, "pad": 4, "flip": 0.5, "tail_count": 50, "eval_every": 1,
+    "weight_decay": 2e-4, "imb_ratio": 100.0, "pad": 4, "flip": 0.5, "tail_count": 50, "head_weight": 0.2,
+    "mix_ratio": 0.2,
 }  # fmt: skip
 GLYPHS = CIFAR | {
     "backbone": "resnet8", "batch_size": 64, "schedule": "cosine", "imb_ratio": 10.0, "pad": 2, "flip": 0.0,
@@ -70,6 +72,8 @@ DEFAULTS = {
     "sweep1": {"glyphs_lt": GLYPHS | {"epochs": 0, "steps": 1500, "eval_every": 25}, "small": CIFAR},
     "sweep2": {"glyphs_lt": GLYPHS | {"epochs": 20, "eval_every": 5}, "small": CIFAR},
 }
+
+RELEASED = {"small": {"epochs": 201}}  # the published loops run one epoch more
 
 # The trained points, --points table | all. Sweeps of other sets than the letters: `sweep_points`.
 PRINTED = {"p": [0, 0.1, 0.2, 0.3, 0.4, 0.5], "head_weight": [1, 0.8, 0.6, 0.4, 0.2, 0]}
@@ -140,8 +144,8 @@ def parse_args(argv: list[str] | None = None):
     )
     add("--points", type=point_list, default="table", metavar="{table,all,N,N,..}",
         help="points of the paper (default), its whole curves, or only these counts (experiment 3: p)")  # fmt: skip
-    add("--head-weight", type=common.number(float, 0, 1), default=0.2, help="head's share of a mixture (default: 0.2)")
-    add("--mix-ratio", type=common.number(float, 0, 1), default=0.2, help="p of the head-weight table (default: 0.2)")
+    add("--head-weight", type=common.number(float, 0, 1), help="head's share of a mixture (default: 0.2)")
+    add("--mix-ratio", type=common.number(float, 0, 1), help="p of the head-weight table (default: 0.2)")
     add("--tail-count", type=common.number(int, 1), help="images of the tail in sweep 1 (default: 50, letters 40)")
     add("--head-class", type=common.number(int, 0), help="class id of the head (default: the largest class)")
     add("--tail-class", type=common.number(int, 0), help="class id of the tail (default: the smallest class)")
@@ -155,19 +159,36 @@ def parse_args(argv: list[str] | None = None):
     add("--pad", type=common.number(int, 0), help="zero padding of the random crop in pixels (default: 4, letters 2)")
     add("--flip", type=common.number(float, 0, 1), help="probability of a horizontal flip (default: 0.5, letters 0)")
     args = parser.parse_args(argv)
-    common.resolve(
-        parser, args, DEFAULTS[args.experiment],
-        lambda: data_lt.peek_image_size(args.dataset, args.data_root, args.image_size),
-    )  # fmt: skip
-    args.changed.pop("experiment", None)  # it is the name of the method
-    if args.epochs == 0 and args.steps == 0:
-        parser.error("--steps 0 asks for --epochs: give one of them")
-    if args.control and args.experiment != "verification":
-        parser.error(f"--control belongs to --experiment verification, not to {args.experiment}")
+    sweep = args.experiment != "verification"
+    for flag, given, fits in (
+        ("--control", args.control, not sweep), ("--head-weight", args.head_weight is not None, not sweep),
+        ("--mix-ratio", args.mix_ratio is not None, not sweep), ("--imb-ratio", args.imb_ratio is not None, not sweep),
+        ("--imb-type", args.imb_type != "exp", not sweep),
+        ("--paper-axis", args.paper_axis, args.experiment == "sweep2"),
+        ("--tail-count", args.tail_count is not None, args.experiment == "sweep1"),
+    ):  # fmt: skip
+        if given and not fits:
+            parser.error(f"{flag} has no meaning in --experiment {args.experiment}")
+    if args.steps and args.epochs:
+        parser.error("--epochs and --steps contradict each other: give one of them")
+    if args.steps == 0 and args.epochs is None and args.experiment == "sweep1" and args.dataset == "glyphs_lt":
+        parser.error("--steps 0 asks for --epochs")
+    if args.save_features and (args.eval or args.init_from or args.theory):
+        parser.error("--save-features belongs to a training run")
     if args.save_features == "val" and args.select != "val":
         parser.error("--save-features val: there is a validation split only with --select val")
-    if args.paper_axis and args.experiment != "sweep2":
-        parser.error(f"--paper-axis belongs to --experiment sweep2, not to {args.experiment}")
+    if args.epochs:
+        args.steps = 0
+    elif args.steps:
+        args.epochs = 0
+    common.resolve(
+        parser, args, DEFAULTS[args.experiment],
+        lambda: data_lt.peek_image_size(args.dataset, args.data_root, args.image_size), RELEASED,
+    )  # fmt: skip
+    args.changed.pop("experiment", None)  # it is the name of the method
+    for key in ("epochs", "steps"):  # the one that the other replaces
+        if args.changed.get(key) == 0:
+            del args.changed[key]
     return args
 
 
@@ -255,7 +276,7 @@ class Theory:
     theta_var: float
     acc_tail_mean: float
     acc_head_mean: float
-    theta_bayes: float
+    theta_bayes: float  # -inf: the tail is chosen from minus infinity on
     acc_tail_bayes: float
     acc_head_bayes: float
 
@@ -322,15 +343,20 @@ class Point:
 
 def plan(args, source: data_lt.Pool) -> tuple[list[Point], int, int]:
     """The points of the experiment and the head and tail class."""
-    num_classes, info = len(source.train.classes), source.info
-    size = int(info.n_max or min(source.train.counts()))
-    profile = [0] * num_classes
-    counts = data_lt.long_tail_counts(num_classes, size, args.imb_ratio, args.imb_type)
-    for c, n in zip(info.class_order or range(num_classes), counts, strict=True):
-        profile[c] = n
+    sizes, info = source.train.counts(), source.info
+    num_classes, size = len(sizes), int(info.n_max or min(sizes))
+    if num_classes < 2:
+        raise common.UserError(f"{args.dataset} has one class; a head and a tail are two")
+    profile, order = sizes, info.class_order or range(num_classes)
+    if args.imb_ratio is not None:
+        n_max = info.n_max or data_lt.largest_head([sizes[c] for c in order], args.imb_ratio, args.imb_type)
+        counts = data_lt.long_tail_counts(num_classes, n_max, args.imb_ratio, args.imb_type)
+        profile = [n for _, n in sorted(zip(order, counts, strict=True))]
     by_size = sorted(range(num_classes), key=lambda c: -profile[c])
-    head = by_size[0] if args.head_class is None else args.head_class
-    tail = by_size[-1] if args.tail_class is None else args.tail_class
+    tail = args.tail_class
+    if tail is None:
+        tail = next(c for c in reversed(by_size) if c != args.head_class)
+    head = next(c for c in by_size if c != tail) if args.head_class is None else args.head_class
     for flag, c in (("--head-class", head), ("--tail-class", tail)):
         if c >= num_classes:
             raise common.UserError(f"{flag} {c}: {args.dataset} has the classes 0..{num_classes - 1}")
@@ -349,6 +375,8 @@ def plan(args, source: data_lt.Pool) -> tuple[list[Point], int, int]:
         pairs = [(p, args.head_weight) for p in grid["control" if args.control else "p"]]
         if not args.control:  # the other table varies what the tail's pixels weigh
             pairs += [(args.mix_ratio, w) for w in grid["head_weight"]]
+        if args.control:
+            control_class(profile, head, tail)  # refuses two classes
         points = [verification_point(p, w, profile) for p, w in pairs]
         return list({point.name: point for point in points}.values()), head, tail
     points = []
@@ -375,20 +403,32 @@ def check_point(args, pool: data_lt.ImageSet, point: Point) -> None:
             )
 
 
-def make_training_set(args, pool: data_lt.ImageSet, point: Point, head: int, tail: int) -> data_lt.ImageSet:
-    """Choose the images of a point, then overwrite part of the head's with mixtures; both by the data seed alone."""
+def make_training_set(args, source: data_lt.Pool, point: Point, head: int, tail: int):
+    """(training set, validation set or None) of a point, by the data seed alone.
+
+    Choose the images, hold some out if validation data come from them, then overwrite part of the head's with mixtures.
+    """
     published = data_lt.FSGL_SEED if args.subset_rule == "fsgl" else 0
-    rng = np.random.RandomState(published + args.data_seed)
-    choose = data_lt.subset_fsgl if args.subset_rule == "fsgl" else data_lt.subset_common
-    train = pool.select(choose(pool.labels.numpy(), point.counts, rng))
+    rng = np.random.RandomState((published + args.data_seed) % 2**32)
+    pool, labels = source.train, source.train.labels.numpy()
+    if args.subset_rule == "fsgl":
+        train = pool.select(data_lt.subset_fsgl(labels, point.counts, rng))
+    else:
+        train = pool.select(data_lt.subset_common(labels, point.counts, rng, source.info.class_order))
+    val = None
+    if args.select == "val":
+        val = source.test if args.val_from == "test" else source.val
+        if val is None or args.val_from == "train":
+            held = data_lt.holdout(
+                train.labels.numpy(), len(train.classes), common.generator(args.data_seed, "holdout")
+            )
+            val, train = train.select(held), train.select(np.setdiff1d(np.arange(len(train)), held))
     if point.p:
         partner = control_class(point.counts, head, tail) if args.control else tail
         head_order, partner_order = similar_pairs(train.labels.numpy(), head, partner, rng)
-        if not len(partner_order):
-            raise common.UserError(f"class {partner} ({pool.classes[partner]}) has no image to mix into the head")
         picked = torch.from_numpy(head_order[: mixture_count(point.p, len(head_order))])
         train.images[picked] = mix_similar(train.images[picked], train.images[partner_order], point.head_weight)
-    return train
+    return train, val
 
 
 def control_class(counts: list[int], head: int, tail: int) -> int:
@@ -413,21 +453,23 @@ def build(args, num_classes: int) -> models.Net:
     return net.to(args.device, memory_format=torch.channels_last)
 
 
-def train_point(run: common.Run, args, point: Point, train: data_lt.ImageSet, test: data_lt.ImageSet, norm) -> dict:
+def train_point(run: common.Run, args, point: Point, source: data_lt.Pool, head: int, tail: int) -> dict:
     """Train one network on one training set; returns the figures of the last epoch and, apart, of the best."""
-    test_loader, val_loader = evaluation_loader(args, test, norm), None
-    if args.select == "val":
-        held, train = validation_split(args, train, test)
-        val_loader = evaluation_loader(args, held, norm)
+    train, val = make_training_set(args, source, point, head, tail)
+    statistics, counts = (source.mean, source.std), train.counts()
+    test_loader = evaluation_loader(args, source.test, statistics)
+    val_loader = val and evaluation_loader(args, val, statistics)
     torch.manual_seed(common.derive_seed(args.seed, "init"))
-    net = build(args, len(train.classes))
+    net = build(args, len(counts))
     optimizer = torch.optim.SGD(
         net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=args.device.startswith("cuda")
     )
-    augment = data_lt.Augment(train.images.shape[-1], *norm, crop="pad", pad=args.pad, flip=args.flip)
+    scaler = common.grad_scaler(args)
+    augment = data_lt.Augment(train.images.shape[-1], *statistics, crop="pad", pad=args.pad, flip=args.flip)
     loader = data_lt.Loader(train, args.batch_size, augment=augment, seed=args.seed, device=args.device)
     epochs = math.ceil(args.steps / len(loader)) if args.steps else args.epochs
-    stage = run.stage(point.name, epochs, model=net, optimizer=optimizer)
+    info = {"counts": counts, "head": head, "tail": tail}
+    stage = run.stage(point.name, epochs, info, model=net, optimizer=optimizer, scaler=scaler)
     if not stage.finished:
         run.say(f"{point.name}: {len(train)} images, {epochs} epochs of {len(loader)} steps")
         replica = common.distribute(torch.compile(net) if args.compile else net)
@@ -440,60 +482,54 @@ def train_point(run: common.Run, args, point: Point, train: data_lt.ImageSet, te
                 losses = F.cross_entropy(logits.float(), labels, reduction="none")  # [b]
                 loss = common.batch_mean(losses, loader.global_batch)
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                scaler.scale(loss).backward()
                 stage.guard(loss, optimizer)
-                optimizer.step()
+                scaler.step(optimizer)
+                scaler.update()
                 stage.add(len(labels), loss=losses.mean(), accuracy=(logits.argmax(1) == labels).float().mean())
             scores, selected = {}, None
             if stage.due(args.eval_every):
-                scores["test"] = evaluation_figures(args, net, test_loader, point.counts)
+                scores["test"] = evaluation_figures(args, net, test_loader, counts)
                 if val_loader:
-                    scores["val"] = evaluation_figures(args, net, val_loader, point.counts)
+                    scores["val"] = evaluation_figures(args, net, val_loader, counts)
                     selected = scores["val"]["overall"]
             stage.end_epoch(lr=lr, score=selected, **scores)
         stage.finish()
     if val_loader:
         stage.load_best()
     if args.save_features:
-        chosen = {"train": train, "test": test, "val": held if val_loader else None}[args.save_features]
-        save_features(run, args, point, net, chosen, norm)
-    return point_figures(run, args, point, net, test_loader)
+        dataset = {"train": train, "test": source.test, "val": val}[args.save_features]
+        chosen = common.evaluate(
+            net, evaluation_loader(args, dataset, statistics), autocast=lambda: common.autocast(args),
+            features=net.features,
+        )  # fmt: skip
+        common.save_features(chosen, dataset.indices, features_path(run, args, point))
+    return point_figures(run, args, point, counts, net, test_loader)
 
 
-def validation_split(args, train: data_lt.ImageSet, test: data_lt.ImageSet):
-    """(validation set, what is left to train on) for `--select val`; with `--val-from test` the test set serves."""
-    if args.val_from == "test":
-        return test, train
-    held = data_lt.holdout(train.labels.numpy(), len(train.classes), common.generator(args.data_seed, "holdout"))
-    rest = np.setdiff1d(np.arange(len(train)), held)
-    return train.select(held), train.select(rest)
-
-
-def save_features(run: common.Run, args, point: Point, net, dataset: data_lt.ImageSet, norm) -> None:
-    """features_<split>_<point>.npz in the run folder."""
-    loader = evaluation_loader(args, dataset, norm)
-    scores = common.evaluate(net, loader, autocast=lambda: common.autocast(args), features=net.features)
-    common.save_features(scores, run.folder / f"features_{args.save_features}_{point.name}.npz")
+def features_path(run: common.Run, args, point: Point) -> Path:
+    return run.folder / f"features_{args.save_features}_{point.name}.npz"
 
 
 def evaluation_figures(args, net, loader, counts) -> dict:
     """What metrics.jsonl keeps of an evaluation."""
     full = common.evaluate(net, loader, autocast=lambda: common.autocast(args)).report(counts)
+    if full["loss"] is None:
+        raise common.RunError("the network has diverged: its outputs are not finite; a smaller --lr may help")
     return {key: full[key] for key in ("overall", "top5", "loss", "per_class")}
 
 
-def point_figures(run: common.Run, args, point: Point, net, loader) -> dict:
+def point_figures(run: common.Run, args, point: Point, counts: list[int], net, loader) -> dict:
     """Row of one finished point: last and best epoch, recalls, confusion, where the tail's errors go, similarity."""
     rows = [row for row in run.rows if row["stage"] == point.name and "test" in row]
     scores = common.evaluate(net, loader, autocast=lambda: common.autocast(args), features=net.features)
-    full = scores.report(point.counts)
     best = max(rows, key=lambda row: row["test"]["overall"])
     return {
-        "point": point.value, "counts": point.counts, "p": point.p, "head_weight": point.head_weight,
+        "point": point.value, "counts": counts, "p": point.p, "head_weight": point.head_weight,
         "epochs": rows[-1]["epoch"] + 1, "image_passes": rows[-1]["passes"],
-        "last": {key: full[key] for key in ("overall", "top5", "per_class", "confusion", "macro_f1", "ece", "loss")},
+        args.select: scores.report(counts),
         "best_on_test": {"overall": best["test"]["overall"], "epoch": best["epoch"]},
-        "similarity": similarity_figures(scores, len(point.counts)),
+        "similarity": similarity_figures(scores, len(counts)),
     }  # fmt: skip
 
 
@@ -505,24 +541,29 @@ def similarity_figures(scores: common.Scores, num_classes: int) -> dict:
 
 def tables(args, points: list[Point], rows: dict[str, dict], classes: list[str], head: int, tail: int) -> list[dict]:
     """The experiment's tables as data (percent): ours, the published figures where the set matches, what to draw."""
-    published = PAPER[args.experiment] if args.dataset == "cifar10_lt" and not args.control else None
+    alike = args.dataset == "cifar10_lt" and (head, tail) == (0, 9) and not args.control
+    alike &= args.experiment != "verification" or (args.imb_ratio, args.imb_type) == (100, "exp")
+    alike &= args.experiment != "sweep1" or args.tail_count == 50
+    published = PAPER[args.experiment] if alike else None
+    fixed = {"by_p": args.head_weight == 0.2, "by_head_weight": args.mix_ratio == 0.2}  # what the tables hold fixed
     names = [
         f"{name} (head)" if c == head else f"{name} (tail)" if c == tail else name for c, name in enumerate(classes)
     ]
 
     def recall(point: Point, c: int) -> float | None:
-        value = rows[point.name]["last"]["per_class"][c]
+        value = rows[point.name][args.select]["per_class"][c]
         return None if value is None else 100 * value
 
     def table(title, columns, chosen, lines, xlabel, draw):
         lines = [{"name": n, "values": [f(point) for point in chosen], "paper": paper} for n, f, paper in lines]
         plot = {"x": columns, "xlabel": xlabel, "ylabel": "recall (%)", "rows": draw}
         passes = [rows[point.name]["image_passes"] for point in chosen]
-        note = f"last epoch; image passes of each column: {', '.join(f'{n:,}' for n in passes)}"
+        epoch = "last epoch" if args.select == "last" else "epoch chosen on validation data"
+        note = f"{epoch}; image passes of each column: {', '.join(f'{n:,}' for n in passes)}"
         return {"title": title, "note": note, "row_header": xlabel, "columns": columns, "rows": lines, "plot": plot}
 
-    overall = ("rank-1", lambda point: 100 * rows[point.name]["last"]["overall"])
-    top5 = ("rank-5", lambda point: 100 * rows[point.name]["last"]["top5"])
+    overall = ("rank-1", lambda point: 100 * rows[point.name][args.select]["overall"])
+    top5 = ("rank-5", lambda point: 100 * rows[point.name][args.select]["top5"])
     made = []
     if args.experiment == "verification":
         mixed = f"class {classes[control_class(points[0].counts, head, tail)]}" if args.control else "the tail"
@@ -539,7 +580,9 @@ def tables(args, points: list[Point], rows: dict[str, dict], classes: list[str],
                 continue
             lines = []
             for i, c in enumerate((head, tail)):
-                paper = published and [published[key].get(x, (None, None))[i] for x in columns]
+                paper = None
+                if published and fixed[key]:
+                    paper = [published[key].get(x, (None, None))[i] for x in columns]
                 lines.append((names[c], lambda q, c=c: recall(q, c), paper))
             made.append(table(title, columns, chosen, [*lines, (*overall, None)], xlabel, [names[head], names[tail]]))
     else:
@@ -558,20 +601,20 @@ def tables(args, points: list[Point], rows: dict[str, dict], classes: list[str],
             (*top5, published and paper(published["rank-5"])),
         ]
         what = "images of every class but the tail" if args.experiment == "sweep1" else "images of the tail"
-        fixed = f"tail fixed at {args.tail_count}" if args.experiment == "sweep1" else f"the others fixed at {size}"
-        title = f"{'Sweep 1' if args.experiment == 'sweep1' else 'Sweep 2'}: recall against {what} ({fixed})"
+        held = f"tail fixed at {args.tail_count}" if args.experiment == "sweep1" else f"the others fixed at {size}"
+        title = f"{'Sweep 1' if args.experiment == 'sweep1' else 'Sweep 2'}: recall against {what} ({held})"
         made.append(
             table(title, columns, points, lines, what + (" (axis as printed)" if args.paper_axis else ""), names)
         )
-    return [*made, similarity_table(points, rows, head, tail)]
+    return [*made, similarity_table(args, points, rows, head, tail)]
 
 
-def similarity_table(points: list[Point], rows: dict[str, dict], head: int, tail: int) -> dict:
+def similarity_table(args, points: list[Point], rows: dict[str, dict], head: int, tail: int) -> dict:
     """Where the tail's test images go, and how close its features are to the head's."""
     lines = [[], [], [], []]
     for point in points:
         row = rows[point.name]
-        confusion, similar = row["last"]["confusion"], row["similarity"]
+        confusion, similar = row[args.select]["confusion"], row["similarity"]
         total = max(sum(confusion[tail]), 1)
         wrong = [n if c != tail else -1 for c, n in enumerate(confusion[tail])]
         lines[0].append(100 * confusion[tail][head] / total)
@@ -596,7 +639,9 @@ def similarity_table(points: list[Point], rows: dict[str, dict], head: int, tail
 
 def show_theory(args) -> None:
     """Print the closed form for two unit-variance classes with means 1 and 3, and draw it."""
-    n_head, n_tail = 5000, max(1, round(5000 / args.imb_ratio))
+    if not common.is_main():
+        return
+    n_head, n_tail = 5000, max(1, round(5000 / (args.imb_ratio or 100)))
     print(f"Two Gaussians, means 1 and 3, s.d. 1; n_head {n_head}, n_tail {n_tail}. Tail accuracy in percent:")
     print(f"{'p':>6} {'head weight':>12} {'tail weight':>12} {'nearest mean':>13} {'prior-weighted':>15}")
     grid = [(p, args.head_weight) for p in (0, 0.1, 0.2, 0.3, 0.4, 0.5)]
@@ -609,7 +654,7 @@ def show_theory(args) -> None:
         print(f"{p:6g} {weight:12g} {1 - weight:12g} {mean:13.1f} {bayes:15.1f}")
     folder = Path(args.out) / "toy_similarity" / "theory"
     common.make_folder(folder)
-    common.write_json(folder / "theory.json", [{k: None if v != v else v for k, v in row.items()} for row in rows])
+    common.write_json(folder / "theory.json", rows)
     draw_theory(rows, folder / "theory.png")
 
 
@@ -645,29 +690,33 @@ def network_of(args, path: str, num_classes: int) -> tuple[models.Net, dict, boo
 
 def examine(args, source: data_lt.Pool) -> None:
     """`--eval CKPT` (accuracy of a finished point) and `--init-from CKPT` (category similarity of any checkpoint)."""
-    path, pool = args.eval or args.init_from, source.train
-    net, checkpoint, whole = network_of(args, path, len(pool.classes))
-    points, head, tail = plan(args, source)
-    counts = {point.name: point.counts for point in points}.get(checkpoint["stage"], pool.counts())
+    path, classes = Path(args.eval or args.init_from), source.train.classes
+    net, checkpoint, whole = network_of(args, path, len(classes))
+    info = checkpoint.get("info", {})
+    counts = info.get("counts", source.train.counts())
+    head, tail = (info[key] if key in info else plan(args, source)[i] for i, key in ((1, "head"), (2, "tail")))
     if args.eval and not whole:
-        raise common.UserError(f"{path} holds no classifier of {len(pool.classes)} classes to evaluate")
+        raise common.UserError(f"{path} holds no classifier of {len(classes)} classes to evaluate")
     loader = evaluation_loader(args, source.test, (source.mean, source.std))
     scores = common.evaluate(net, loader, autocast=lambda: common.autocast(args), features=net.features)
-    result = {"checkpoint": Path(path).name, "stage": checkpoint["stage"], "epoch": checkpoint["epoch"]}
+    if not common.is_main():
+        return
+    result = {"checkpoint": str(path), "stage": checkpoint["stage"], "epoch": checkpoint["epoch"], "counts": counts}
     if whole:
-        full = scores.report(counts)
-        result |= {key: full[key] for key in ("overall", "many", "medium", "few", "per_class", "macro_f1", "ece")}
-        print(f"{path}: overall {100 * full['overall']:.2f}%, {pool.classes[tail]} (tail) "
-              f"{100 * full['per_class'][tail]:.2f}%")  # fmt: skip
+        result |= (full := scores.report(counts))
+        groups = "  ".join(f"{g} {'n/a' if full[g] is None else f'{100 * full[g]:.2f}%'}" for g in common.GROUPS)
+        print(f"{path}: overall {100 * full['overall']:.2f}%  {groups}  "
+              f"{classes[tail]} (tail) {100 * (full['per_class'][tail] or 0):.2f}%")  # fmt: skip
     if args.init_from:
-        result["similarity"] = similar = similarity_figures(scores, len(pool.classes))
+        result["similarity"] = similar = similarity_figures(scores, len(classes))
         cosine, distance = similar["cosine"][tail], similar["distance"][tail]
-        print(f"{path}: class means seen from {pool.classes[tail]} (tail): cosine, distance over pooled s.d.")
-        for c, name in enumerate(pool.classes):
+        print(f"{path}: class means seen from {classes[tail]} (tail): cosine, distance over pooled s.d.")
+        for c, name in enumerate(classes):
             print(f"  {name:>12} {cosine[c]:7.3f} {distance[c]:8.2f}{'  head' if c == head else ''}")
     folder = Path(args.out) / "toy_similarity" / "examined"
     common.make_folder(folder)
-    common.write_json(folder / f"{Path(path).parent.name}_{Path(path).stem}.json", result)
+    name = "-".join([checkpoint["script"], *path.resolve().parts[-4:-1], path.stem])
+    common.write_json(folder / f"{'eval' if args.eval else 'similarity'}-{name}.json", result)
 
 
 def evaluation_loader(args, dataset, norm) -> data_lt.Loader:
@@ -679,31 +728,29 @@ def main(args) -> None:
     if args.theory:
         return show_theory(args)
     if path := args.eval or args.init_from:  # before the data: a foreign checkpoint needs none to be refused
-        common.check_same(path, common.load_checkpoint(path)["args"], vars(args), ["dataset", "backbone"])
+        saved = common.load_checkpoint(path)["args"]
+        common.check_same(path, saved, common.result_args(args), ["dataset", "backbone"])
     source = data_lt.load_pool(args.dataset, args.data_root, args.image_size)
-    pool, test, norm = source.train, source.test, (source.mean, source.std)
     if args.eval or args.init_from:
         return examine(args, source)
     points, head, tail = plan(args, source)
     for point in points:
-        check_point(args, pool, point)
-    run = common.Run(args, args.experiment, pool.fingerprint())
-    if run.result:
+        check_point(args, source.train, point)
+    run = common.Run(args, args.experiment, source.train.fingerprint())
+    if run.result and not (args.save_features and any(not features_path(run, args, q).exists() for q in points)):
         return run.show()
-    rows = {}
-    for point in points:
-        train = make_training_set(args, pool, point, head, tail)
-        rows[point.name] = train_point(run, args, point, train, test, norm)
+    rows = {point.name: train_point(run, args, point, source, head, tail) for point in points}
+    if run.result:  # only the features were missing
+        return run.show()
     shown = points[-1]  # the smallest tail; in experiment 3 the most mixtures
     if args.experiment == "verification":
         shown = max((q for q in points if q.p == 0 or q.head_weight == args.head_weight), key=lambda q: q.p)
-    last = rows[shown.name]
+    last, classes = rows[shown.name], source.train.classes
     run.finish(
-        rows=rows, tables=tables(args, points, rows, pool.classes, head, tail), classes=pool.classes,
-        counts=shown.counts, per_class=last["last"]["per_class"], confusion=last["last"]["confusion"],
-        confusion_of=shown.name,
+        rows=rows, tables=tables(args, points, rows, classes, head, tail), classes=classes, counts=last["counts"],
+        per_class=last[args.select]["per_class"], confusion=last[args.select]["confusion"], confusion_of=shown.name,
         image_passes=sum(row["image_passes"] for row in rows.values()), epochs=last["epochs"],
-        parameters=models.count_parameters(build(args, len(pool.classes))),
+        parameters=models.count_parameters(build(args, len(classes))),
     )  # fmt: skip
 
 

@@ -302,6 +302,42 @@ def test_other_data_and_another_script_are_refused(tmp_path, monkeypatch):
         train(tmp_path, args=make_args(tmp_path, resume_from=str(last)))
 
 
+def test_a_finished_stage_brings_its_rows_when_last_is_gone(tmp_path):
+    straight, _ = train(tmp_path / "a")
+    for lost in (["last.pt"], ["last.pt", "previous.pt"]):
+        out = tmp_path / str(len(lost))
+        run, _ = train(out)
+        for name in [*lost, "result.json"]:
+            (run.folder / name).unlink()
+        again, _ = train(out)
+        assert rows(again.folder) == rows(straight.folder) and again.result is not None
+
+
+def test_a_finished_run_needs_only_its_result(tmp_path):
+    run, _ = train(tmp_path)
+    (run.folder / "last.pt").write_bytes(b"damaged")
+    assert common.Run(make_args(tmp_path), "unit", "data").result["headline"] == {"overall": 0.5}
+    with pytest.raises(common.UserError, match="--lr"):
+        common.Run(make_args(tmp_path, lr=0.5), "unit", "data")
+
+
+def test_a_damaged_result_is_made_again(tmp_path):
+    run, _ = train(tmp_path)
+    (run.folder / "result.json").write_text('{"headline": ')
+    again, _ = train(tmp_path)
+    assert again.result["headline"] == {"overall": 0.5}
+
+
+def test_a_damaged_stage_names_the_remedy(tmp_path):
+    run, _ = train(tmp_path)
+    (run.folder / "result.json").unlink()
+    (run.folder / "fit.pt").write_bytes(b"damaged")
+    with pytest.raises(common.UserError, match="delete it"):
+        train(tmp_path)
+    (run.folder / "fit.pt").unlink()
+    train(tmp_path)
+
+
 def test_fresh_starts_over_and_drops_what_was_there(tmp_path):
     run, _ = train(tmp_path)
     assert run.result is not None
@@ -419,7 +455,13 @@ BAD = [
     (["--unknown"], "unknown"),
     (["--precision", "tf32"], "tf32"),
     (["--val-from", "test"], "select val"),
-    (["--steps", "0", "--epochs", "0"], "epochs"),
+    (["--steps", "5", "--epochs", "5"], "contradict"),
+    (["--data-seed", "5000000000"], "data-seed"),
+    (["--seed", "9" * 400], "seed"),
+    (["--recipe", "released", "--dataset", "glyphs_lt"], "released"),
+    (["--tail-count", "5"], "tail-count"),
+    (["--save-features", "val"], "select val"),
+    (["@flags.txt"], "@file"),
     (["--eval", "missing.pt"], "missing.pt"),
 ]
 
@@ -427,6 +469,7 @@ BAD = [
 @pytest.mark.parametrize(("flags", "named"), BAD, ids=[" ".join(flags) for flags, _ in BAD])
 def test_bad_input_is_one_line_and_exit_2(tmp_path, flags, named):
     base = [] if "--experiment" in flags else SMALL
+    (tmp_path / "flags.txt").write_text('--out "open quote')
     done = call(*flags, out=tmp_path / "o", base=base, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     lines = done.stderr.strip().splitlines()

@@ -1,5 +1,6 @@
 """toy_similarity.py: its equations against golden vectors and by hand, and its three experiments end to end."""
 
+import dataclasses
 import json
 import math
 import os
@@ -115,9 +116,11 @@ def test_class_similarity_against_loops():
 def training_set(*flags, p=0.2, weight=0.2):
     args = toy.parse_args(["--imb-ratio", "10", *flags])
     source = data_lt.load_pool("glyphs_lt", "data")
-    pool, (points, head, tail) = source.train, toy.plan(args, source)
+    points, head, tail = toy.plan(args, source)
     point = toy.verification_point(p, weight, points[0].counts)
-    return toy.make_training_set(args, pool, point, head, tail), pool, point, head, tail
+    train, val = toy.make_training_set(args, source, point, head, tail)
+    assert (val is None) == (args.select == "last")
+    return train, source.train, point, head, tail
 
 
 def test_only_head_images_are_overwritten_and_nothing_else_changes():
@@ -148,9 +151,58 @@ def test_the_data_seed_chooses_the_images_and_sweep_points_are_nested():
     assert not torch.equal(one.indices, other.indices)
     args = toy.parse_args(["--experiment", "sweep2"])
     source = data_lt.load_pool("glyphs_lt", "data")
-    pool, (points, head, tail) = source.train, toy.plan(args, source)
-    sets = [set(toy.make_training_set(args, pool, q, head, tail).indices.tolist()) for q in points]
+    points, head, tail = toy.plan(args, source)
+    sets = [set(toy.make_training_set(args, source, q, head, tail)[0].indices.tolist()) for q in points]
     assert all(small < large for large, small in zip(sets, sets[1:], strict=False))
+
+
+def test_validation_images_are_held_out_before_anything_is_mixed():
+    plain, pool, *_ = training_set("--select", "val", p=0)
+    mixed, *_ = training_set("--select", "val", p=0.5)
+    assert torch.equal(plain.indices, mixed.indices), "the same images are held out whatever p is"
+    args = toy.parse_args(["--select", "val"])
+    source = data_lt.load_pool("glyphs_lt", "data")
+    points, head, tail = toy.plan(args, source)
+    train, val = toy.make_training_set(args, source, toy.verification_point(0.5, 0.2, points[0].counts), head, tail)
+    assert torch.equal(val.images, source.train.images[val.indices]), "no mixture among the validation images"
+    assert not set(val.indices.tolist()) & set(train.indices.tolist())
+    assert [a + b for a, b in zip(train.counts(), val.counts(), strict=True)] == points[0].counts
+
+
+def test_the_class_order_of_the_set_decides_who_is_the_tail_and_which_images_are_drawn(monkeypatch):
+    args, source = toy.parse_args([]), data_lt.load_pool("glyphs_lt", "data")
+    order = (*range(1, 10), 0)
+    turned = source._replace(info=dataclasses.replace(source.info, class_order=order))
+    points, head, tail = toy.plan(args, turned)
+    assert (head, tail) == (1, 0) and points[0].counts[0] == min(points[0].counts)
+    train, _ = toy.make_training_set(args, turned, points[0], head, tail)
+    rng = np.random.RandomState(0)
+    expected = data_lt.subset_common(source.train.labels.numpy(), points[0].counts, rng, order)
+    assert np.array_equal(train.indices.numpy(), expected)
+
+
+def test_published_figures_stand_only_beside_the_published_settings():
+    def papers(*flags, head=0, tail=9):
+        args = toy.parse_args(["--dataset", "cifar10_lt", *flags])
+        figures = {"per_class": [0.5] * 10, "confusion": [[1] * 10] * 10, "overall": 0.5, "top5": 1.0}
+        points = [toy.verification_point(p, w, [1] * 10) for p, w in ((0, 1), (0.2, 0.2), (0.2, 0.6), (0.1, 0.2))]
+        if args.experiment != "verification":
+            points = [toy.Point("a", 100, [100] * 10), toy.Point("b", 5000, [5000] * 10)]
+        row = {
+            "last": figures,
+            "image_passes": 1,
+            "similarity": {"cosine": [[1] * 10] * 10, "distance": [[1] * 10] * 10},
+        }
+        made = toy.tables(args, points, {point.name: row for point in points}, list("abcdefghij"), head, tail)
+        return [any(line["paper"] for line in table["rows"]) for table in made[:-1]]
+
+    assert papers() == [True, True] and papers("--imb-ratio", "10") == papers("--imb-type", "step") == [False, False]
+    assert papers("--head-weight", "0.6") == [False, True] and papers(head=3, tail=5) == [False, False]
+    assert papers("--experiment", "sweep1") == [True] and papers("--experiment", "sweep1", "--tail-count", "5") == [
+        False
+    ]
+    tables = toy.PAPER["sweep2"]
+    assert tables["recalls"][9][tables["points"].index(100)] == 43.7 and len(tables["recalls"]) == 10
 
 
 def test_equal_training_sets_are_one_point():
@@ -170,7 +222,7 @@ def call(*flags, out):
 
 @pytest.mark.parametrize("experiment", ["verification", "sweep1", "sweep2"])
 def test_an_experiment_end_to_end(tmp_path, experiment):
-    done = call("--experiment", experiment, "--epochs", "1", "--steps", "0", out=tmp_path)
+    done = call("--experiment", experiment, "--epochs", "1", out=tmp_path)
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("toy_similarity/glyphs_lt_ir10/*/seed0/result.json")
     result = json.loads(path.read_text())
@@ -186,7 +238,7 @@ def test_an_experiment_end_to_end(tmp_path, experiment):
             assert sum(confusion) == 250 and recall == pytest.approx(confusion[c] / 250)
         assert (path.parent / f"{name}.pt").exists()
     assert len(list(path.parent.glob("*.png"))) >= 2, "a curve and a confusion picture"
-    again = call("--experiment", experiment, "--epochs", "1", "--steps", "0", out=tmp_path)
+    again = call("--experiment", experiment, "--epochs", "1", out=tmp_path)
     assert again.returncode == 0 and again.stdout.splitlines()[-3:] == done.stdout.splitlines()[-3:]
 
 
@@ -209,11 +261,11 @@ def test_checkpoints_can_be_evaluated_examined_and_refused(tmp_path):
     assert done.returncode == 0 and f"{100 * overall:.2f}%" in done.stdout, done.stderr
     done = call("--init-from", str(checkpoint), out=tmp_path)
     assert done.returncode == 0 and "cosine" in done.stdout
-    (examined,) = (tmp_path / "toy_similarity" / "examined").glob("*.json")
+    (examined,) = (tmp_path / "toy_similarity" / "examined").glob("similarity-*.json")
     assert len(json.loads(examined.read_text())["similarity"]["cosine"]) == 10
     with np.load(folder / "features_test_sweep2_400.npz", allow_pickle=False) as saved:
         assert saved["features"].shape == (2500, 64) and set(saved["labels"].tolist()) == set(range(10))
-        assert np.array_equal(saved["indices"], np.arange(2500))
+        assert np.array_equal(saved["indices"], np.arange(2500)), "positions in the source set"
     for flags, named in ((["--backbone", "resnet20"], "backbone"), (["--dataset", "cifar10_lt"], "dataset")):
         done = call("--eval", str(checkpoint), *flags, out=tmp_path)
         assert done.returncode == 2 and named in done.stderr and len(done.stderr.strip().splitlines()) == 1
