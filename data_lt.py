@@ -12,6 +12,7 @@ augmentation are functions of (seed, epoch, step), so a run continues inside an 
 """
 
 import argparse
+import contextlib
 import hashlib
 import math
 import os
@@ -382,6 +383,9 @@ def fetch(info: SetInfo, root: str | Path, create: bool = False) -> list[tuple[n
             fcntl.flock(lock, fcntl.LOCK_EX)
             return parts(download=True)
     except Exception as error:  # network, TLS, archive, md5 and file errors alike
+        with contextlib.suppress(OSError):  # leave nothing behind where there was nothing
+            (root / ".download.lock").unlink()
+            root.rmdir()
         why = f"missing or damaged, and the download failed ({' '.join(str(error).split())[:200]})"
         raise UserError(f"{info.name}: {why}; expected {root / info.layout}") from error
 
@@ -390,7 +394,7 @@ def _decode(path: Path, name: str, size: int | None) -> np.ndarray:
     """RGB pixels uint8 [H, W, 3] of one image file; UserError that names file and class when it cannot be read."""
     try:
         with Image.open(path) as file:
-            image = file.convert("RGB")
+            image = (file.convert("RGBA") if "transparency" in file.info else file).convert("RGB")
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
         raise UserError(f"{path}: unreadable image of class {name!r} ({error}); replace or remove it") from error
     return np.asarray(to_square(image, size) if size else image)
@@ -476,13 +480,17 @@ def _npz_pool(path: Path, size: int | None, info: SetInfo) -> tuple[dict[str, Im
     if gaps:
         wrong = f"label {gaps[0]} has no image" if labels[0] >= 0 else f"label {labels[0]} is negative"
         raise UserError(f"{path}: {wrong}; y_train must hold every label 0..C-1 (largest found: {labels[-1]})")
-    names = [str(name) for name in arrays.get("classes", labels)]
-    if len(names) != len(labels):
-        raise UserError(f"{path}: {len(names)} class names for {len(labels)} labels; give one name a label")
+    names = [str(name) for name in np.atleast_1d(arrays.get("classes", labels))]
+    if len(set(names)) != len(labels) or len(names) != len(labels):
+        raise UserError(
+            f"{path}: {len(set(names))} different class names for {len(labels)} labels; give each label one"
+        )
     for key in ("mean", "std"):
         value = arrays.get(key, np.full(3, 0.5))
         if value.shape != (3,) or value.dtype.kind != "f":
             raise UserError(f"{path}: {key} is {value.dtype} {list(value.shape)}; expected 3 floats")
+        if not np.isfinite(value).all() or (key == "std" and value.min() <= 0):
+            raise UserError(f"{path}: {key} is {value.tolist()}; expected finite numbers{', above 0' * (key == 'std')}")
         info = replace(info, **{key: tuple(value.tolist())})
     pools = {}
     for split in splits:
@@ -501,6 +509,8 @@ def _find(dataset: str) -> SetInfo | Path:
         return path
     if path.exists() or path.suffix == ".npz" or os.sep in str(dataset):
         raise UserError(f"data set {dataset}: no such folder or .npz; expected {PATH_LAYOUT}")
+    if dataset in ("mini_imagenet_lt", "imagenet_lt", "inat18"):
+        raise UserError(f"data set {dataset} is read from file lists, which this version cannot do yet")
     raise UserError(f"unknown data set {dataset!r}; known: {', '.join(DATASETS)}; or the path of {PATH_LAYOUT}")
 
 
@@ -523,7 +533,7 @@ def load_pool(dataset: str, root: str | Path = "data", image_size: int | None = 
     """
     found = _find(dataset)
     if image_size is not None and not 1 <= image_size <= MAX_SIZE:
-        raise UserError(f"image size {image_size}: sets above {MAX_SIZE} px are not read yet; give 1..{MAX_SIZE}")
+        raise UserError(f"image size {image_size}: give 1..{MAX_SIZE} (larger images are not read yet)")
     if isinstance(found, SetInfo):
         parts = fetch(found, root) if found.source else make_glyphs()
         return Pool(*(_image_set(*part, image_size) for part in parts), None, found)

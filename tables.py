@@ -346,7 +346,7 @@ def write_tables(results: Sequence[dict], path: Path) -> None:
     for script in dict.fromkeys(key[0] for key in groups):
         runs = [seeds for key, seeds in groups.items() if key[0] == script]
         lines += [f"## {script}", ""]
-        if headed := [seeds for seeds in runs if any(result.get("headline") for result in seeds)]:
+        if headed := [seeds for seeds in runs if any(r.get("headline") or r.get("best_on_test") for r in seeds)]:
             lines += _markdown([head, *map(_headline_row, headed)])
         for key in ("paper", "released"):
             sources = [source for seeds in runs if (source := (seeds[0].get(key) or {}).get("source"))]

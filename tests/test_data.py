@@ -764,7 +764,7 @@ def test_bad_flags(tmp_path, capsys):
         (["show", "--subset-rule", "first"], "subset rule 'first': choose common or fsgl"),
         (["show", "--val-from", "dev"], "'dev': choose train or test"),
         (["show", "--data-seed", "-1"], "data seed -1"),
-        (["show", "--image-size", "224"], "image size 224", "above 64 px"),
+        (["show", "--image-size", "224"], "image size 224", "larger images"),
         (["show", "--imb-ratio", "400", "--png", tmp_path / "no" / "x.png"], f"cannot write {tmp_path}/no/x.png"),
         (["show", "--png", tmp_path], f"cannot write {tmp_path}"),
         (["export", "--out", tmp_path / "no" / "x.npz"], "cannot write", "No such file or directory"),
@@ -835,7 +835,7 @@ def test_bad_npz(tmp_path, capsys):
     show(
         good | {"y_test": good["y_test"] + 1}, "test classes differ from train classes: '0' only in train, '3' only in"
     )
-    show(good | {"classes": np.array(["a", "b"])}, "2 class names for 3 labels")
+    show(good | {"classes": np.array(["a", "b"])}, "2 different class names for 3 labels")
     show(good | {"mean": np.array([0.5])}, "mean is float64 [1]; expected 3 floats")
     show(good | {"y_train": np.array([object()] * 10)}, "y_train holds pickled Python objects")
     np.savez(path, **good)
@@ -843,3 +843,15 @@ def test_bad_npz(tmp_path, capsys):
     for content in (whole[: len(whole) // 2], b"random bytes", b"", whole[:500] + b"?" * 50 + whole[550:]):
         path.write_bytes(content)
         refused(capsys, ["show", "--dataset", path], str(path), "damaged or no .npz")
+
+
+def test_an_npz_with_unusable_statistics_or_names_is_refused(tmp_path, capsys):
+    x, y = np.zeros((4, 8, 8, 3), np.uint8), np.array([0, 0, 1, 1])
+    for extra, said in (
+        ({"std": np.array([0.2, 0.0, 0.2])}, "above 0"),
+        ({"mean": np.array([0.2, np.nan, 0.2])}, "finite"),
+        ({"classes": np.array(["cat", "cat"])}, "1 different class names"),
+        ({"classes": np.array("cat")}, "1 different class names"),
+    ):
+        np.savez(tmp_path / "a.npz", x_train=x, y_train=y, x_test=x, y_test=y, **extra)
+        refused(capsys, ["show", "--dataset", tmp_path / "a.npz"], said)
