@@ -209,12 +209,17 @@ def alive(pid: int) -> bool:
     return True
 
 
+def listen() -> None:
+    """Ctrl-C counts even where the tests themselves run in the background, which ignores it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start_and_wait(desk, lines: str) -> tuple[subprocess.Popen, int]:
     """The command in a process of its own, and the process id of its hanging cell."""
     (desk.path / "cells").write_text(lines.replace("FAKE", desk.script))
     command = [sys.executable, str(ROOT / "common.py"), "run", "--jobs", "1"]
     with open(desk.path / "cells") as cells:
-        process = subprocess.Popen(command, stdin=cells, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, stdin=cells, stdout=subprocess.PIPE, text=True, preexec_fn=listen)
     for _ in range(600):
         if (desk.path / "runs" / "hanging").exists() and (desk.path / "runs" / "hanging").read_text():
             return process, int((desk.path / "runs" / "hanging").read_text())
