@@ -7,10 +7,10 @@ set -euo pipefail
 exec "$PY" common.py run "$@" <<'CELLS'
 
 # Similarity or sample number: letters, then CIFAR-10
-letters, verification            | python toy_similarity.py --experiment verification --dataset glyphs_lt              | 0,1,2
-letters, verification (control)  | python toy_similarity.py --experiment verification --dataset glyphs_lt --control    | 0,1,2
 letters, sweep 1                 | python toy_similarity.py --experiment sweep1 --dataset glyphs_lt                    | 0,1,2
 letters, sweep 2                 | python toy_similarity.py --experiment sweep2 --dataset glyphs_lt                    | 0,1,2
+letters, verification            | python toy_similarity.py --experiment verification --dataset glyphs_lt              | 0,1,2
+letters, verification (control)  | python toy_similarity.py --experiment verification --dataset glyphs_lt --control    | 0,1,2
 CIFAR-10, verification           | python toy_similarity.py --experiment verification --dataset cifar10_lt             | 0,1,2
 CIFAR-10, verification (control) | python toy_similarity.py --experiment verification --dataset cifar10_lt --control   | 0,1,2
 CIFAR-10, sweep 1                | python toy_similarity.py --experiment sweep1 --dataset cifar10_lt                   | 0,1,2
