@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-from augment import Augment
+from augment import Augment, Draws
 from common import UserError, derive_seed, generator, rank, world_size
 
 Ints = Sequence[int]
@@ -217,6 +217,7 @@ class Splits:
     std: tuple[float, float, float]
     counts: list[int]
     leftover: np.ndarray
+    size: int | None = None  # side in px that sets of image files are used at
 
     @property
     def num_classes(self) -> int:
@@ -224,7 +225,7 @@ class Splits:
 
     @property
     def image_size(self) -> int:
-        return self.train.images.shape[-1]
+        return self.train.images.shape[-1] if isinstance(self.train, ImageSet) else self.size
 
 
 @dataclass(frozen=True)
@@ -266,6 +267,7 @@ def check_counts(pool: ImageSet, counts: Ints) -> None:
 
 
 CIFAR = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}  # CIFAR-10's, by custom CIFAR-100's too
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 CIFAR10_FILES = "cifar-10-batches-py/{data_batch_1..5,test_batch,batches.meta}"
 CIFAR100_FILES = "cifar-100-python/{train,test,meta}"
 SVHN = {"class_order": (*range(1, 10), 0), "layout": "{train,test}_32x32.mat"}
@@ -274,8 +276,12 @@ KNOWN = (
     SetInfo("cifar10_lt", 10, 32, ratio=100, n_max=5000, source="CIFAR10", layout=CIFAR10_FILES, **CIFAR),
     SetInfo("cifar100_lt", 100, 32, ratio=100, n_max=500, source="CIFAR100", layout=CIFAR100_FILES, **CIFAR),
     SetInfo("svhn_lt", 10, 32, ratio=100, n_max=1000, source="SVHN", **SVHN),
+    SetInfo("mini_imagenet_lt", 100, 224, **IMAGENET),
+    SetInfo("imagenet_lt", 1000, 224, **IMAGENET),
+    SetInfo("inat18", 8142, 224, mean=(0.466, 0.471, 0.380), std=(0.195, 0.194, 0.192)),
 )
 DATASETS = {info.name: info for info in KNOWN}
+LISTED = {"mini_imagenet_lt", "imagenet_lt", "inat18"}  # image files with lists of their own, see file_lists.py
 PATH_LAYOUT = "a folder with train/<class>/* and test/<class>/*, or an .npz with x_train, y_train, x_test, y_test"
 MAX_SIZE = 64
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
@@ -400,20 +406,22 @@ def _decode(path: Path, name: str, size: int | None) -> np.ndarray:
     return np.asarray(to_square(image, size) if size else image)
 
 
-def _class_folders(folder: Path) -> dict[str, list[Path]]:
+def class_folders(folder: Path) -> dict[str, list[Path]]:
     """Class name -> image files, both sorted by name; UserError when the split or a class is empty."""
     classes = sorted(p for p in folder.glob("[!.]*") if p.is_dir())
     if not classes:
         raise UserError(f"{folder}: no class folders; expected {folder}/<class>/*")
     files = {}
     for inner in classes:
-        files[inner.name] = sorted(p for p in inner.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+        with os.scandir(inner) as found:  # knows what is a file without asking the disk again
+            names = [e.name for e in found if os.path.splitext(e.name)[1].lower() in IMAGE_SUFFIXES and e.is_file()]
+        files[inner.name] = [inner / name for name in sorted(names)]
         if not files[inner.name]:
             raise UserError(f"{inner}: class {inner.name!r} holds no image; add some or remove the folder")
     return files
 
 
-def _check_classes(source: object, split: str, train: Sequence[str], other: Sequence[str]) -> None:
+def check_classes(source: object, split: str, train: Sequence[str], other: Sequence[str]) -> None:
     odd = sorted(set(train) ^ set(other))
     if odd:
         where = ", ".join(f"{name!r} only in {'train' if name in train else split}" for name in odd[:3])
@@ -425,10 +433,10 @@ def _folder_pool(root: Path, size: int | None) -> dict[str, ImageSet]:
     splits = [split for split in ("train", "test", "val") if (root / split).is_dir()]
     if splits[:2] != ["train", "test"]:
         raise UserError(f"{root}: no train/ and test/ in it; expected {PATH_LAYOUT}")
-    files = {split: _class_folders(root / split) for split in splits}
+    files = {split: class_folders(root / split) for split in splits}
     classes, pools, side = list(files["train"]), {}, None
     for split in splits:
-        _check_classes(root, split, classes, list(files[split]))
+        check_classes(root, split, classes, list(files[split]))
     for split in splits:
         listed = [(path, name) for name, paths in files[split].items() for path in paths]
         with ThreadPoolExecutor() as workers:
@@ -495,7 +503,7 @@ def _npz_pool(path: Path, size: int | None, info: SetInfo) -> tuple[dict[str, Im
     pools = {}
     for split in splits:
         x, y = arrays[f"x_{split}"], arrays[f"y_{split}"]
-        _check_classes(path, split, [str(c) for c in labels], [str(c) for c in np.unique(y)])
+        check_classes(path, split, [str(c) for c in labels], [str(c) for c in np.unique(y)])
         pools[split] = _image_set(x if x.shape[3] == 3 else x.repeat(3, axis=3), y, names, size)
     return pools, info
 
@@ -521,17 +529,34 @@ def peek_image_size(dataset: str, data_root: str | Path = "data", image_size: in
         return found.size if image_size is None else image_size
     if found.is_file():
         return load_pool(dataset)[3].size
-    path = next(iter(_class_folders(found / "train").values()))[0]
+    path = next(iter(class_folders(found / "train").values()))[0]
     height, width, _ = _decode(path, path.parent.name, None).shape
     return _checked_side(height, width, path)
 
 
-def load_pool(dataset: str, root: str | Path = "data", image_size: int | None = None) -> Pool:
+def _stays_files(found: SetInfo | Path, image_size: int | None) -> bool:
+    """Whether a set is used as image files: the known large ones, and class folders at a size above 64 px."""
+    return found.name in LISTED if isinstance(found, SetInfo) else found.is_dir() and (image_size or 0) > MAX_SIZE
+
+
+def load_pool(
+    dataset: str, root: str | Path = "data", image_size: int | None = None, files: bool = False,
+    ratio: float | None = None,
+) -> Pool:  # fmt: skip
     """Training pool, test set, own validation set or None, and the record: the source before any long tail.
 
     `image_size` resizes the short side and crops the centre; needed where images differ in size or exceed 64 px.
+    `files`: a large set may come as `file_lists.FileSet`; `ratio` names the training list where a set has several.
     """
     found = _find(dataset)
+    if files and _stays_files(found, image_size):
+        import file_lists
+
+        train, val, test = file_lists.load_lists(dataset, root, ratio)
+        info = found if isinstance(found, SetInfo) else SetInfo(found.resolve().name, **IMAGENET)
+        return Pool(train, test, val, replace(info, num_classes=len(train.classes), size=image_size or info.size))
+    if isinstance(found, SetInfo) and _stays_files(found, image_size):
+        raise UserError(f"{dataset}: sets above {MAX_SIZE} px are not read yet; `show` and `prepare` know this one")
     if image_size is not None and not 1 <= image_size <= MAX_SIZE:
         raise UserError(f"image size {image_size}: give 1..{MAX_SIZE} (larger images are not read yet)")
     if isinstance(found, SetInfo):
@@ -549,7 +574,7 @@ def load_pool(dataset: str, root: str | Path = "data", image_size: int | None = 
 def load(
     args: object = None, *, dataset: str = "glyphs_lt", data_root: str | Path = "data", imb_ratio: float | None = None,
     imb_type: str = "exp", subset_rule: str = "common", data_seed: int = 0, image_size: int | None = None,
-    val: str | None = None,
+    val: str | None = None, files: bool = False,
 ) -> Splits:  # fmt: skip
     """Train, test and validation set as the shared flags ask for; from parsed `args` or from keywords.
 
@@ -559,11 +584,13 @@ def load(
     `val`: "own" the set's own; "train" a tenth of each class of the long-tailed training set, removed from it (at
     least one image of every class that has two), drawn by its own generator of the data seed; "test" the test set
     itself serves; None the set's own if it has one. Raises UserError, also when the profile empties a class.
+    `files`: large sets come as `file_lists.FileSet`; published lists stay as they are, mini_imagenet_lt has a list of
+    each ratio, and class folders (with an image size above 64 px) may be made long-tailed.
     """
     if args is not None:
         keys = ("dataset", "data_root", "imb_ratio", "imb_type", "subset_rule", "data_seed", "image_size")
         given = {key: getattr(args, key) for key in keys if hasattr(args, key)}
-        return load(**given, val=getattr(args, "val_from", None))
+        return load(**given, val=getattr(args, "val_from", None), files=files)
     if subset_rule not in ("common", "fsgl"):
         raise UserError(f"subset rule {subset_rule!r}: choose common or fsgl")
     if val not in (None, "own", "train", "test"):
@@ -571,8 +598,8 @@ def load(
     if not 0 <= data_seed < 2**32:
         raise UserError(f"data seed {data_seed}: give a whole number 0..{2**32 - 1}")
     long_tail_counts(1, 1, 1.0 if imb_ratio is None else imb_ratio, imb_type)  # bad values end here, before any reading
-    pool, test, own, info = load_pool(dataset, data_root, image_size)
-    ratio = info.ratio if imb_ratio is None else imb_ratio
+    pool, test, own, info = load_pool(dataset, data_root, image_size, files, imb_ratio)
+    ratio = info.ratio if imb_ratio is None or dataset in LISTED else imb_ratio
     if ratio is None and imb_type != "exp":
         raise UserError(f"imbalance type {imb_type!r} needs --imb-ratio: {dataset} is read as it is")
     if val == "own" and own is None:
@@ -587,7 +614,7 @@ def load(
             raise UserError(f"{dataset}: no class has two images to carve a validation set from; drop --val-from train")
         validation, train = train.select(held), train.select(np.setdiff1d(np.arange(len(train)), held))
     leftover = np.setdiff1d(np.arange(len(pool)), chosen)
-    return Splits(info.name, train, test, validation, info.mean, info.std, train.counts(), leftover)
+    return Splits(info.name, train, test, validation, info.mean, info.std, train.counts(), leftover, info.size)
 
 
 def _long_tailed(pool: ImageSet, info: SetInfo, ratio: float, kind: str, rule: str, seed: int) -> np.ndarray:
@@ -707,7 +734,7 @@ class Loader:
         self.sampler, self.options = "sequential" if evaluation else sampler, options
         self.labels = dataset.labels.cpu().numpy()
         self.device = torch.device(device)
-        self.dataset = dataset.to(self.device)
+        self.dataset = dataset.to(self.device) if isinstance(dataset, ImageSet) else dataset
         self.augment = Augment(augment.size, *augment.statistics.tolist()) if evaluation else augment
         self.batch_size, self.views, self.seed = batch_size, views, seed
         self.length = len(dataset) if epoch_length is None else epoch_length
@@ -732,22 +759,31 @@ class Loader:
         """Positions int64 [epoch_length] visited in this epoch, over all ranks."""
         return sampler_order(self.sampler, self.labels, self.length, self.seed, epoch, **self.options)
 
+    def share(self, step: int) -> tuple[int, int, int]:
+        """Items of the global batch of this step, and where this rank's share of them begins and ends."""
+        n = min(self.batch_size, self.length - step * self.batch_size)
+        size, longer = divmod(n, self.ranks)
+        begin = self.rank * size + min(self.rank, longer)
+        return n, begin, begin + size + (self.rank < longer)
+
+    def draw(self, epoch: int, step: int, height: int, width: int) -> Draws:
+        """This rank's share of the augmentation parameters of the global batch, view by view."""
+        n, begin, end = self.share(step)
+        draws = self.augment.draw(self.views * n, generator(self.seed, "augment", epoch, step), height, width)
+        if self.ranks == 1:
+            return draws
+        return draws.share((torch.arange(self.views)[:, None] * n + torch.arange(begin, end)).flatten())
+
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         epoch, images = self.epoch, self.dataset.images
         order = torch.from_numpy(self.order(epoch)).to(self.device)
         for step in range(self.start_step, self.steps):
-            low = step * self.batch_size
-            n = min(self.batch_size, self.length - low)
-            size, longer = divmod(n, self.ranks)
-            begin = self.rank * size + min(self.rank, longer)
-            end = begin + size + (self.rank < longer)
+            n, begin, end = self.share(step)
             self.global_batch = n
             if begin == end:
                 continue
-            rows = order[low + begin : low + end]
-            draws = self.augment.draw(self.views * n, generator(self.seed, "augment", epoch, step), *images.shape[2:])
-            if self.ranks > 1:
-                draws = draws.share((torch.arange(self.views)[:, None] * n + torch.arange(begin, end)).flatten())
+            rows = order[step * self.batch_size :][begin:end]
+            draws = self.draw(epoch, step, *images.shape[2:])
             x = self.augment(images.index_select(0, rows.repeat(self.views)), draws)
             yield x.unflatten(0, (self.views, end - begin)), self.dataset.labels[rows], rows
 
@@ -825,12 +861,37 @@ def export(splits: Splits, path: str | Path, force: bool = False) -> None:
     write_atomic(path, lambda file: np.savez(file, **arrays))
 
 
-def prepare(dataset: str, root: str | Path, image_size: int | None = None) -> str:
-    """Fetch and verify a set; a sentence that says what lies where."""
+def prepare(
+    dataset: str, root: str | Path, image_size: int | None = None, cache: int = 0, skip_broken: bool = False, **options
+) -> str:
+    """Fetch and verify a set; what lies where, as text. `options` (of `file_lists.prepare`) are for sets with lists.
+
+    cache: also decode every image once, short side `cache` pixels, into memory-mapped files beside the set.
+    """
     info = _find(dataset)
+    if cache:
+        import decode
+        import file_lists
+
+        if not (isinstance(info, SetInfo) and info.name in LISTED):
+            raise UserError(f"--cache makes no sense for {dataset}; it is for {', '.join(sorted(LISTED))}")
+        text = file_lists.prepare(dataset, root, **options)
+        parts = zip(
+            ("train", "val", "test"), file_lists.load_lists(dataset, root, options.get("imb_ratio")), strict=True
+        )
+        folder = Path(root) / dataset
+        return text + "\n" + decode.prepare_cache({k: v for k, v in parts if v is not None}, folder, cache, skip_broken)
+    if isinstance(info, SetInfo) and info.name in LISTED:
+        import file_lists
+
+        return file_lists.prepare(dataset, root, **options)
+    given = [f"--{key.replace('_', '-')}" for key, value in options.items() if value]
+    if given:
+        raise UserError(f"{given[0]} makes no sense for {dataset}; it is for {', '.join(sorted(LISTED))}")
     if isinstance(info, Path):
-        train, test, _, info = load_pool(dataset, root, image_size)
-        where = f"{dataset}, every image read, {info.num_classes} classes"
+        train, test, _, info = load_pool(dataset, root, image_size, files=True)
+        how = "every image read" if isinstance(train, ImageSet) else "images listed, not read"
+        where = f"{dataset}, {how}, {info.num_classes} classes"
     elif info.source:
         train, test = (labels for _, labels, _ in fetch(info, root, create=True))
         where = f"{Path(root) / info.layout}, md5 verified"
@@ -861,6 +922,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             sub.add_argument("--subset-rule", default="common", help="which images: common or fsgl (default common)")
             sub.add_argument("--data-seed", type=int, default=0, help="which images: the seed (default 0)")
             sub.add_argument("--val-from", help="train: carve a validation set; test: use the test set")
+        else:
+            sub.add_argument("--imb-ratio", type=float, help="mini_imagenet_lt: ratio of the list (default 100)")
+            sub.add_argument("--data-seed", type=int, default=0, help="mini_imagenet_lt: which images (default 0)")
+            sub.add_argument("--full", action="store_true", help="lists: look for every image, not for a sample")
+            sub.add_argument("--trust-list", action="store_true", help="lists: go on with one that was edited")
+            sub.add_argument("--cache", type=int, default=0, help="lists: decode once, short side of N px (256)")
+            sub.add_argument("--skip-broken", action="store_true", help="cache: replace unreadable images and report")
         if name == "show":
             sub.add_argument("--png", type=Path, help="also write a picture: the first images of every class")
         if name == "export":
@@ -873,9 +941,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parse_args(argv)
         if args.command == "prepare":
-            print(prepare(args.dataset, args.data_root, args.image_size))
+            keys = ("imb_ratio", "data_seed", "full", "trust_list")
+            options = {key: getattr(args, key) for key in (*keys, "cache", "skip_broken")}
+            if args.cache and not 8 <= args.cache <= 2048:
+                raise UserError(f"--cache {args.cache}: give the short side in px, 8..2048 (usual: 256)")
+            print(prepare(args.dataset, args.data_root, args.image_size, **options))
             return 0
-        splits = load(args)
+        splits = load(args, files=args.command == "show")
+        if args.command == "show" and args.png and not isinstance(splits.train, ImageSet):
+            raise UserError(f"--png makes no sense for {args.dataset}: its images are not decoded here")
         print(profile_text(splits))
         if args.command == "export":
             export(splits, args.out, args.force)
