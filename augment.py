@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -172,6 +173,11 @@ def rotation_labels(n: int, generator: torch.Generator) -> Tensor:
     return labels[torch.randperm(len(labels), generator=generator)[:n]]
 
 
+def uniforms(n: int, generator: torch.Generator) -> Tensor:
+    """The numbers in [0, 1) behind n draws, float64 [37, n]; the first 22 rows make the windows, the next the flips."""
+    return torch.rand(37, n, dtype=torch.float64, generator=generator)
+
+
 def resized_crop_windows(
     u: Tensor, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -271,7 +277,7 @@ class Augment:
     def draw(self, n: int, generator: torch.Generator, height: int, width: int) -> Draws:
         """Parameters for n images of height x width pixels. The generator gives the same numbers whatever is switched
         on, so that recipes that differ in the jitter alone see the same crops."""
-        u = torch.rand(37, n, dtype=torch.float64, generator=generator)
+        u = uniforms(n, generator)
         if self.crop == "resized":
             window = resized_crop_windows(u[:22], height, width, self.scale, self.ratio)
         else:
@@ -293,6 +299,12 @@ class Augment:
         centre = (self.size * u[35:37]).floor()
         columns = *window, u[22] < self.flip, *operation, *factor, hue_place, hue, u[32] < self.grey, sigma, *centre
         return Draws(torch.stack([column.float() for column in columns], 1))
+
+    def after_crop(self) -> Augment:
+        """What is left to do with images that were cut, resized to S x S and flipped elsewhere; same numbers drawn."""
+        rest = copy.copy(self)
+        rest.crop, rest.pad, rest.flip = "none", 0, 0.0
+        return rest
 
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
         """uint8 [n, 3, H, W] -> float32 [n, 3, S, S] on the same device (channels-last strides); draws: CPU."""
