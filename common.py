@@ -101,6 +101,31 @@ def distribute(model: nn.Module) -> nn.Module:
     return nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
 
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(context, share: Tensor) -> Tensor:
+        parts = [torch.empty_like(share) for _ in range(world_size())]
+        dist.all_gather(parts, share.contiguous())
+        context.rows = len(share)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(context, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient[rank() * context.rows : (rank() + 1) * context.rows]
+
+
+def gather_with_gradient(share: Tensor) -> Tensor:
+    """Rows of all ranks in rank order, [b, d] of each rank -> [W b, d], with gradient to every rank's own rows.
+
+    All ranks hold shares of one size. The gradient of a row is the sum of what the ranks' losses say of it: where every
+    rank computes the loss of the whole batch, or each the mean over its own anchors, the average of
+    DistributedDataParallel is the gradient that one rank would have.
+    """
+    return _Gather.apply(share) if world_size() > 1 else share
+
+
 def batch_mean(values: Tensor, global_batch: int) -> Tensor:
     """Mean over the batch of all ranks, from this rank's share.
 

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import fake_tree
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,6 +17,8 @@ import torch.nn.functional as F
 
 import common
 import data_lt
+import decode
+import file_lists
 import models
 
 ROOT = Path(common.__file__).resolve().parent
@@ -49,6 +52,82 @@ def losses_and_gradients(batch: int):
             dist.all_reduce(loss)
         losses.append(float(loss))
     return losses, [p.grad.clone() for p in net.parameters()]
+
+
+def contrastive_gradients():
+    """InfoNCE-like loss over the gathered embeddings, mean over a rank's own anchors, and its gradients."""
+    torch.manual_seed(1)
+    layer, x = torch.nn.Linear(5, 3).double(), torch.randn(8, 5, dtype=torch.float64)
+    mine = x.tensor_split(common.world_size())[common.rank()]
+    replica = common.distribute(layer)
+    own = F.normalize(replica(mine), dim=1)
+    every = common.gather_with_gradient(own)
+    targets = torch.arange(8).tensor_split(common.world_size())[common.rank()] ^ 1  # neighbours are positives
+    loss = F.cross_entropy(own @ every.T / 0.1, targets)
+    loss.backward()
+    value = loss.detach() / common.world_size()
+    if common.world_size() > 1:
+        dist.all_reduce(value)
+    return [float(value)], [p.grad.clone() for p in layer.parameters()]
+
+
+def contrastive_entry(rank: int, world: int, folder: str):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    try:
+        torch.save(contrastive_gradients(), f"{folder}/rank{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_gathered_embeddings_carry_the_gradient(tmp_path, world):
+    mp.spawn(contrastive_entry, (world, str(tmp_path)), nprocs=world)
+    loss, gradients = contrastive_gradients()
+    for rank in range(world):
+        theirs, their_gradients = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+        assert theirs == pytest.approx(loss, rel=1e-12)
+        for ours, other in zip(gradients, their_gradients, strict=True):
+            torch.testing.assert_close(other, ours, rtol=1e-10, atol=1e-14)
+
+
+def fake_tree_gradients(root: str):
+    """One epoch of ResNet-10 cross-entropy over decoded JPEGs at 64 px: loss of each batch, summed gradients."""
+    train, *_ = file_lists.load_lists("imagenet_lt", root)
+    torch.manual_seed(2)
+    net = models.Net(models.backbone("resnet10"), torch.nn.Linear(512, len(train.classes))).double().eval()
+    augment = data_lt.Augment(64, (0.5,) * 3, (0.2,) * 3, crop="resized", flip=0.5, jitter=(0.4, 0.4, 0.4, 0))
+    loader = decode.DecodedLoader(train, 6, augment=augment, seed=1, workers=1, sampler="class_aware", epoch_length=18)
+    replica, losses = common.distribute(net), []
+    loader.set_epoch(1)
+    for views, labels, _ in loader:
+        values = F.cross_entropy(replica(views[0].double()), labels, reduction="none")
+        loss = common.batch_mean(values, loader.global_batch)
+        loss.backward()
+        loss = loss.detach() / common.world_size()
+        if common.world_size() > 1:
+            dist.all_reduce(loss)
+        losses.append(float(loss))
+    return losses, [p.grad.clone() for p in net.parameters()]
+
+
+def fake_tree_entry(rank: int, world: int, folder: str):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    try:
+        torch.save(fake_tree_gradients(folder), f"{folder}/rank{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_two_ranks_equal_one_on_a_tree_of_jpegs(tmp_path):
+    fake_tree.make_imagenet_lt(tmp_path)
+    mp.spawn(fake_tree_entry, (2, str(tmp_path)), nprocs=2)
+    losses, gradients = fake_tree_gradients(str(tmp_path))
+    assert len(losses) == 3
+    for rank in range(2):
+        theirs, their_gradients = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+        assert theirs == pytest.approx(losses, rel=1e-9)
+        for ours, other in zip(gradients, their_gradients, strict=True):
+            torch.testing.assert_close(other, ours, rtol=1e-7, atol=1e-10)
 
 
 def rank_entry(rank: int, world: int, folder: str, batch: int):
