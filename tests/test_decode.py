@@ -357,24 +357,6 @@ def ends_within(pids: list[int], seconds: float) -> bool:
     return not any(map(alive, pids))
 
 
-def test_workers_end_when_the_main_process_is_killed(files):
-    receiver, sender = multiprocessing.Pipe(duplex=False)
-
-    def main() -> None:
-        ours = loader(files, 2, workers=2)
-        next(iter_ := iter(ours))
-        sender.send(sorted(children()))
-        os.kill(os.getpid(), signal.SIGKILL)
-        del iter_
-
-    child = multiprocessing.get_context("fork").Process(target=main)
-    child.start()
-    assert receiver.poll(30)
-    pids = receiver.recv()
-    child.join()
-    assert child.exitcode == -9 and len(pids) == 2 and ends_within(pids, 15)
-
-
 LEAVE = """
 import multiprocessing, os, sys, time
 import torch
@@ -391,6 +373,15 @@ next(iterator)
 print(*[child.pid for child in multiprocessing.active_children()], time.time(), flush=True)
 sys.exit(3)
 """
+
+
+def test_workers_end_when_the_main_process_is_killed(files):
+    script = LEAVE.replace("sys.exit(3)", "os.kill(os.getpid(), 9)")
+    command = [sys.executable, "-c", script, files.root / "n0000"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.returncode == -9, done.stderr
+    pids = [int(word) for word in done.stdout.split()[:-1]]
+    assert len(pids) == 2 and ends_within(pids, 15)
 
 
 def test_workers_end_with_the_process(files):
