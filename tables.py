@@ -567,9 +567,8 @@ def _run_command(args) -> int:
     done = [cell for cell in cells if cell not in skipped and _finished(cell, args.out)]
     todo = [cell for cell in cells if cell not in skipped and cell not in done]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    jobs = (
-        args.jobs or torch.cuda.device_count() or cores // args.threads + 1
-    )  # one more: a cell's start and end leave its core idle
+    # one more than there are cores: a cell's start and end leave its core idle
+    jobs = args.jobs or torch.cuda.device_count() or cores // args.threads + 1
     print(f"will run {len(todo)} cell(s), {jobs} at a time, threads a cell: {args.threads}; logs: {args.out / 'cells'}")
     for cell in todo:
         print(f"  run: {cell}")

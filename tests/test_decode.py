@@ -2,14 +2,12 @@
 
 import errno
 import fcntl
-import hashlib
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,33 +20,7 @@ import decode
 from augment import Augment, resized_crop_windows, uniforms
 from common import RunError, UserError, generator
 from decode import CachedSet, DecodedLoader, build_cache, crop_window
-
-try:
-    from file_lists import FileSet
-except ImportError:
-
-    @dataclass
-    class FileSet:
-        root: Path
-        paths: list[str]
-        labels: torch.Tensor
-        indices: torch.Tensor
-        classes: list[str]
-
-        def __len__(self) -> int:
-            return len(self.paths)
-
-        def counts(self) -> list[int]:
-            return torch.bincount(self.labels, minlength=len(self.classes)).tolist()
-
-        def select(self, positions) -> "FileSet":
-            at = torch.as_tensor(positions)
-            paths = [self.paths[row] for row in at.tolist()]
-            return FileSet(self.root, paths, self.labels[at], self.indices[at], self.classes)
-
-        def fingerprint(self) -> str:
-            return hashlib.sha256(repr((self.paths, self.labels.tolist())).encode()).hexdigest()[:16]
-
+from file_lists import FileSet
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE, MEAN, STD = 32, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -40,8 +40,12 @@ def small_problem(batch: int):
 
 
 def losses_and_gradients(batch: int):
-    """One epoch of summed gradients (no update in between: BN is frozen, the loss is linear in the batches)."""
-    net, loader = small_problem(batch)
+    """An epoch on the small problem."""
+    return epoch_of_gradients(*small_problem(batch))
+
+
+def epoch_of_gradients(net, loader):
+    """Loss of each batch, summed gradients (no update in between: BN is frozen, the loss is linear in the batches)."""
     replica, losses = common.distribute(net), []
     for views, labels, _ in loader:
         values = F.cross_entropy(replica(views[0].double()), labels, reduction="none")
@@ -97,17 +101,8 @@ def fake_tree_gradients(root: str):
     net = models.Net(models.backbone("resnet10"), torch.nn.Linear(512, len(train.classes))).double().eval()
     augment = data_lt.Augment(64, (0.5,) * 3, (0.2,) * 3, crop="resized", flip=0.5, jitter=(0.4, 0.4, 0.4, 0))
     loader = decode.DecodedLoader(train, 6, augment=augment, seed=1, workers=1, sampler="class_aware", epoch_length=18)
-    replica, losses = common.distribute(net), []
     loader.set_epoch(1)
-    for views, labels, _ in loader:
-        values = F.cross_entropy(replica(views[0].double()), labels, reduction="none")
-        loss = common.batch_mean(values, loader.global_batch)
-        loss.backward()
-        loss = loss.detach() / common.world_size()
-        if common.world_size() > 1:
-            dist.all_reduce(loss)
-        losses.append(float(loss))
-    return losses, [p.grad.clone() for p in net.parameters()]
+    return epoch_of_gradients(net, loader)
 
 
 def fake_tree_entry(rank: int, world: int, folder: str):
