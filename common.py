@@ -49,6 +49,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent
@@ -216,6 +217,8 @@ def base_parser(doc: str) -> argparse.ArgumentParser:
     add("--gpus", type=number(int, 1), default=1, help="local ranks to start, one GPU each (default: 1)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     add("--workers", type=number(int, 0), default=4, help="decoding processes a rank for large sets (default: 4)")
+    add("--cache", type=number(int, 8), metavar="N", help="large sets: read what `prepare --cache N` wrote, N px")
+    add("--skip-broken", action="store_true", help="large sets: replace unreadable images by others of their class")
     add(
         "--precision", choices=("auto", "fp32", "tf32", "bf16", "fp16"), default="auto", help="auto: fp32, bf16 on GPUs"
     )
@@ -495,6 +498,25 @@ def load_weights(module: nn.Module, state: dict[str, Tensor], source) -> None:
     module.load_state_dict(state)
 
 
+def load_backbone(backbone: nn.Module, path: str | Path, args, names=("dataset", "backbone"), data: str | None = None):
+    """Fill a backbone, every tensor, from the network of a checkpoint of any script; returns the checkpoint.
+
+    Scripts keep their network as the part `model`, its backbone as `backbone.*`; a head in it is left out. UserError
+    when a tensor is missing or left over, when an argument in `names` differs from the saved one, or when `data`, the
+    fingerprint of the training images here, is not that of the images there.
+    """
+    checkpoint = load_checkpoint(path)
+    check_same(path, checkpoint["args"], result_args(args), names)
+    if data not in (None, checkpoint["data"]):
+        raise UserError(f"{path} was trained on other images or labels than --dataset {args.dataset} gives now")
+    state = checkpoint["state"].get("model")
+    if state is None:
+        raise UserError(f"{path} holds no network under the name model")
+    own = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
+    load_weights(backbone, own, path)
+    return checkpoint
+
+
 # --- run folder -----------------------------------------------------------------------------------------------------
 
 
@@ -627,6 +649,25 @@ class Run:
         info: plain values that whoever evaluates the checkpoint needs to know, such as the class counts.
         """
         return Stage(self, name, epochs, info or {}, parts)
+
+    @property
+    def passes(self) -> int:
+        """Images that went forward and backward in all stages so far."""
+        return sum({row["stage"]: row["passes"] for row in self.rows}.values())
+
+    def outcome(self, stage: str, figures: dict, classes: list[str], counts: list[int]) -> dict:
+        """What result.json says of a classifier trained in `stage`: `run.finish(**run.outcome(...), paper=...)`.
+
+        figures: its `report` on the test set. The rows of the stage that were evaluated hold `test`.
+        """
+        rows = [row for row in self.rows if row["stage"] == stage]
+        best = max((row for row in rows if "test" in row), key=lambda row: row["test"]["overall"])
+        return {
+            "headline": {k: v for k, v in figures.items() if k not in ("per_class", "confusion")},
+            "best_on_test": {"overall": best["test"]["overall"], "epoch": best["epoch"]},
+            "classes": classes, "counts": counts, "per_class": figures["per_class"],
+            "confusion": figures.get("confusion"), "image_passes": self.passes, "epochs": rows[-1]["epoch"] + 1,
+        }  # fmt: skip
 
     def finish(self, **result) -> dict:
         """Write result.json (atomic) and return it; clocked or machine-dependent figures go into timing / machine."""
@@ -1184,6 +1225,40 @@ def evaluate(
     labels, predictions, confidence, nll, top5 = table[:5, :-1]
     kept = None if kept is None else kept[:-1].cpu()
     return Scores(labels.long(), predictions.long(), confidence, nll, top5 > 0, kept)
+
+
+def figures(args, net: nn.Module, loader, counts: Sequence[int], **options) -> dict:
+    """`report` of a network on an evaluation loader; RunError when its outputs are not finite.
+
+    options: group boundaries and weighting.
+    """
+    full = evaluate(net, loader, autocast=lambda: autocast(args)).report(counts, **options)
+    if full["loss"] is None and len(loader.dataset):
+        raise RunError("the network has diverged: its outputs are not finite; a smaller --lr may help")
+    return full
+
+
+def logged(full: dict) -> dict:
+    """What metrics.jsonl keeps of a report: no confusion matrix, recalls of up to 200 classes."""
+    left_out = {"confusion"} | ({"per_class"} if len(full["per_class"]) > 200 else set())
+    return {key: value for key, value in full.items() if key not in left_out}
+
+
+def class_similarity(features: Tensor, labels: Tensor, num_classes: int) -> dict[str, Tensor]:
+    """How close the classes lie in feature space.
+
+    features [N, d], labels [N] -> cosine [C, C] of class means; distance [C, C] of class means in units of the pooled
+    standard deviation sqrt((tr S_a + tr S_b) / 2). Classes without a sample give nan.
+    """
+    features = features.double()
+    count = torch.bincount(labels, minlength=num_classes).double()[:, None]  # [C, 1]
+    total = torch.zeros(num_classes, features.shape[1], dtype=torch.double).index_add_(0, labels, features)
+    mean = total / count  # [C, d]
+    spread = (features - mean[labels]).square().sum(1)  # [N]
+    variance = torch.zeros(num_classes, dtype=torch.double).index_add_(0, labels, spread) / count[:, 0]  # tr S_c
+    unit = F.normalize(mean, dim=1)
+    pooled = ((variance[:, None] + variance[None, :]) / 2).sqrt()
+    return {"cosine": unit @ unit.T, "distance": (mean[:, None] - mean[None, :]).norm(dim=2) / pooled}
 
 
 if __name__ == "__main__":

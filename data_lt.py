@@ -343,7 +343,7 @@ def to_square(image: Image.Image, size: int) -> Image.Image:
 def _checked_side(height: int, width: int, source: object) -> int:
     """The side of images that are used as they are: they must be square and small."""
     if height != width or height > MAX_SIZE:
-        why = "not square" if height != width else f"and sets above {MAX_SIZE} px are not read yet"
+        why = "not square" if height != width else f"and images in memory have at most {MAX_SIZE} px"
         raise UserError(f"{source}: {width}x{height} px, {why}; give --image-size S, S <= {MAX_SIZE}")
     return height
 
@@ -517,8 +517,6 @@ def _find(dataset: str) -> SetInfo | Path:
         return path
     if path.exists() or path.suffix == ".npz" or os.sep in str(dataset):
         raise UserError(f"data set {dataset}: no such folder or .npz; expected {PATH_LAYOUT}")
-    if dataset in ("mini_imagenet_lt", "imagenet_lt", "inat18"):
-        raise UserError(f"data set {dataset} is read from file lists, which this version cannot do yet")
     raise UserError(f"unknown data set {dataset!r}; known: {', '.join(DATASETS)}; or the path of {PATH_LAYOUT}")
 
 
@@ -556,9 +554,9 @@ def load_pool(
         info = found if isinstance(found, SetInfo) else SetInfo(found.resolve().name, **IMAGENET)
         return Pool(train, test, val, replace(info, num_classes=len(train.classes), size=image_size or info.size))
     if isinstance(found, SetInfo) and _stays_files(found, image_size):
-        raise UserError(f"{dataset}: sets above {MAX_SIZE} px are not read yet; `show` and `prepare` know this one")
+        raise UserError(f"{dataset}: its images are files above {MAX_SIZE} px; this needs small images in memory")
     if image_size is not None and not 1 <= image_size <= MAX_SIZE:
-        raise UserError(f"image size {image_size}: give 1..{MAX_SIZE} (larger images are not read yet)")
+        raise UserError(f"image size {image_size}: give 1..{MAX_SIZE}: this needs small images in memory")
     if isinstance(found, SetInfo):
         parts = fetch(found, root) if found.source else make_glyphs()
         return Pool(*(_image_set(*part, image_size) for part in parts), None, found)
@@ -786,6 +784,34 @@ class Loader:
             draws = self.draw(epoch, step, *images.shape[2:])
             x = self.augment(images.index_select(0, rows.repeat(self.views)), draws)
             yield x.unflatten(0, (self.views, end - begin)), self.dataset.labels[rows], rows
+
+
+def make_loader(args, dataset, batch_size: int, *, augment: Augment, **options) -> Loader:
+    """The loader that fits the set, with the shared flags: `Loader` for an ImageSet, `decode.DecodedLoader` for files.
+
+    dataset: a part of `Splits` or `Pool`; options: those of `Loader` (`seed` is args.seed unless given).
+    """
+    options = {"seed": args.seed, "device": args.device} | options
+    if isinstance(dataset, ImageSet):
+        for flag, given in (("--cache", args.cache), ("--skip-broken", args.skip_broken)):
+            if given:
+                raise UserError(f"{flag} makes no sense for --dataset {args.dataset}: its images are in memory")
+        return Loader(dataset, batch_size, augment=augment, **options)
+    from decode import DecodedLoader
+
+    cache = args.cache and Path(args.data_root) / args.dataset / f"cache{args.cache}" / dataset.split
+    options |= {"workers": args.workers, "cache": cache, "skip_broken": args.skip_broken}
+    return DecodedLoader(dataset, batch_size, augment=augment, **options)
+
+
+def evaluation_loader(args, dataset, statistics: tuple, size: int | None = None) -> Loader:
+    """Every image once, normalised only: 1000 at a time, 250 where images are files.
+
+    statistics: (mean, std); size: pixels, needed for files.
+    """
+    size = size or dataset.images.shape[-1]
+    batch = 1000 if isinstance(dataset, ImageSet) else 250
+    return make_loader(args, dataset, batch, augment=Augment(size, *statistics), evaluation=True)
 
 
 # --- command line

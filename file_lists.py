@@ -41,7 +41,7 @@ from data_lt import check_classes, class_folders, long_tail_counts, write_atomic
 class FileSet:
     """Images as files: root folder, relative paths [N], labels int64 [N], indices int64 [N], class names [C].
 
-    `indices` are the positions in the list (line number - 1) or in the sorted folder.
+    `indices` are the positions in the list (line number - 1) or in the sorted folder; `split` is train, val or test.
     """
 
     root: Path
@@ -49,6 +49,7 @@ class FileSet:
     labels: torch.Tensor
     indices: torch.Tensor
     classes: list[str]
+    split: str = ""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -61,7 +62,7 @@ class FileSet:
         """The items at `positions`, in that order."""
         at = torch.as_tensor(positions, dtype=torch.int64)
         paths = [self.paths[k] for k in at.tolist()]
-        return FileSet(self.root, paths, self.labels[at], self.indices[at], self.classes)
+        return FileSet(self.root, paths, self.labels[at], self.indices[at], self.classes, self.split)
 
     def fingerprint(self) -> str:
         """16 hex digits over paths and labels, in stored order; the root does not count."""
@@ -258,6 +259,8 @@ def load_lists(
         _join(sources, sets, dataset == "mini_imagenet_lt")
     else:
         sets = _load_folders(Path(dataset))
+    for split, files in sets.items():
+        files.split = split
     return sets["train"], sets.get("val"), sets["test"]
 
 

@@ -250,23 +250,6 @@ def mix_similar(head: Tensor, partner: Tensor, head_weight: float) -> Tensor:
     return (head_weight * head.double() + (1 - head_weight) * partner[turn].double()).trunc().to(torch.uint8)
 
 
-def class_similarity(features: Tensor, labels: Tensor, num_classes: int) -> dict[str, Tensor]:
-    """How close the classes lie in feature space.
-
-    features [N, d], labels [N] -> cosine [C, C] of class means; distance [C, C] of class means in units of the pooled
-    standard deviation sqrt((tr S_a + tr S_b) / 2). Classes without a sample give nan.
-    """
-    features = features.double()
-    count = torch.bincount(labels, minlength=num_classes).double()[:, None]  # [C, 1]
-    total = torch.zeros(num_classes, features.shape[1], dtype=torch.double).index_add_(0, labels, features)
-    mean = total / count  # [C, d]
-    spread = (features - mean[labels]).square().sum(1)  # [N]
-    variance = torch.zeros(num_classes, dtype=torch.double).index_add_(0, labels, spread) / count[:, 0]  # tr S_c
-    unit = F.normalize(mean, dim=1)
-    pooled = ((variance[:, None] + variance[None, :]) / 2).sqrt()
-    return {"cosine": unit @ unit.T, "distance": (mean[:, None] - mean[None, :]).norm(dim=2) / pooled}
-
-
 @dataclass
 class Theory:
     """Two 1-D Gaussian classes, a share p of the head's samples being mixtures w h + (1 - w) t with the head's label.
@@ -460,8 +443,8 @@ def train_point(run: common.Run, args, point: Point, source: data_lt.Pool, head:
     """Train one network on one training set; returns the figures of the last epoch and, apart, of the best."""
     train, val = make_training_set(args, source, point, head, tail)
     statistics, counts = (source.mean, source.std), train.counts()
-    test_loader = evaluation_loader(args, source.test, statistics)
-    val_loader = val and evaluation_loader(args, val, statistics)
+    test_loader = data_lt.evaluation_loader(args, source.test, statistics)
+    val_loader = val and data_lt.evaluation_loader(args, val, statistics)
     torch.manual_seed(common.derive_seed(args.seed, "init"))
     net = build(args, len(counts))
     optimizer = torch.optim.SGD(
@@ -469,7 +452,7 @@ def train_point(run: common.Run, args, point: Point, source: data_lt.Pool, head:
     )
     scaler = common.grad_scaler(args)
     augment = data_lt.Augment(train.images.shape[-1], *statistics, crop="pad", pad=args.pad, flip=args.flip)
-    loader = data_lt.Loader(train, args.batch_size, augment=augment, seed=args.seed, device=args.device)
+    loader = data_lt.make_loader(args, train, args.batch_size, augment=augment)
     epochs = math.ceil(args.steps / len(loader)) if args.steps else args.epochs
     info = {"counts": counts, "head": head, "tail": tail}
     stage = run.stage(point.name, epochs, info, model=net, optimizer=optimizer, scaler=scaler)
@@ -492,9 +475,9 @@ def train_point(run: common.Run, args, point: Point, source: data_lt.Pool, head:
                 stage.add(len(labels), loss=losses.mean(), accuracy=(logits.argmax(1) == labels).float().mean())
             scores, selected = {}, None
             if stage.due(args.eval_every):
-                scores["test"] = evaluation_figures(args, net, test_loader, counts)
+                scores["test"] = common.logged(common.figures(args, net, test_loader, counts))
                 if val_loader:
-                    scores["val"] = evaluation_figures(args, net, val_loader, counts)
+                    scores["val"] = common.logged(common.figures(args, net, val_loader, counts))
                     selected = scores["val"]["overall"]
             stage.end_epoch(lr=lr, score=selected, **scores)
         stage.finish()
@@ -503,7 +486,7 @@ def train_point(run: common.Run, args, point: Point, source: data_lt.Pool, head:
     if args.save_features:
         dataset = {"train": train, "test": source.test, "val": val}[args.save_features]
         chosen = common.evaluate(
-            net, evaluation_loader(args, dataset, statistics), autocast=lambda: common.autocast(args),
+            net, data_lt.evaluation_loader(args, dataset, statistics), autocast=lambda: common.autocast(args),
             features=net.features,
         )  # fmt: skip
         common.save_features(chosen, dataset.indices, features_path(run, args, point))
@@ -512,14 +495,6 @@ def train_point(run: common.Run, args, point: Point, source: data_lt.Pool, head:
 
 def features_path(run: common.Run, args, point: Point) -> Path:
     return run.folder / f"features_{args.save_features}_{point.name}.npz"
-
-
-def evaluation_figures(args, net, loader, counts) -> dict:
-    """What metrics.jsonl keeps of an evaluation."""
-    full = common.evaluate(net, loader, autocast=lambda: common.autocast(args)).report(counts)
-    if full["loss"] is None:
-        raise common.RunError("the network has diverged: its outputs are not finite; a smaller --lr may help")
-    return {key: full[key] for key in ("overall", "top5", "loss", "per_class")}
 
 
 def point_figures(run: common.Run, args, point: Point, counts: list[int], net, loader) -> dict:
@@ -537,8 +512,8 @@ def point_figures(run: common.Run, args, point: Point, counts: list[int], net, l
 
 
 def similarity_figures(scores: common.Scores, num_classes: int) -> dict:
-    """Diagnostics of category similarity as plain lists (see class_similarity)."""
-    similar = class_similarity(scores.features, scores.labels, num_classes)
+    """Diagnostics of category similarity as plain lists (see common.class_similarity)."""
+    similar = common.class_similarity(scores.features, scores.labels, num_classes)
     return {key: [[round(x, 6) for x in row] for row in value.tolist()] for key, value in similar.items()}
 
 
@@ -677,15 +652,11 @@ def draw_theory(rows: list[dict], path: Path) -> None:
 
 def network_of(args, path: str, num_classes: int) -> tuple[models.Net, dict, bool]:
     """The network of a checkpoint of any script; whether its head is a classifier of these classes."""
-    checkpoint = common.load_checkpoint(path)
-    state = checkpoint["state"].get("model")
-    if state is None:
-        raise common.UserError(f"{path} holds no network under the name model")
     net = build(args, num_classes)
+    checkpoint = common.load_backbone(net.backbone, path, args)
+    state = checkpoint["state"]["model"]
     own = {key for key, value in net.state_dict().items() if key in state and state[key].shape == value.shape}
     whole = own == set(net.state_dict())
-    backbone = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
-    common.load_weights(net.backbone, backbone, path)
     if whole:
         net.load_state_dict(state)
     return net, checkpoint, whole
@@ -700,7 +671,7 @@ def examine(args, source: data_lt.Pool) -> None:
     head, tail = (info[key] if key in info else plan(args, source)[i] for i, key in ((1, "head"), (2, "tail")))
     if args.eval and not whole:
         raise common.UserError(f"{path} holds no classifier of {len(classes)} classes to evaluate")
-    loader = evaluation_loader(args, source.test, (source.mean, source.std))
+    loader = data_lt.evaluation_loader(args, source.test, (source.mean, source.std))
     scores = common.evaluate(net, loader, autocast=lambda: common.autocast(args), features=net.features)
     if not common.is_main():
         return
@@ -720,11 +691,6 @@ def examine(args, source: data_lt.Pool) -> None:
     common.make_folder(folder)
     name = "-".join([checkpoint["script"], *path.resolve().parts[-4:-1], path.stem])
     common.write_json(folder / f"{'eval' if args.eval else 'similarity'}-{name}.json", result)
-
-
-def evaluation_loader(args, dataset, norm) -> data_lt.Loader:
-    augment = data_lt.Augment(dataset.images.shape[-1], *norm)
-    return data_lt.Loader(dataset, 1000, augment=augment, device=args.device, evaluation=True)
 
 
 def main(args) -> None:

@@ -433,13 +433,13 @@ def test_flags_that_make_no_sense(tree, tmp_path, capsys):
     refused(capsys, ["show", *base, "--imb-ratio", "10"], "published list", "--imb-ratio 10 makes no sense")
     refused(capsys, ["show", *base, "--imb-type", "step"], "'step' needs --imb-ratio")
     refused(capsys, ["show", *base, "--png", tmp_path / "x.png"], "--png makes no sense for imagenet_lt")
-    refused(capsys, ["export", *base, "--out", tmp_path / "x.npz"], "imagenet_lt: sets above 64 px are not read yet")
+    refused(capsys, ["export", *base, "--out", tmp_path / "x.npz"], "imagenet_lt: its images are files above 64 px")
     refused(capsys, ["prepare", *base, "--imb-ratio", "10"], "makes no sense")
     refused(capsys, ["prepare", *base, "--data-seed", "1"], "makes no sense")
     refused(capsys, ["prepare", "--full"], "--full makes no sense for glyphs_lt; it is for imagenet_lt, inat18, mini")
     refused(capsys, ["prepare", "--dataset", "mini_imagenet_lt", "--trust-list"], "--trust-list makes no sense")
     assert not list(tmp_path.iterdir())
-    with pytest.raises(UserError, match="sets above 64 px"):
+    with pytest.raises(UserError, match="files above 64 px"):
         lt.load(dataset="imagenet_lt", data_root=tree)
 
 

@@ -100,7 +100,7 @@ def test_class_similarity_against_loops():
     rng = torch.Generator().manual_seed(0)
     features, labels = torch.randn(60, 5, generator=rng), torch.arange(60) % 4
     features += labels[:, None]
-    ours = toy.class_similarity(features, labels, 4)
+    ours = common.class_similarity(features, labels, 4)
     for a in range(4):
         for b in range(4):
             x, y = features[labels == a].double(), features[labels == b].double()

@@ -1,0 +1,49 @@
+"""Running the scripts as a user does: `run("tsc.py", "--epochs", "1", out=tmp_path)`."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def environment() -> dict[str, str]:
+    """This process's environment, one thread, outside any launcher."""
+    clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return clean | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(ROOT)}
+
+
+def command(script: str, *flags, out=None) -> list[str]:
+    """The command line of a script of the repository (or of tests/): on the CPU, without TensorBoard."""
+    folder = [] if out is None else ["--out", str(out)]
+    return [sys.executable, str(ROOT / script), "--device", "cpu", "--log-to", "none", *folder, *map(str, flags)]
+
+
+def run(script: str, *flags, out=None, code: int = 0, timeout: float = 300) -> subprocess.CompletedProcess:
+    """Run it to its end; AssertionError with what it said when it does not end with exit code `code`."""
+    line = command(script, *flags, out=out)
+    done = subprocess.run(line, capture_output=True, text=True, env=environment(), timeout=timeout)
+    assert done.returncode == code, f"exit code {done.returncode}: {' '.join(line)}\n{done.stderr[-3000:]}"
+    if code == 2:
+        assert "Traceback" not in done.stderr and done.stderr.strip().count("\n") == 0, done.stderr
+    return done
+
+
+def folder(out) -> Path:
+    """The one run folder below `out`."""
+    (path,) = {path.parent for path in Path(out).glob("*/*/*/seed*/args.json")}
+    return path
+
+
+def rows(out) -> list[dict]:
+    """metrics.jsonl of the one run below `out`, without what is clocked."""
+    lines = [json.loads(line) for line in (folder(out) / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "timing"} for row in lines]
+
+
+def result(out) -> dict:
+    """result.json of the one run below `out`, without what is clocked or of the machine."""
+    full = json.loads((folder(out) / "result.json").read_text())
+    return {key: value for key, value in full.items() if key not in ("timing", "machine")}
