@@ -147,7 +147,11 @@ def gaussian_blur(x: Tensor, sigma: Tensor, kernel: int = 3) -> Tensor:
 
 def normalise(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """(x - mean) / std; mean and std [3], one for each channel, on the device of x."""
-    return (x - mean.view(3, 1, 1)).div_(std.view(3, 1, 1))
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return (x - mean.view(3, 1, 1)).div_(std.view(3, 1, 1))
+    rows = x.permute(0, 2, 3, 1).flatten(2)  # [n, H, 3 W]: a broadcast over a last axis of 3 is five times slower
+    rows = (rows - mean.repeat(x.shape[3])).div_(std.repeat(x.shape[3]))
+    return rows.unflatten(2, (-1, 3)).permute(0, 3, 1, 2)
 
 
 def cutout(x: Tensor, row: Tensor, column: Tensor, length: int) -> Tensor:
@@ -311,6 +315,8 @@ class Augment:
         n, device = len(images), images.device
         if n != len(draws) or images.dtype != torch.uint8:
             raise ValueError(f"{n} {images.dtype} images and draws for {len(draws)}: need uint8 and equal numbers")
+        if self.only_normalises:
+            return self._normalised(images)
         # Sorted by the place of hue, samples without jitter last, every step of the jitter concerns one slice.
         order = draws["hue_place"].argsort(stable=True)
         ends = torch.bincount(draws["hue_place"].long(), minlength=5).cumsum(0)[:4]  # ends[p]: samples of place <= p
@@ -325,6 +331,21 @@ class Augment:
             blurred = draws["sigma"][part].nonzero()[:, 0]
             x = self._chain(raw, there.share(part), (ends - start).clamp(0, len(raw)).tolist(), blurred)
             out[order[part] if sort else part] = x
+        return out
+
+    @property
+    def only_normalises(self) -> bool:
+        """Whether nothing is drawn that changes an image: what evaluation and images cut elsewhere need."""
+        busy = self.flip or max(self.jitter) or self.grey or self.blur_p or self.blur_floor or self.cutout
+        return self.crop == "none" and not busy
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        """The whole chain where `only_normalises`: the same numbers, a few images at a time on a CPU."""
+        out = torch.empty(images.shape, device=images.device, memory_format=torch.channels_last)
+        mean, std = (part.to(images.device).repeat(self.size) for part in self.statistics)
+        raw, rows = (x.permute(0, 2, 3, 1).flatten(2) for x in (images, out))  # [n, S, 3 S]; rows is a view of out
+        for x, y in zip(raw.split(8), rows.split(8), strict=True) if images.device.type == "cpu" else [(raw, rows)]:
+            y.copy_(x).div_(255).sub_(mean).div_(std)
         return out
 
     def _chain(self, images: Tensor, draws: Draws, ends: list[int], blurred: Tensor) -> Tensor:

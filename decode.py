@@ -72,15 +72,15 @@ def whole(image: Image.Image | Stored) -> Image.Image:
     return Image.fromarray(image.pixels) if isinstance(image, Stored) else image.convert("RGB")
 
 
-def cut(image: Image.Image | Stored, top: int, left: int, height: int, width: int, size: int) -> np.ndarray:
+def cut(image: Image.Image | Stored, top: int, left: int, height: int, width: int, size: int) -> torch.Tensor:
     """The window of an opened image resized to uint8 [S, S, 3]."""
     if isinstance(image, Stored):
         part = image.pixels[top : top + height, left : left + width]
     else:
         part = image.crop((left, top, left + width, top + height))
         part = np.array(part if part.mode == "RGB" else part.convert("RGB"))
-    x = torch.from_numpy(part).permute(2, 0, 1)[None]  # uint8 and channels-last: the fast path
-    return F.interpolate(x, (size, size), mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
+    x = torch.from_numpy(part)[None].permute(0, 3, 1, 2)  # uint8 and channels-last, batch stride too: the fast path
+    return F.interpolate(x, (size, size), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
 
 
 def resize_short(image: Image.Image, side: int) -> Image.Image:
@@ -185,7 +185,7 @@ class Reader:
                 return True
             for view, u in zip(out, windows, strict=True):
                 pixels = cut(image, *crop_window(u, image.height, image.width, a.scale, a.ratio), a.size)
-                view[:] = pixels[:, ::-1] if u[22] < a.flip else pixels
+                view[:] = (pixels.flip(1) if u[22] < a.flip else pixels).numpy()
         return True
 
 

@@ -8,8 +8,10 @@ both sides compute the same values, then takes medians over interleaved repeats 
 import argparse
 import copy
 import json
+import multiprocessing
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,12 +22,18 @@ import torch.nn.functional as F
 import torchvision.transforms as T
 import torchvision.transforms.functional as TF
 from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from fake_tree import write_jpeg  # noqa: E402
 
 import common  # noqa: E402
 from augment import SATURATION, Augment, Draws  # noqa: E402
 from data_lt import ImageSet, Loader  # noqa: E402
+from decode import DecodedLoader, build_cache  # noqa: E402
+from file_lists import FileSet  # noqa: E402
 from models import Net, backbone  # noqa: E402
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -199,10 +207,80 @@ def eval_metrics_vs_mask_loop() -> dict:
     return {"ratio": naive / own, "value": 1e3 * own, "unit": "ms", "target": ">= 50"}
 
 
+def jpeg_set(root: Path, n: int) -> FileSet:
+    """n JPEGs of the usual size of ImageNet's, 500 x 375 and upright, in one class folder below `root`."""
+    paths = [f"n0/{k:04d}.jpg" for k in range(n)]
+    for k, path in enumerate(paths):
+        write_jpeg(root / path, (0, k), (375, 500) if k % 4 == 0 else (500, 375))
+    return FileSet(root, paths, torch.zeros(n, dtype=torch.int64), torch.arange(n), ["n0"])
+
+
+def loader_vs_imagefolder(cached: bool, target: str) -> dict:
+    """Decode, resized crop, flip and normalise an epoch at 224 px, in this process: ImageFolder's chain over ours."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = jpeg_set(Path(folder) / "files", 128)
+        cache = Path(folder) / "cache" if cached else None
+        if cached:
+            build_cache(files, cache)
+        tail = [T.ToTensor(), T.Normalize(MEAN, STD)]
+        chain = T.Compose([T.RandomResizedCrop(224), T.RandomHorizontalFlip(), *tail])
+        theirs = DataLoader(ImageFolder(files.root, chain), 32, shuffle=True)
+        augment = Augment(224, MEAN, STD, crop="resized", flip=0.5)
+        ours = DecodedLoader(files, 32, augment=augment, workers=0, cache=cache)
+
+        central = T.Compose([T.Resize(256), T.CenterCrop(224), *tail])
+        expected = torch.stack([image for image, _ in ImageFolder(files.root, central)])
+        found = DecodedLoader(files, 32, augment=augment, workers=0, cache=cache, evaluation=True)
+        difference = (torch.cat([views[0] for views, _, _ in found]) - expected).abs()
+        assert difference.max() < 1e-5, "the two sides do not load the same"
+
+        naive, own = medians(lambda: list(theirs), lambda: list(ours), repeats=5)
+    return {"ratio": naive / own, "value": len(files) / own, "unit": "images/s", "target": target}
+
+
+def jpeg_loader_vs_imagefolder() -> dict:
+    """JPEG files, one core."""
+    return loader_vs_imagefolder(False, ">= 1.3")
+
+
+def cache_loader_vs_imagefolder() -> dict:
+    """Our side reads the cache of `prepare --cache 256`, one core."""
+    return loader_vs_imagefolder(True, ">= 5")
+
+
+def loader_memory_growth() -> dict:
+    """Memory of this process and of two decoding workers after three more epochs, less that after the first, in MB.
+
+    Shared pages count once, by their share (PSS).
+    """
+
+    def megabytes() -> float:
+        total = 0
+        for name in ["self", *(str(child.pid) for child in multiprocessing.active_children())]:
+            lines = Path(f"/proc/{name}/smaps_rollup").read_text().splitlines()
+            total += next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+        return total / 1e3
+
+    with tempfile.TemporaryDirectory() as folder:
+        files = jpeg_set(Path(folder), 256)
+        augment = Augment(224, MEAN, STD, crop="resized", flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1))
+        loader, held = DecodedLoader(files, 32, augment=augment, workers=2), []
+        for epoch in range(4):
+            loader.set_epoch(epoch)
+            for _ in loader:
+                pass
+            held.append(megabytes())
+        loader.close()
+    return {"ratio": held[-1] / held[0], "value": held[-1] - held[0], "unit": "MB", "target": "value only"}
+
+
 ROWS = {
     function.__name__: function
-    for function in (cifar_loader_vs_pil, two_view_simclr_vs_pil, train_step_overhead, eval_metrics_vs_mask_loop)
-}
+    for function in (
+        cifar_loader_vs_pil, two_view_simclr_vs_pil, train_step_overhead, eval_metrics_vs_mask_loop,
+        jpeg_loader_vs_imagefolder, cache_loader_vs_imagefolder, loader_memory_growth,
+    )
+}  # fmt: skip
 
 
 def main() -> None:
