@@ -318,6 +318,10 @@ def launch(main, args) -> None:
         if "more than 1 value per channel" not in str(error):
             raise
         _tell_and_exit(UserError("a batch of one image cannot be batch-normalised here: choose another --batch-size"))
+    except RuntimeError as error:
+        if world_size() == 1 or not re.search("gloo|nccl|connection (reset|closed|refused)", str(error), re.IGNORECASE):
+            raise
+        _leave_after_lost_rank(error)
     finally:
         if dist.is_initialized() and sys.exc_info()[0] is None:
             dist.destroy_process_group()
@@ -335,6 +339,16 @@ def _tell_and_exit(error: Exception) -> None:
     if world_size() > 1:
         os._exit(code)  # at once: leaving a process group in good order would wait for the other ranks
     sys.exit(code)
+
+
+def _leave_after_lost_rank(error: Exception) -> None:
+    """Another rank is gone. The launcher sees that too, says which one, and ends us before this is over."""
+    if not _stop_signal:  # it has not done so yet
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(20)
+        line = f"error (rank {rank()}): lost the other ranks: {str(error).splitlines()[0][:200]}"
+        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _choose_device(args, under_torchrun: bool) -> None:
@@ -372,7 +386,9 @@ def _start_ranks(count: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks say themselves what is wrong
+    for name in logging.root.manager.loggerDict:  # the ranks say themselves what is wrong
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
 
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=count, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
@@ -385,8 +401,14 @@ def _start_ranks(count: int) -> int:
     except ChildFailedError as failed:
         number_, first = failed.get_first_failure()
         if first.exitcode not in (1, 2, 130, 143):  # those have said why themselves
+            code = first.exitcode
+            how = f"died with exit code {code}"
+            if code < 0:
+                hint = " (out of memory?)" if code == -signal.SIGKILL else ""
+                how = f"was killed by {signal.Signals(-code).name}{hint}"
             print(
-                f"error: rank {number_} died with exit code {first.exitcode}; all ranks were stopped", file=sys.stderr
+                f"error: rank {number_} {how}; all ranks were stopped, the same command continues from what was saved",
+                file=sys.stderr,
             )
         return first.exitcode if first.exitcode > 0 else 1
     return 0
@@ -729,7 +751,8 @@ class Stage:
         for key, part in self.parts.items():
             part.load_state_dict(checkpoint["state"][key])
         self.epoch, self.step, self.passes = checkpoint["epoch"], checkpoint["step"], checkpoint["passes"]
-        self.sums, self.best, self.seconds = checkpoint["sums"], checkpoint["best"], checkpoint["seconds"]
+        self.best, self.seconds = checkpoint["best"], checkpoint["seconds"]
+        self.sums = checkpoint["sums"] if is_main() else {}  # they are of all ranks: one of them carries them on
         self.rng = checkpoint["rng"]
 
     def _checkpoint(self) -> dict:

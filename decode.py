@@ -193,6 +193,12 @@ def as_it_is(batch):
     return batch
 
 
+def quiet_when_abandoned(worker: int) -> None:
+    """In a worker: a main process killed in the middle of taking a batch is not this worker's error to tell."""
+    usual = threading.excepthook
+    threading.excepthook = lambda raised: None if issubclass(raised.exc_type, (OSError, EOFError)) else usual(raised)
+
+
 def close_at_exit(loader: weakref.ref) -> None:
     if loader() is not None:
         loader().close()
@@ -279,6 +285,7 @@ class DecodedLoader(Loader):
             self._engine = DataLoader(
                 self.reader, batch_size=None, sampler=self._tasks, num_workers=self.workers, collate_fn=as_it_is,
                 persistent_workers=True, prefetch_factor=self.prefetch, pin_memory=self.device.type == "cuda",
+                worker_init_fn=quiet_when_abandoned,
                 generator=torch.Generator(),  # or it would draw from the generator that the network's dropout uses
             )  # fmt: skip
         before = set(multiprocessing.active_children())
@@ -328,13 +335,14 @@ class DecodedLoader(Loader):
 
     def close(self) -> None:
         """End the workers; the next iteration starts new ones."""
-        self._turn, iterator, processes = None, self._iterator, self._processes
+        self._turn, engine, processes = None, self._engine, self._processes
         self._engine, self._iterator, self._processes = None, None, []
         if not processes:
             return
         atexit.unregister(self._at_exit)
         self.reader.stop.value = True
-        iterator._shutdown_workers()
+        if engine._iterator is not None:  # not self._iterator: a start that failed never set it
+            engine._iterator._shutdown_workers()
         for process in processes:
             process.join(1)
             if process.is_alive():

@@ -3,11 +3,13 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import commands
 import fake_tree
 import pytest
 import torch
@@ -159,11 +161,6 @@ def test_n_ranks_equal_one_in_loss_and_gradients(tmp_path, world, batch):
 FLAGS = "--experiment sweep2 --epochs 1 --device cpu --log-to none".split()
 
 
-def environment():
-    clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return clean | {"OMP_NUM_THREADS": "1"}
-
-
 def test_two_local_ranks_end_to_end_and_torchrun_gives_the_same(tmp_path):
     script = str(ROOT / "toy_similarity.py")
     own = [sys.executable, script, *FLAGS, "--gpus", "2", "--out", str(tmp_path / "own")]
@@ -171,7 +168,7 @@ def test_two_local_ranks_end_to_end_and_torchrun_gives_the_same(tmp_path):
     foreign = [*launcher, script, *FLAGS, "--out", str(tmp_path / "run")]
     results = []
     for line in (own, foreign):
-        done = subprocess.run(line, capture_output=True, text=True, env=environment(), timeout=200)
+        done = subprocess.run(line, capture_output=True, text=True, env=commands.environment(), timeout=200)
         assert done.returncode == 0, done.stderr[-2000:]
         (path,) = Path(line[-1]).glob("toy_similarity/*/*/seed0/result.json")
         assert "gpus2" in path.parent.parent.name, "two ranks are another variant: BatchNorm sees half the batch"
@@ -185,7 +182,7 @@ def test_two_local_ranks_end_to_end_and_torchrun_gives_the_same(tmp_path):
 def test_a_usage_error_under_two_ranks_is_told_once(tmp_path):
     line = [sys.executable, str(ROOT / "toy_similarity.py"), *FLAGS, "--gpus", "2", "--head-class", "77"]
     done = subprocess.run(
-        [*line, "--out", str(tmp_path)], capture_output=True, text=True, env=environment(), timeout=200
+        [*line, "--out", str(tmp_path)], capture_output=True, text=True, env=commands.environment(), timeout=200
     )
     assert done.returncode == 2
     assert done.stderr.count("--head-class 77") == 1 and "Traceback" not in done.stderr, done.stderr
@@ -193,7 +190,9 @@ def test_a_usage_error_under_two_ranks_is_told_once(tmp_path):
 
 def test_sigterm_reaches_both_ranks_and_the_run_continues(tmp_path):
     line = [sys.executable, str(ROOT / "toy_similarity.py"), *FLAGS, "--gpus", "2", "--out", str(tmp_path)]
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    process = subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=commands.environment()
+    )
     deadline = time.time() + 150
     while not list(tmp_path.glob("**/last.pt")) and time.time() < deadline:
         time.sleep(0.01)
@@ -202,5 +201,102 @@ def test_sigterm_reaches_both_ranks_and_the_run_continues(tmp_path):
     assert process.returncode == 143, errors[-2000:]
     (last,) = tmp_path.glob("**/last.pt")
     common.load_checkpoint(last)
-    done = subprocess.run(line, capture_output=True, text=True, env=environment(), timeout=200)
+    done = subprocess.run(line, capture_output=True, text=True, env=commands.environment(), timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+# --- ranks on a tree of JPEGs: launchers, a dead rank, a stop signal
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("tree")
+    fake_tree.make_imagenet_lt(root, n_max=12)
+    return root
+
+
+def on_tree(tree: Path, out: Path, *flags) -> list[str]:
+    flags = ("--dataset", "imagenet_lt", "--data-root", tree, "--epochs", 3, "--workers", 1, "--batch-size", 8, *flags)
+    return commands.command("tests/plain_ce.py", *flags, out=out)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tree, tmp_path_factory) -> list[dict]:
+    """What two local ranks log when nothing happens to them."""
+    out = tmp_path_factory.mktemp("two")
+    finish(on_tree(tree, out, "--gpus", 2))
+    return commands.rows(out)
+
+
+def finish(line: list[str]) -> None:
+    done = subprocess.run(line, capture_output=True, text=True, env=commands.environment(), timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def ranks_of(launcher: subprocess.Popen) -> dict[str, int]:
+    """Process of each rank of a `--gpus N` command."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
+                environ = (entry / "environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if parent == str(launcher.pid):
+                found |= {part[5:].decode(): int(entry.name) for part in environ if part.startswith(b"RANK=")}
+    return found
+
+
+def started(line: list[str], out: Path) -> subprocess.Popen:
+    """The running command, once it has saved a checkpoint."""
+    process = subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=commands.environment()
+    )
+    deadline = time.time() + 150
+    while not list(out.glob("**/last.pt")):
+        assert process.poll() is None and time.time() < deadline, process.communicate()
+        time.sleep(0.01)
+    return process
+
+
+def test_two_launchers_with_a_rendezvous_equal_one(tree, two_ranks, tmp_path):
+    """A dry run of two nodes: each its own torchrun, one rank each, meeting on the loopback device."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    node = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    node += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", "dry"]
+    line = node + on_tree(tree, tmp_path)[1:]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": commands.environment()}
+    nodes = [subprocess.Popen(line, **pipes) for _ in range(2)]
+    for process in nodes:
+        _, errors = process.communicate(timeout=200)
+        assert process.returncode == 0, errors[-2000:]
+    assert commands.rows(tmp_path) == two_ranks
+
+
+def test_a_rank_that_dies_ends_all_with_one_line_and_costs_an_epoch_at_most(tree, two_ranks, tmp_path):
+    line = on_tree(tree, tmp_path, "--gpus", 2)
+    process = started(line, tmp_path)
+    ranks = ranks_of(process)
+    assert sorted(ranks) == ["0", "1"]
+    os.kill(ranks["1"], signal.SIGKILL)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 1
+    assert errors.strip().count("\n") == 0 and "rank 1 was killed by SIGKILL" in errors, errors
+    assert not ranks_of(process) and not Path(f"/proc/{ranks['0']}").exists()
+    common.load_checkpoint(commands.folder(tmp_path) / "last.pt")
+    finish(line)
+    assert commands.rows(tmp_path) == two_ranks
+
+
+def test_sigterm_ends_both_ranks_at_one_step_and_they_continue(tree, two_ranks, tmp_path):
+    line = on_tree(tree, tmp_path, "--gpus", 2)
+    process = started(line, tmp_path)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 143 and not errors.strip(), errors
+    assert common.load_checkpoint(commands.folder(tmp_path) / "last.pt")["epoch"] < 3
+    finish(line)
+    assert commands.rows(tmp_path) == two_ranks

@@ -1,0 +1,64 @@
+"""Cross-entropy on any data set: the shortest script that uses lists, decoding, cache, ranks and run folder.
+
+The tests run it where a method would only add time: `python tests/plain_ce.py --dataset imagenet_lt --data-root DIR`.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import common  # noqa: E402
+import data_lt  # noqa: E402
+import models  # noqa: E402
+
+SMALL = {"backbone": "resnet8", "batch_size": 16, "lr": 0.05, "epochs": 2, "imb_ratio": 100.0, "crop": "pad"}
+LARGE = SMALL | {"backbone": "resnet10", "imb_ratio": None, "image_size": 64, "crop": "resized"}
+DEFAULTS = {"small": SMALL, "large": LARGE, "imagenet_lt": LARGE, "mini_imagenet_lt": LARGE | {"imb_ratio": 100.0}}
+
+
+def parse_args():
+    parser = common.base_parser(__doc__)
+    parser.add_argument("--crop", choices=("pad", "resized"), help="training crop (default: by image size)")
+    parser.add_argument("--sampler", choices=data_lt.SAMPLERS, default="instance", help="who is drawn")
+    args = parser.parse_args()
+    return common.resolve(
+        parser, args, DEFAULTS, lambda: data_lt.peek_image_size(args.dataset, args.data_root, args.image_size)
+    )
+
+
+def main(args) -> None:
+    splits = data_lt.load(args, files=True)
+    run = common.Run(args, "ce", splits.train.fingerprint())
+    if run.result:
+        return run.show()
+    net = models.Net(models.backbone(args.backbone), None)
+    net.head = models.linear_head(net.backbone.feature_dim, splits.num_classes)
+    net.to(args.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9)
+    augment = data_lt.Augment(splits.image_size, splits.mean, splits.std, crop=args.crop, flip=0.5)
+    loader = data_lt.make_loader(args, splits.train, args.batch_size, augment=augment, sampler=args.sampler)
+    test = data_lt.evaluation_loader(args, splits.test, (splits.mean, splits.std), splits.image_size)
+    stage = run.stage("train", args.epochs, {"counts": splits.counts}, model=net, optimizer=optimizer)
+    replica = common.distribute(net)
+    for _ in stage.epochs():
+        net.train()
+        for views, labels, _ in stage.batches(loader):
+            losses = F.cross_entropy(replica(views[0]), labels, reduction="none")
+            loss = common.batch_mean(losses, loader.global_batch)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            stage.guard(loss, optimizer)
+            optimizer.step()
+            stage.add(len(labels), loss=losses.mean())
+        full = common.figures(args, net, test, splits.counts)
+        stage.end_epoch(lr=args.lr, test=common.logged(full))
+    stage.finish()
+    run.finish(**run.outcome("train", full, splits.train.classes, splits.counts))
+
+
+if __name__ == "__main__":
+    common.launch(main, parse_args())

@@ -1,0 +1,117 @@
+"""A script on large sets from the command line: lists, class folders, the cache, and what is wrong with them."""
+
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import fake_tree
+import plain_ce
+import pytest
+
+import common
+import data_lt
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("tree")
+    fake_tree.make_imagenet_lt(root)
+    return root
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """plain_ce.py in this process: (exit code, what it said on stderr); the signals are as before afterwards."""
+
+    def call(data_root: Path, *flags, dataset: str = "imagenet_lt") -> tuple[int, str]:
+        line = ["plain_ce.py", "--dataset", dataset, "--data-root", data_root, "--out", tmp_path / "runs"]
+        line += ["--device", "cpu", "--log", "none", "--quiet", "--epochs", 1, "--workers", 0, *flags]
+        monkeypatch.setattr(sys, "argv", list(map(str, line)))
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        code = 0
+        try:
+            common.launch(plain_ce.main, plain_ce.parse_args())
+        except SystemExit as stopped:
+            code = stopped.code
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        return code, capsys.readouterr().err
+
+    return call
+
+
+def refused(answer: tuple[int, str], *texts: str) -> None:
+    code, said = answer
+    assert code == 2 and said.strip().count("\n") == 0 and all(text in said for text in texts), said
+
+
+def prepare(tree: Path, *flags) -> None:
+    line = ["prepare", "--dataset", "imagenet_lt", "--data-root", tree, "--trust-list", *flags]
+    assert data_lt.main(list(map(str, line))) == 0
+
+
+@pytest.mark.parametrize("sampler", ["instance", "class_aware"])
+def test_lists_train(tree, call, tmp_path, sampler):
+    assert call(tree, "--sampler", sampler, "--workers", 2) == (0, "")
+    (path,) = tmp_path.glob("runs/plain_ce/imagenet_lt/*/seed0/metrics.jsonl")
+    assert "images_per_second" in path.read_text() and "data_wait_share" in path.read_text()
+
+
+def test_class_folders_above_64_px_and_made_long_tailed(tmp_path, call):
+    for split, n in (("train", 8), ("test", 2)):
+        for c in range(3):
+            for k in range(n):
+                fake_tree.write_jpeg(tmp_path / "own" / split / f"class{c}" / f"{k}.jpg", (c, k), label=c)
+    flags = ("--image-size", 96, "--imb-ratio", 4, "--batch-size", 4)
+    assert call(tmp_path, *flags, dataset=str(tmp_path / "own")) == (0, "")
+    (path,) = tmp_path.glob("runs/plain_ce/own-*_ir4/*/seed0/result.json")
+    assert '"counts": [\n  8,\n  4,\n  2\n ]' in path.read_text()
+
+
+def test_missing_and_broken_images(tree, call, tmp_path):
+    own = tmp_path / "data"
+    shutil.copytree(tree, own)
+    names = [line.split()[0] for line in (own / "imagenet_lt" / "ImageNet_LT_train.txt").read_text().splitlines()]
+    (own / "imagenet_lt" / names[3]).unlink()
+    refused(call(own), names[3], "unreadable image of class", "No such file", "--skip-broken")
+    assert call(own, "--skip-broken")[1].count("1 unreadable images replaced") == 1
+    whole = (own / "imagenet_lt" / names[4]).read_bytes()
+    (own / "imagenet_lt" / names[4]).write_bytes(whole[: len(whole) // 2])
+    code, said = call(own, "--skip-broken", "--seed", 1, "--workers", 1)
+    assert code == 0 and "2 unreadable images replaced" in said and names[3] in said and names[4] in said
+
+
+def test_the_cache(tree, call, tmp_path, capsys):
+    own = tmp_path / "data"
+    shutil.copytree(tree, own)
+    refused(call(own, "--cache", 80), "cache80", "does not exist", "prepare --cache")
+    prepare(own, "--cache", 80)
+    assert call(own, "--cache", 80) == (0, "")
+    assert list(tmp_path.glob("runs/plain_ce/imagenet_lt/*cache80/seed0/result.json"))
+    index, pixels = (own / "imagenet_lt" / "cache80" / f"train{end}" for end in (".npz", ".u8"))
+    whole = pixels.read_bytes()
+    pixels.write_bytes(whole[:-1])
+    refused(call(own, "--cache", 80, "--seed", 1), "train.u8", "bytes, its index says")
+    pixels.write_bytes(whole)
+    index.rename(index.with_suffix(".part"))
+    refused(call(own, "--cache", 80, "--seed", 1), "is unfinished", "prepare --cache")
+
+
+def test_lists_that_cannot_be_right(tree, call, tmp_path):
+    own = tmp_path / "data"
+    shutil.copytree(tree, own)
+    path = own / "imagenet_lt" / "ImageNet_LT_test.txt"
+    lines = path.read_text()
+    path.write_text(lines.replace(" 4\n", " 7\n"))
+    refused(call(own), "ImageNet_LT_test.txt", "7")
+    path.write_text(lines + "no_label.JPEG\n")
+    refused(call(own), "ImageNet_LT_test.txt")
+    path.unlink()
+    refused(call(own), "ImageNet_LT_test.txt is missing", "prepare --dataset imagenet_lt")
+
+
+def test_flags_for_large_sets_are_refused_on_small_ones(tree, call):
+    refused(call(tree, "--cache", 80, dataset="glyphs_lt"), "--cache makes no sense for --dataset glyphs_lt")
+    refused(call(tree, "--skip-broken", dataset="glyphs_lt"), "--skip-broken makes no sense for --dataset glyphs_lt")
