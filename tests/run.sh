@@ -9,5 +9,10 @@ if "$PY" -m ruff --version > /dev/null 2>&1; then
 else
   echo "ruff is not installed: the code is not linted"
 fi
-"$PY" -m pytest -o testpaths=tests "$@" || code=$?
+parallel=()
+if "$PY" -c 'import xdist' 2> /dev/null; then # one thread a process; `-n 0` runs all tests in one
+  parallel=(-n auto --maxprocesses 4 --dist loadfile)
+  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+fi
+"$PY" -m pytest -o testpaths=tests "${parallel[@]}" "$@" || code=$?
 exit $((code ? code : lint))
