@@ -183,7 +183,7 @@ def parse_args(argv: list[str] | None = None):
     add("--alpha-mode", choices=("full", "diag"), help="alpha on all entries or on the diagonal (default: full)")
     add("--stats-space", choices=("raw", "tukey"), help="features that the Gaussians are fitted to (default: raw)")
     add("--epoch-steps", choices=("longtail", "balanced"),
-        help="head's epoch: as the long-tailed images (tailcalibx), or the balanced set (tailcalib, modals)")  # fmt: skip
+        help="steps of the head's epoch: images (tailcalibx) or balanced set (tailcalib, modals)")  # fmt: skip
     add("--second-pass", action="store_true", help="real features from views of their own, not those of the statistics")
     add("--cache-views", type=common.number(int, 0), metavar="V", help="keep V passes, 0: a new one an epoch (default)")
     add("--no-generate", action="store_true", help="ablation: train the head on the real features alone")
@@ -291,6 +291,11 @@ def double(x: Tensor) -> Tensor:
     return x if x.device.type == "mps" else x.double()
 
 
+def single(x: Tensor) -> Tensor:
+    """float32 where it is less: what autocast gives."""
+    return x.float() if x.dtype.itemsize < 4 else x
+
+
 class ClassGaussians:
     """Mean and covariance of the features of each class: z [N, D], labels [N] on the CPU; sums in float64.
 
@@ -333,10 +338,8 @@ class ClassGaussians:
 
 def nearest_classes(x: Tensor, means: Tensor, topk: int) -> Tensor:
     """The `topk` classes with the nearest means, nearest first, own class included: x [Q, D] -> int64 [Q, K]."""
-    if not 1 <= topk <= len(means):
-        raise ValueError(f"topk {topk}: {len(means)} classes can lend, give 1..{len(means)}")
-    near = [torch.cdist(part, means).topk(topk, largest=False).indices for part in x.split(CHUNK)]
-    return torch.cat(near) if near else torch.empty(0, topk, dtype=torch.int64, device=x.device)
+    exact = "donot_use_mm_for_euclid_dist"  # on a GPU a product in TF32 would change who is near
+    return torch.cdist(x, means, compute_mode=exact).topk(topk, largest=False).indices
 
 
 def calibrate(x: Tensor, near: Tensor, means: Tensor, covariances: Tensor, alpha: float, mode: str = "full"):
@@ -428,6 +431,9 @@ def generate_cholesky(
 
 def generate(x, sources, gaussians: ClassGaussians, *, topk, alpha=0.0, eps=1e-4, mode="full", sampler="lowrank", rng):
     """Generated features [M, D], one for each of `sources` (rows of the transformed features x [N, D]; may repeat)."""
+    present = sum(n > 0 for n in gaussians.counts)
+    if not 1 <= topk <= present:
+        raise ValueError(f"topk {topk}: {present} classes can lend, give 1..{present}")
     used, at = sources.unique(return_inverse=True)
     near = torch.cat([nearest_classes(x[rows], gaussians.means, topk) for rows in used.split(CHUNK)] or [used[:, None]])
     make = generate_lowrank if sampler == "lowrank" else generate_cholesky
@@ -447,7 +453,7 @@ def modals_noise(x: Tensor, sources: Tensor, deviations: Tensor, labels: Tensor,
 
 def teacher_vector(features: list[Tensor]) -> Tensor:
     """Unit teacher features [b, D] each, side by side and unit again: [b, T D]."""
-    return F.normalize(torch.cat([F.normalize(x.float() if x.dtype.itemsize < 4 else x, dim=1) for x in features], 1))
+    return F.normalize(torch.cat([F.normalize(single(x), dim=1) for x in features], 1))
 
 
 def distillation(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
@@ -469,12 +475,12 @@ class Net(models.Net):
         """What the head sees of raw features, [b, D] -> [b, D]."""
         if not self.unit:
             return features
-        z = F.normalize(features.float() if features.dtype.itemsize < 4 else features, dim=1)
+        z = F.normalize(single(features), dim=1)
         return z if self.power == 1 else F.normalize(tukey(z, self.power), dim=1)
 
     def student_vector(self, unit: Tensor) -> Tensor:
         """What is compared with the teachers, [b, D] -> [b, T D]: the unit feature, or its image, unit again."""
-        return unit if self.converter is None else F.normalize(self.converter(unit).float(), dim=1)
+        return unit if self.converter is None else F.normalize(single(self.converter(unit)), dim=1)
 
     def forward(self, x: Tensor, distil: bool = False):
         x = self.inputs(self.backbone(x))
@@ -719,7 +725,7 @@ def train_on_images(run: common.Run, args, name: str, net: Net, splits: data_lt.
                             targets = [teacher.backbone(x) for teacher in teachers]  # T x [b, D]
                     losses = F.cross_entropy(logits.float(), y, reduction="none")  # [b]
                     if teachers:
-                        distance = distillation(student.float(), teacher_vector(targets), args.cbd_beta)  # [b]
+                        distance = distillation(student, teacher_vector(targets), args.cbd_beta)  # [b]
                         losses = args.cbd_alpha * distance + (1 - args.cbd_alpha) * losses
                     loss = common.batch_mean(losses, loader.global_batch)
                     scaler.scale(loss).backward()
@@ -885,8 +891,8 @@ class BalancedFeatures:
             run.say(f"class {', '.join(few[:5])}: one image, no covariance of its own")
         if self.name != "modals" and args.alpha and args.alpha_mode == "full" and not args.no_generate:
             deviation = math.sqrt(args.alpha * self.net.backbone.feature_dim)
-            run.say(f"alpha {args.alpha:g} on every entry is noise of s.d. {deviation:.1f} along (1, .., 1), on features of "
-                    "length 1; --alpha-mode diag spreads it")  # fmt: skip
+            run.say(f"alpha {args.alpha:g} on every entry is noise of s.d. {deviation:.1f} along (1, .., 1), on features "
+                    "of length 1; --alpha-mode diag spreads it")  # fmt: skip
 
     def passes(self, epoch: int) -> list[Tensor]:
         """Raw features of the training images: for the statistics and, with --second-pass, for the real rows."""
