@@ -461,6 +461,14 @@ def distillation(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
     return beta * (1 - F.cosine_similarity(student, teacher, dim=1, eps=1e-8))
 
 
+def transformed(z: Tensor, power: float) -> Tensor:
+    """`tukey` of the script's own features: what cannot be is the user's mistake."""
+    try:
+        return tukey(z, power)
+    except ValueError as error:
+        raise common.UserError(f"--tukey {power:g}: {error}") from None
+
+
 class Net(models.Net):
     """Backbone, what lies between, head: features -> (unit: f / |f| -> Tukey -> unit) -> logits.
 
@@ -476,7 +484,7 @@ class Net(models.Net):
         if not self.unit:
             return features
         z = F.normalize(single(features), dim=1)
-        return z if self.power == 1 else F.normalize(tukey(z, self.power), dim=1)
+        return z if self.power == 1 else F.normalize(transformed(z, self.power), dim=1)
 
     def student_vector(self, unit: Tensor) -> Tensor:
         """What is compared with the teachers, [b, D] -> [b, T D]: the unit feature, or its image, unit again."""
@@ -875,10 +883,6 @@ class BalancedFeatures:
         self.total = len(self.labels) + sum(self.wanted)
         self.items = len(self.labels) if args.epoch_steps == "longtail" or args.no_generate else self.total
         self.device_labels, self.fixed = self.labels.to(args.device), None
-        if name != "modals" and args.topk > len(self.counts) and not args.no_generate:
-            raise common.UserError(
-                f"--topk {args.topk}: {len(self.counts)} classes can lend, give 1..{len(self.counts)}"
-            )
 
     def announce(self, run: common.Run, steps: int) -> None:
         args, few = self.args, [name for name, n in zip(self.classes, self.counts, strict=True) if n == 1]
@@ -890,8 +894,8 @@ class BalancedFeatures:
         if few and not args.no_generate:
             run.say(f"class {', '.join(few[:5])}: one image, no covariance of its own")
         if self.name != "modals" and args.alpha and args.alpha_mode == "full" and not args.no_generate:
-            deviation = math.sqrt(args.alpha * self.net.backbone.feature_dim)
-            run.say(f"alpha {args.alpha:g} on every entry is noise of s.d. {deviation:.1f} along (1, .., 1), on features "
+            spread = math.sqrt(args.alpha * self.net.backbone.feature_dim)
+            run.say(f"alpha {args.alpha:g} on every entry is noise of s.d. {spread:.1f} along (1, .., 1), on features "
                     "of length 1; --alpha-mode diag spreads it")  # fmt: skip
 
     def passes(self, epoch: int) -> list[Tensor]:
@@ -963,10 +967,7 @@ class BalancedFeatures:
     def calibration(self, epoch: int) -> tuple[Tensor, ClassGaussians]:
         """Transformed unit features and the Gaussians of the classes."""
         z = F.normalize(self.passes(epoch)[0], dim=1)
-        try:
-            x = tukey(z, self.args.tukey)
-        except ValueError as error:
-            raise common.UserError(f"--tukey {self.args.tukey:g}: {error}") from None
+        x = transformed(z, self.args.tukey)
         return x, ClassGaussians(z if self.args.stats_space == "raw" else x, self.labels, len(self.counts))
 
 
@@ -1232,6 +1233,10 @@ def main(args) -> None:
     if args.eval:
         return examine(args)
     stages, splits = stages_of(args), load(args)
+    if set(stages) & set(CALIBRATED) and not args.no_generate and args.topk > splits.num_classes:
+        raise common.UserError(
+            f"--topk {args.topk}: {splits.num_classes} classes can lend, give 1..{splits.num_classes}"
+        )
     run = common.Run(args, args.pipeline or args.stage, splits.train.fingerprint())
     features_path = run.folder / f"features_{args.save_features}.npz"
     if run.result and (not args.save_features or features_path.exists()):
