@@ -119,7 +119,7 @@ LARGE = SMALL | {
     "cbd_alpha": 0.4, "crop": "resized", "jitter": 0.4, "imb_ratio": None,
 }  # fmt: skip
 GLYPHS = SMALL | {
-    "backbone": "resnet8", "batch_size": 64, "lr": 0.1, "epochs": 200, "clf_epochs": 100, "pad": 2, "flip": 0.0,
+    "backbone": "resnet8", "batch_size": 64, "lr": 0.1, "epochs": 200, "clf_epochs": 50, "pad": 2, "flip": 0.0,
     "eval_every": 20,
 }  # fmt: skip
 
