@@ -10,6 +10,7 @@ import copy
 import json
 import multiprocessing
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -30,8 +31,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fake_tree import write_jpeg  # noqa: E402
 
 import common  # noqa: E402
+import tailcalibx  # noqa: E402
 from augment import SATURATION, Augment, Draws  # noqa: E402
-from data_lt import ImageSet, Loader  # noqa: E402
+from data_lt import ImageSet, Loader, long_tail_counts  # noqa: E402
 from decode import DecodedLoader, build_cache  # noqa: E402
 from file_lists import FileSet  # noqa: E402
 from models import Net, backbone  # noqa: E402
@@ -274,11 +276,110 @@ def loader_memory_growth() -> dict:
     return {"ratio": held[-1] / held[0], "value": held[-1] - held[0], "unit": "MB", "target": "value only"}
 
 
+def long_tailed_features(size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Unit, non-negative features like those of CIFAR100-LT at ratio 100: x [10847, size], labels 0..99."""
+    rng = np.random.default_rng(0)
+    counts = long_tail_counts(100, 500, 100)
+    labels = np.repeat(np.arange(100), counts)
+    centres, scales = rng.gamma(0.6, 1.0, (100, size)), rng.uniform(0.1, 0.5, (100, size))
+    x = np.abs(centres[labels] + scales[labels] * rng.standard_normal((len(labels), size))).astype(np.float32)
+    return F.normalize(torch.from_numpy(x), dim=1), torch.from_numpy(labels)
+
+
+def epoch_of_sources(labels: torch.Tensor) -> torch.Tensor:
+    """Sources of the 39,153 features that balance the set."""
+    draws = tailcalibx.draw_counts(labels, 100, torch.Generator().manual_seed(0))
+    return torch.arange(len(labels)).repeat_interleave(draws)
+
+
+def per_source(x: torch.Tensor, labels: torch.Tensor, sources: torch.Tensor, sample: Callable) -> torch.Tensor:
+    """The naive way: statistics of the classes once, then calibrate and `sample(mean, covariance, n)` each source."""
+    own = [x[labels == c] for c in range(100)]
+    means, covariances = torch.stack([z.mean(0) for z in own]), torch.stack([z.T.cov() for z in own])
+    eps, parts = 1e-4 * torch.eye(x.shape[1], dtype=x.dtype), []
+    for source, count in zip(*(part.tolist() for part in sources.unique_consecutive(return_counts=True)), strict=True):
+        near = (x[source] - means).norm(dim=1).topk(3, largest=False).indices
+        mean, covariance = (means[near].sum(0) + x[source]) / 4, covariances[near].mean(0) + eps
+        parts.append(sample(mean, covariance, count))
+    return torch.cat(parts)
+
+
+def generation_against(sample: Callable, dtype: torch.dtype, target: str) -> dict:
+    """An epoch's generated features (K = 3, D = 64) made by `per_source` with `sample`, and by low-rank sums."""
+    x, labels = long_tailed_features(64)
+    sources = epoch_of_sources(labels)
+
+    def ours() -> torch.Tensor:
+        gaussians = tailcalibx.ClassGaussians(x, labels, 100)
+        return tailcalibx.generate(x, sources, gaussians, topk=3, rng=torch.Generator().manual_seed(1))
+
+    def naive() -> torch.Tensor:
+        return per_source(x.to(dtype), labels, sources, sample)
+
+    one, other = ours().double(), naive().double()
+    assert one.shape == other.shape == (39_153, 64)
+    for c in (30, 60, 90, 99):  # the same law: means within 5, variances within 6 standard errors
+        a, b = (rows[labels[sources] == c] for rows in (one, other))
+        spread = (a.var(0) + b.var(0)) / len(a)
+        assert ((a.mean(0) - b.mean(0)).abs() < 5 * spread.sqrt()).all(), f"means of class {c} differ"
+        fourth = ((b - b.mean(0)) ** 4).mean(0) - b.var(0) ** 2
+        assert ((a.var(0) - b.var(0)).abs() < 6 * (2 * fourth / len(b)).sqrt()).all(), f"variances of class {c} differ"
+    seconds, own = medians(naive, ours, repeats=3)
+    return {"ratio": seconds / own, "value": 1e3 * own, "unit": "ms", "target": target}
+
+
+def generate_vs_per_source_svd() -> dict:
+    """Against one call of NumPy's multivariate normal (an SVD) a source, as the published package does."""
+    rng = np.random.RandomState(0)
+
+    def sample(mean: torch.Tensor, covariance: torch.Tensor, n: int) -> torch.Tensor:
+        return torch.from_numpy(rng.multivariate_normal(mean.numpy(), covariance.numpy(), n))
+
+    return generation_against(sample, torch.float64, ">= 30")
+
+
+def generate_vs_per_source_cholesky() -> dict:
+    """Against one Cholesky factorisation a source, as the published trainer does."""
+    rng = torch.Generator().manual_seed(0)
+
+    def sample(mean: torch.Tensor, covariance: torch.Tensor, n: int) -> torch.Tensor:
+        return mean + torch.randn(n, len(mean), generator=rng) @ torch.linalg.cholesky(covariance).T
+
+    return generation_against(sample, torch.float32, ">= 8")
+
+
+def memory_in_use(key: str = "VmRSS") -> float:
+    """Memory of this process in MB; key VmHWM: its peak."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) / 1024
+
+
+def generate_memory_2048() -> dict:
+    """Peak memory of an epoch's generation at D = 2048, in a process of its own, above inputs and outputs in MB."""
+    if "--child" not in sys.argv:
+        line = [sys.executable, __file__, "--only", "generate_memory_2048", "--child"]
+        return json.loads(subprocess.run(line, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    x, labels = long_tailed_features(2048)
+    sources, rng = epoch_of_sources(labels), torch.Generator().manual_seed(1)
+    few = sources[:: len(sources) // 50]
+    tailcalibx.generate(x, few, tailcalibx.ClassGaussians(x, labels, 100), topk=3, rng=rng)  # threads, libraries
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before, begin = memory_in_use(), time.perf_counter()
+    out = tailcalibx.generate(x, sources, tailcalibx.ClassGaussians(x, labels, 100), topk=3, rng=rng)
+    seconds, both = time.perf_counter() - begin, 4 * (x.numel() + out.numel()) / 2**20
+    above = memory_in_use("VmHWM") - before - 4 * out.numel() / 2**20
+    assert out.shape == (39_153, 2048) and bool(out.isfinite().all())
+    row = {"ratio": above / both, "value": above, "unit": "MB", "target": "value <= 200", "seconds": round(seconds, 2)}
+    print(json.dumps(row))
+    return row
+
+
 ROWS = {
     function.__name__: function
     for function in (
         cifar_loader_vs_pil, two_view_simclr_vs_pil, train_step_overhead, eval_metrics_vs_mask_loop,
         jpeg_loader_vs_imagefolder, cache_loader_vs_imagefolder, loader_memory_growth,
+        generate_vs_per_source_svd, generate_vs_per_source_cholesky, generate_memory_2048,
     )
 }  # fmt: skip
 
@@ -286,13 +387,15 @@ ROWS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=ROWS, metavar="NAME", help=f"run this row alone: {', '.join(ROWS)}")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     for name in [args.only] if args.only else ROWS:
         row = ROWS[name]()
         row |= {"ratio": round(row["ratio"], 3), "value": round(row["value"], 3)}
-        print(json.dumps({"name": name, **row}), flush=True)
+        if not args.child:
+            print(json.dumps({"name": name, **row}), flush=True)
 
 
 if __name__ == "__main__":
