@@ -139,7 +139,9 @@ def batch_mean(values: Tensor, global_batch: int) -> Tensor:
 # --- arguments ------------------------------------------------------------------------------------------------------
 
 # Flags that say where and how a run is done, not what it computes: they may differ when a run continues.
-NEUTRAL = frozenset("out data_root fresh resume_from eval quiet log workers device save_features recipe".split())
+NEUTRAL = frozenset(
+    "out data_root fresh resume_from eval quiet log workers device save_features recipe skip_broken".split()
+)
 KNOWN_SETS = "glyphs_lt cifar10_lt cifar100_lt svhn_lt mini_imagenet_lt imagenet_lt inat18".split()
 
 
@@ -390,6 +392,7 @@ def _start_ranks(count: int) -> int:
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
 
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")  # a stop signal waits for the end of an evaluation
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=count, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
         rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1,
@@ -558,7 +561,7 @@ def dataset_tag(args) -> str:
 def variant_name(args, method: str) -> str:
     """Method and every result-changing flag that is not the preset's: `kcl_epochs100_queue4096`."""
     parts = [method]
-    for key, value in args.changed.items():
+    for key, value in sorted(args.changed.items(), key=lambda item: item[0] == "gpus"):  # torchrun says it last
         text = Path(value).stem if isinstance(value, str) and os.sep in value else value
         parts.append(
             key.replace("_", "-") + ("" if value is True else f"{text:g}" if isinstance(text, float) else f"{text}")

@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import math
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -406,9 +407,13 @@ def _decode(path: Path, name: str, size: int | None) -> np.ndarray:
     return np.asarray(to_square(image, size) if size else image)
 
 
-def class_folders(folder: Path) -> dict[str, list[Path]]:
-    """Class name -> image files, both sorted by name; UserError when the split or a class is empty."""
+def class_folders(folder: Path, beside: str = "") -> dict[str, list[Path]]:
+    """Class name -> image files, both sorted by name; UserError when the split or a class is empty.
+
+    beside: folders called this and a number (`cache256`) lie among the classes and are none.
+    """
     classes = sorted(p for p in folder.glob("[!.]*") if p.is_dir())
+    classes = [p for p in classes if not (beside and re.fullmatch(beside + r"\d+", p.name))]
     if not classes:
         raise UserError(f"{folder}: no class folders; expected {folder}/<class>/*")
     files = {}
@@ -902,11 +907,9 @@ def prepare(
         if not (isinstance(info, SetInfo) and info.name in LISTED):
             raise UserError(f"--cache makes no sense for {dataset}; it is for {', '.join(sorted(LISTED))}")
         text = file_lists.prepare(dataset, root, **options)
-        parts = zip(
-            ("train", "val", "test"), file_lists.load_lists(dataset, root, options.get("imb_ratio")), strict=True
-        )
-        folder = Path(root) / dataset
-        return text + "\n" + decode.prepare_cache({k: v for k, v in parts if v is not None}, folder, cache, skip_broken)
+        parts = file_lists.load_lists(dataset, root, options.get("imb_ratio"))
+        splits = {part.split: part for part in parts if part is not None}
+        return text + "\n" + decode.prepare_cache(splits, Path(root) / dataset, cache, skip_broken)
     if isinstance(info, SetInfo) and info.name in LISTED:
         import file_lists
 
@@ -986,6 +989,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where it was", file=sys.stderr)
+        return 130
     return 0
 
 

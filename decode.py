@@ -546,6 +546,19 @@ def prepare_cache(splits: dict, folder: str | Path, side: int = 256, skip_broken
             told = time.monotonic()
             print(line, file=sys.stderr, flush=True)
 
+    need = 0
+    for name, dataset in splits.items():
+        pixels, index, *_ = cache_parts(Path(folder) / f"cache{side}" / name)
+        if not index.exists():
+            done = pixels.stat().st_size if pixels.exists() else 0
+            need += max(bytes_needed(Files(dataset), range(len(dataset)), side) - done, 0)
+    free = shutil.disk_usage(folder).free
+    if need:
+        needed = f"the cache of {', '.join(splits)} needs about {need / 1e9:.3g} GB, {free / 1e9:.3g} GB are free"
+        if need > free:
+            raise UserError(f"{needed} in {folder}; nothing was written")
+        if need > 1e8:
+            print(needed, file=sys.stderr, flush=True)
     for name, dataset in splits.items():
         cache = build_cache(dataset, Path(folder) / f"cache{side}" / name, side, skip_broken=skip_broken, say=say)
         lines.append(f"{cache.file}: {len(cache)} images, {cache.file.stat().st_size / 1e9:.2f} GB")

@@ -41,7 +41,8 @@ from data_lt import check_classes, class_folders, long_tail_counts, write_atomic
 class FileSet:
     """Images as files: root folder, relative paths [N], labels int64 [N], indices int64 [N], class names [C].
 
-    `indices` are the positions in the list (line number - 1) or in the sorted folder; `split` is train, val or test.
+    `indices` are the positions in the list (line number - 1) or in the sorted folder; `split` is train, val or
+    test, for mini-ImageNet-LT the name of the list.
     """
 
     root: Path
@@ -260,7 +261,7 @@ def load_lists(
     else:
         sets = _load_folders(Path(dataset))
     for split, files in sets.items():
-        files.split = split
+        files.split = sources[split].stem if dataset == "mini_imagenet_lt" else split  # train_ir100, val, test
     return sets["train"], sets.get("val"), sets["test"]
 
 
@@ -384,7 +385,7 @@ def make_mini(root: Path, ratio: float = 100.0, seed: int = 0) -> str:
     """
     if not root.is_dir():
         raise UserError(f"mini_imagenet_lt: no folder {root}; expected {root}/{LAYOUTS['mini_imagenet_lt']}")
-    files = class_folders(root)
+    files = class_folders(root, "cache")
     sizes, owner = [len(images) for images in files.values()], {}
     head = 500 if max(sizes) >= 700 else 400
     for name, images in files.items():

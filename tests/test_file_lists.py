@@ -497,7 +497,7 @@ def test_mini_splits(tmp_path, capsys):
 
 def test_mini_profile_of_100_classes(tmp_path, monkeypatch):
     files = {f"n{c:08}": [Path(f"n{c:08}/n{c:08}_{k}.JPEG") for k in range(700)] for c in range(100)}
-    monkeypatch.setattr(fl, "class_folders", lambda folder: files)
+    monkeypatch.setattr(fl, "class_folders", lambda folder, beside: files)
     for ratio, total, smallest in ((100, 10847, 5), (50, 12608, 10), (10, 19573, 50)):
         assert f"train {total:,} (500 to {smallest} a class" in fl.make_mini(tmp_path, ratio)
         labels = np.array([int(label) for _, label in lines_of(tmp_path / f"train_ir{ratio}.txt")])
