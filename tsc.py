@@ -70,7 +70,7 @@ from augment import to_device
 KCL_BASE = {
     "k": 6, "temp": 0.07, "dim": 128, "mlp": True, "queue": 65536, "key_momentum": 0.999, "view_forward": "joint",
     "anchors": "all", "unbiased": False, "contrast_weights": "none", "schedule": "cosine", "weight_decay": 1e-4,
-    "lin_bn": "train",
+    "lin_bn": "train", "init": "default",
 }  # fmt: skip
 TSC_BASE = {
     "targets": "auto", "target_repeat": 1, "target_weight": 0.2, "sep_t": True, "target_norm": "code",
@@ -82,14 +82,15 @@ LARGE = KCL_BASE | {
     "classifier_milestones": "20,30", "classifier_lr": 10.0, "classifier_batch_size": 2048,
 }  # fmt: skip
 CIFAR = KCL_BASE | {
-    "backbone": "resnet32", "backend": "simclr", "batch_size": 1024, "lr": 0.5, "epochs": 1000, "imb_ratio": 100.0,
-    "augment": "cifar", "queue": 4096, "diagnostics_every": 50, "classifier": "ldam", "reweight": "cb",
-    "classifier_epochs": 200, "classifier_milestones": "140,180,190", "classifier_lr": 0.1,
+    "backbone": "resnet32", "init": "pytorch", "backend": "simclr", "batch_size": 1024, "lr": 0.5, "epochs": 1000,
+    "imb_ratio": 100.0, "augment": "cifar", "queue": 4096, "diagnostics_every": 50, "classifier": "ldam",
+    "reweight": "cb", "classifier_epochs": 200, "classifier_milestones": "140,180,190", "classifier_lr": 0.1,
     "classifier_batch_size": 128,
 }  # fmt: skip
 GLYPHS = CIFAR | {
-    "backbone": "resnet8", "batch_size": 128, "epochs": 100, "queue": 384, "augment": "glyphs", "lin_bn": "eval",
-    "diagnostics_every": 10, "classifier_epochs": 40, "classifier_milestones": "28,36,38", "eval_every": 5,
+    "backbone": "resnet8", "init": "default", "batch_size": 32, "lr": 0.1, "epochs": 100, "queue": 384,
+    "augment": "glyphs", "lin_bn": "eval", "diagnostics_every": 10, "eval_every": 5, "classifier_epochs": 40,
+    "classifier_milestones": "28,36,38",
 }  # fmt: skip
 KCL_PRESETS = {"glyphs_lt": GLYPHS, "small": CIFAR, "large": LARGE,
                "inat18": LARGE | {"augment": "inat", "classifier_lr": 30.0}}  # fmt: skip
@@ -184,6 +185,7 @@ def parse_args(argv: list[str] | None = None):
     add("--contrast-weights", choices=("none", "cb"), help="simclr: class-balanced weights of anchors (default: none)")
     add("--augment", choices=tuple(AUGMENT), help="augmentation recipe (default: by data set)")
     add("--schedule", choices=("cosine", "step"), help="learning rate: cosine, or x0.01 at 160 and 180 of 200")
+    add("--init", choices=("default", *models.INITS), help="of the backbone (default: its usual one, CIFAR pytorch)")
     add("--weight-decay", type=real, help="on all parameters (default: 1e-4)")
     add = parser.add_argument_group("targets (stage 2)").add_argument
     add("--targets", choices=("auto", "paper", "file"), help="simplex or self-free objective (default), the paper's, "
@@ -247,6 +249,7 @@ def check_args(parser, args, given: set[str]) -> None:
         parser.error(f"--queue {args.queue} must be a multiple of --batch-size {args.batch_size}")
     if args.classifier == "linear":
         refuse({"reweight"}, "--classifier linear: its batches are class-aware")
+        args.reweight = None
     if args.method == "tsc" and args.backend == "simclr" and args.cifar_target == "repeat":
         why = "--cifar-target repeat: targets are samples there, in a fixed order"
         refuse({"target_weight", "sep_t", "target_norm", "centre_init", "assign_every"}, why)
@@ -283,7 +286,7 @@ def parse_target_args(argv: list[str]):
     add("--out", default=".", help="folder for optimal_<C>_<d>.npy (default: .)")
     add("--device", default="auto", help="auto, cpu, cuda (default: auto)")
     args = parser.parse_args(argv)
-    vars(args).update(command="targets", gpus=1, precision="fp32")
+    vars(args).update(command="targets", gpus=1, precision="fp32", changed={})
     return args
 
 
@@ -798,11 +801,8 @@ def encode_keys(encoder: nn.Module, images: Tensor, n: int, order: Tensor | None
 def build(args, head) -> models.Net:
     """Backbone of the flags with `head(feature_dim)` on it, on the device."""
     small = args.preset in ("glyphs_lt", "small")
-    slim = args.backbone not in models.WIDE
     try:
-        backbone = models.backbone(
-            args.backbone, stem="cifar" if small else None, init="pytorch" if slim else "default"
-        )
+        backbone = models.backbone(args.backbone, stem="cifar" if small else None, init=args.init)
     except ValueError as error:
         raise common.UserError(f"--backbone {args.backbone}: {error}") from None
     return models.Net(backbone, head(backbone.feature_dim)).to(args.device, memory_format=torch.channels_last)
@@ -816,13 +816,13 @@ def load_targets(run: common.Run, args, classes: int) -> Tensor:
     """Target points float32 [C, d] on the device; made by rank 0 and kept in the run folder as an .npy."""
     if args.targets == "file":
         path = args.target_file or f"optimal_{classes}_{args.dim}.npy"
-        return read_targets(path, classes, args.dim).float().to(args.device)
+        return read_targets(path, classes, args.dim).to(args.device, torch.get_default_dtype())
     path, points = run.folder / f"optimal_{classes}_{args.dim}.npy", None
     if common.is_main() and not path.exists():
         points = make_targets(classes, args.dim, args.targets, args.seed, args.device)
         common.write_atomic(path, lambda file: np.save(file, points.numpy()))
     common.barrier()
-    return read_targets(path, classes, args.dim).float().to(args.device)
+    return read_targets(path, classes, args.dim).to(args.device, torch.get_default_dtype())
 
 
 def pretrain_lr(args, epoch: float, epochs: int, warm: bool) -> float:
@@ -975,8 +975,10 @@ def pretrain(run: common.Run, args, name: str, epochs: int, state: Pretraining, 
             if targeted:
                 own = state.matching.targets[state.matching.assignment[labels]]
                 monitors |= {"target_cosine": (z[0].detach() * own).sum(1).mean(), "loss_target": target_part.mean()}
+            if targeted and matching is not None:
+                stage.add(1, changes=changed.float())  # mean over steps, whatever the size of the last batch
             if solve:
-                stage.add(len(labels), changes=changed.float(), skipped=skipped.float())
+                stage.add(1, skipped=skipped.float())
             stage.add(len(labels), loss=(class_part + target_part).mean(), **monitors)
         figures = {}
         if matching is not None and targeted:
@@ -1052,6 +1054,7 @@ def train_classifier(run: common.Run, args, splits: data_lt.Splits, backbone: nn
             with common.autocast(args):
                 logits = replica(views[0])  # [b, C]
             logits = logits.float()
+            right = logits.argmax(1) == labels
             if args.classifier == "ldam":
                 logits = logits.scatter_add(1, labels[:, None], -LDAM_SCALE * margins[labels][:, None])
             losses = F.cross_entropy(logits, labels, reduction="none")  # [b]
@@ -1067,7 +1070,7 @@ def train_classifier(run: common.Run, args, splits: data_lt.Splits, backbone: nn
             stage.guard(loss, optimizer)
             scaler.step(optimizer)
             scaler.update()
-            stage.add(len(labels), loss=losses.mean(), accuracy=(logits.argmax(1) == labels).float().mean())
+            stage.add(len(labels), loss=losses.mean(), accuracy=right.float().mean())
         scores, selected = {}, None
         if stage.due(args.eval_every):
             scores["test"] = common.logged(common.figures(args, net, test_loader, counts))
@@ -1308,7 +1311,8 @@ def main(args) -> None:
     changes = [row["changes"] * row["steps"] for row in run.rows if "changes" in row]
     if changes:
         diagnostics["assignment_changes"] = changes
-        diagnostics["solved_share"] = 1 - sum(r["skipped"] for r in run.rows if "skipped" in r) / len(changes)
+        skipped = [row["skipped"] for row in run.rows if "skipped" in row]
+        diagnostics["solved_share"] = 1 - sum(skipped) / len(skipped)
     run.finish(
         **run.outcome("classifier", full, splits.train.classes, splits.counts), paper=published(args, PAPER),
         released=published(args, RELEASED_FIGURES), parameters=parameters, diagnostics=diagnostics,
