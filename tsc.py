@@ -92,9 +92,10 @@ GLYPHS = CIFAR | {
     "augment": "glyphs", "lin_bn": "eval", "diagnostics_every": 10, "eval_every": 5, "classifier_epochs": 40,
     "classifier_milestones": "28,36,38",
 }  # fmt: skip
-KCL_PRESETS = {"glyphs_lt": GLYPHS, "small": CIFAR, "large": LARGE,
-               "inat18": LARGE | {"augment": "inat", "classifier_lr": 30.0}}  # fmt: skip
-LONG = {"large": {"epochs": 400}, "inat18": {"epochs": 400}}  # TSC: as many epochs of KCL and then of TSC
+BIG = {"imagenet_lt": LARGE, "mini_imagenet_lt": LARGE, "inat18": LARGE | {"augment": "inat", "classifier_lr": 30.0}}
+BIG["large"] = LARGE
+KCL_PRESETS = {"glyphs_lt": GLYPHS, "small": CIFAR, **BIG}
+LONG = dict.fromkeys(BIG, {"epochs": 400})  # TSC: as many epochs of KCL and then of TSC
 DEFAULTS = {
     "kcl": KCL_PRESETS,
     "tsc": {name: preset | TSC_BASE | LONG.get(name, {}) for name, preset in KCL_PRESETS.items()},
@@ -110,7 +111,7 @@ RELEASED = {
     "small": {"k": 0, "lin_bn": "train", "targets": "file", "cifar_target": "repeat", "target_repeat": 25,
               "warmup_frac": 0.0},
 }  # fmt: skip
-RELEASED["inat18"] = RELEASED["large"]
+RELEASED |= dict.fromkeys(BIG, RELEASED["large"])
 RELEASED_ORDER = {"cifar10_lt": (4, 8, 3, 1, 9, 5, 2, 7, 0, 6)}  # class of target row 0, 1, ...; others: 0, 1, ...
 
 AUGMENT = {  # name -> (two views of stages 1 and 2, one view of stage 3)
@@ -816,13 +817,13 @@ def load_targets(run: common.Run, args, classes: int) -> Tensor:
     """Target points float32 [C, d] on the device; made by rank 0 and kept in the run folder as an .npy."""
     if args.targets == "file":
         path = args.target_file or f"optimal_{classes}_{args.dim}.npy"
-        return read_targets(path, classes, args.dim).to(args.device, torch.get_default_dtype())
+        return read_targets(path, classes, args.dim).float().to(args.device)
     path, points = run.folder / f"optimal_{classes}_{args.dim}.npy", None
     if common.is_main() and not path.exists():
         points = make_targets(classes, args.dim, args.targets, args.seed, args.device)
         common.write_atomic(path, lambda file: np.save(file, points.numpy()))
     common.barrier()
-    return read_targets(path, classes, args.dim).to(args.device, torch.get_default_dtype())
+    return read_targets(path, classes, args.dim).float().to(args.device)
 
 
 def pretrain_lr(args, epoch: float, epochs: int, warm: bool) -> float:
