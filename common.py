@@ -774,8 +774,11 @@ class Stage:
             if self.epoch == before:
                 raise RuntimeError(f"stage {self.name}: the loop over epochs must call end_epoch")
 
-    def batches(self, loader):
-        """Yield the batches of this epoch that are still to be done; a stop signal saves after the step and exits."""
+    def batches(self, loader, passes: int = 1):
+        """Yield the batches of this epoch that are still to be done; a stop signal saves after the step and exits.
+
+        passes: how often a step sends an item forward and backward (views, SAM), for the count of image passes.
+        """
         loader.set_epoch(self.epoch, self.step)
         self._images, self._steps = 0, len(loader)
         self._wait, self._bar, begin = 0.0, 0.0, time.perf_counter()
@@ -788,7 +791,7 @@ class Stage:
                 return
             yield batch
             self.step += 1
-            self.passes += loader.global_batch
+            self.passes += passes * loader.global_batch
             self._images += loader.global_batch
             self._progress(begin)
             if self._must_stop():
