@@ -1177,6 +1177,9 @@ def evaluate(
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module  # its forward would synchronise buffers: ranks may have different numbers of batches
+    if dist.is_initialized():
+        for buffer in model.buffers():  # batch norm: the statistics that rank 0 has and its checkpoints hold
+            dist.broadcast(buffer, 0)
     size = len(loader.dataset) if num_items is None else num_items
     device = loader.device if device is None else device
     # One row for each field of Scores and one that counts visits; the last column collects indices out of range.
