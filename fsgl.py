@@ -91,9 +91,11 @@ IMAGENET = CIFAR10 | {  # README; the launch script: 200 epochs, batches of 64, 
     "weight_decay": 2e-4, "imb_ratio": None, "augmentation": "resized", "resample_weighting": 0.2,
     "label_weighting": 1.0, "fcc": 0.1,
 }  # fmt: skip
-GLYPHS = CIFAR10 | {
-    "backbone": "resnet8", "pad": 2, "flip": 0.0, "projection_dim": 64, "epochs": 60, "lr": 0.05, "eval_every": 5,
+GLYPHS = CIFAR10 | {  # our own values; evenly mixed letters are not learned in a minute
+    "backbone": "resnet8", "pad": 2, "flip": 0.0, "projection_dim": 64, "batch_size": 32, "lr": 0.05,
+    "contrast_weight": 1.0, "label_weighting": 1.0, "mix_alpha": 0.2, "eval_every": 10,
 }  # fmt: skip
+GLYPH_EPOCHS = {"ce": 200, "glmc": 100, "glmc_sam": 50, "fsgl": 50}  # as many image passes in each
 DEFAULTS = {
     "glyphs_lt": GLYPHS, "cifar10_lt": CIFAR10, "cifar100_lt": CIFAR10 | {"fcc": 1.0},
     "svhn_lt": CIFAR10 | {"flip": 0.0}, "mini_imagenet_lt": IMAGENET | {"imb_ratio": 100.0}, "imagenet_lt": IMAGENET,
@@ -173,7 +175,7 @@ def parse_args(argv: list[str] | None = None):
     add = parser.add_argument_group("network and images").add_argument
     add("--width", type=number(int, 1), help="channels of the first stage of resnet8, 20, 32, ... (default: 16)")
     add("--stem", choices=models.STEMS, help="3x3 convolution, or 7x7 and pool (default: by data set)")
-    add("--bn-groups", type=number(int, 1), help="parts of a rank's batch with batch statistics of their own (1)")
+    add("--bn-groups", type=number(int, 1), help="parts of the batch of all ranks with own batch statistics (1)")
     add("--concat-views", action="store_true", help="both views in one forward pass: faster, other batch statistics")
     add("--augmentation", choices=("pad", "resized"),
         help="padded crop and flip; or resized crop, jitter, grey, blur and flip (default: by data set)")  # fmt: skip
@@ -193,6 +195,7 @@ def parse_args(argv: list[str] | None = None):
         name: preset | {"fcc": GAINS.get((name, args.imb_ratio or preset["imb_ratio"]), preset["fcc"])}
         | VARIANTS[args.variant] for name, preset in DEFAULTS.items()
     }  # fmt: skip
+    presets["glyphs_lt"]["epochs"] = GLYPH_EPOCHS[args.variant]
     side = lambda: data_lt.peek_image_size(args.dataset, args.data_root, args.image_size)  # noqa: E731
     common.resolve(parser, args, presets, side, RELEASED)
     args.changed.pop("variant", None)  # it is the name of the method
@@ -515,13 +518,15 @@ def training_step(
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(common.batch_mean(losses, batch.size)).backward()  # the scale cancels in G / ||G||
         skip = ~sam.climb().isfinite()
-        track_statistics(replica, args.sam_bn == "both")
+        if args.sam_bn == "first":
+            track_statistics(replica, False)
     parts = losses_of(args, replica, batch, alpha, weights, True)
     loss = common.batch_mean(parts["loss"], batch.size)
     optimizer.zero_grad(set_to_none=True)
     scaler.scale(loss).backward()
     if sam:
-        track_statistics(replica, True)
+        if args.sam_bn == "first":
+            track_statistics(replica, True)
         sam.back()
     guard(loss, optimizer)
     if sam:
@@ -566,8 +571,10 @@ def build(args, num_classes: int) -> models.Net:
         head = models.linear_head(backbone.feature_dim, num_classes)
     else:
         head = models.FSGLHeads(backbone.feature_dim, num_classes, args.projection_dim)
-    net = models.Net(backbone, head)
-    group_batch_norm(net, args.bn_groups)
+    net, ranks = models.Net(backbone, head), common.world_size()
+    if args.bn_groups > 1 and args.bn_groups % ranks:
+        raise common.UserError(f"--bn-groups {args.bn_groups} on {ranks} ranks: give a multiple of {ranks}, or 1")
+    group_batch_norm(net, args.bn_groups // ranks)
     return net.to(args.device, memory_format=torch.channels_last)
 
 

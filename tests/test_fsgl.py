@@ -409,6 +409,14 @@ def test_the_first_pass_without_the_consistency_is_exact(monkeypatch):
         torch.testing.assert_close(results[1][name], value, rtol=1e-11, atol=1e-13)
 
 
+def test_a_zero_gradient_moves_nothing():
+    weights = [nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(2))]
+    before = [w.detach().clone() for w in weights]
+    weights[0].grad = torch.zeros(3)
+    sam = fsgl.SAM(weights, 0.05)
+    assert sam.climb() == 0 and all(torch.equal(w, old) for w, old in zip(weights, before, strict=True))
+
+
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("bad_pass", [1, 2])
 def test_a_non_finite_gradient_skips_the_step(fused, bad_pass):
@@ -571,7 +579,7 @@ def test_published_figures_stand_only_beside_the_published_settings():
     assert figure() is None and figure(*ten, of=fsgl.RELEASED_CODE) is None
 
 
-def test_networks():
+def test_networks(monkeypatch):
     def parameters(*flags, classes=10):
         return models.count_parameters(fsgl.build(settings(*flags), classes))
 
@@ -589,6 +597,12 @@ def test_networks():
         ["--dataset", "cifar10_lt", "--backbone", "resnet50"], ["--dataset", "imagenet_lt", "--backbone", "resnet50"],
         ["--dataset", "cifar10_lt", "--backbone", "resnet10", "--stem", "imagenet"])]  # fmt: skip
     assert stems == [3, 7, 7]
+    monkeypatch.setattr(common, "world_size", lambda: 4)
+    with pytest.raises(common.UserError, match="--bn-groups 2 on 4 ranks"):
+        fsgl.build(settings("--bn-groups", "2"), 3)
+    assert not any(
+        isinstance(m, fsgl.GroupedBatchNorm2d) for m in fsgl.build(settings("--bn-groups", "4"), 3).modules()
+    )
     for flags in (["--backbone", "vgg"], ["--stem", "imagenet"], ["--backbone", "resnet18", "--width", "32"]):
         with pytest.raises(common.UserError, match="--backbone"):
             fsgl.build(settings(*flags), 3)
@@ -907,8 +921,8 @@ def test_the_compiled_network_trains_alike(call, monkeypatch):
 
 
 def steps_of_a_rank(path: str) -> dict:
-    """One epoch in float64 on this rank's share; one process takes each view's batch norm in two parts instead."""
-    args = settings(*BASE, "--dataset", path, "--bn-groups", str(3 - common.world_size()), "--resample-weighting", "1")
+    """One epoch in float64 on this rank's share; in one process batch norm sees the two shares one by one."""
+    args = settings(*BASE, "--dataset", path, "--bn-groups", "2", "--resample-weighting", "1")
     splits = fsgl.load_splits(args)
     torch.manual_seed(3)
     net = fsgl.build(args, 10).double()
