@@ -851,16 +851,7 @@ def test_features_evaluation_init_and_compile(tmp_path, capsys):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tsc, "pretrain", lambda run, args, name, epochs, state, *rest, **o: seen.append(state) or 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            call(
-                *flags,
-                "--init-from",
-                run["folder"] / "kcl.pt",
-                "--backend",
-                "moco",
-                "--queue",
-                "84",
-                out=tmp_path / "b",
-            )
+            call(*flags, *start, out=tmp_path / "b")
     assert torch.equal(seen[0].net.backbone.conv1.weight, net.backbone.conv1.weight)
     assert torch.equal(seen[0].key_net.backbone.conv1.weight, net.backbone.conv1.weight), "the key encoder starts equal"
     with pytest.MonkeyPatch.context() as patch:
