@@ -203,8 +203,8 @@ def parse_args(argv: list[str] | None = None):
     add = parser.add_argument_group("classifier (stage 3)").add_argument
     add("--classifier", choices=("linear", "ldam"), help="linear, class-aware batches; or cosine head and LDAM loss")
     add("--classifier-epochs", type=whole, help="epochs (default: 40, CIFAR 200)")
-    add("--classifier-milestones", type=milestone_list, metavar="E,E", help="x0.1 at these epochs of the preset's "
-        "length, scaled to --classifier-epochs (default: 20,30; CIFAR 140,180,190)")  # fmt: skip
+    add("--classifier-milestones", type=milestone_list, metavar="E,E", help="x0.1 at these epochs (default: 20,30 of "
+        "40; CIFAR 140,180,190 of 200; at the same fractions of another length)")  # fmt: skip
     add("--classifier-lr", type=common.number(float, 0, open_low=True), help="default: 10, iNat 30, CIFAR 0.1")
     add("--classifier-batch-size", type=whole, help="images over all ranks (default: 2048, CIFAR 128)")
     add("--lin-bn", choices=("train", "eval"), help="batch norm of the frozen backbone (default: train, letters eval)")
@@ -259,6 +259,10 @@ def check_args(parser, args, given: set[str]) -> None:
             parser.error("--target-norm paper has no meaning with --no-sep-t: its target term stands apart")
         if args.unbiased:
             parser.error("--unbiased is for --method kcl and --cifar-target repeat: the target term needs all columns")
+    if "classifier_milestones" in args.changed:
+        last = int(args.classifier_milestones.split(",")[-1])
+        if last >= args.classifier_epochs:
+            parser.error(f"--classifier-milestones {last} is not below --classifier-epochs {args.classifier_epochs}")
     if args.save_features == "val" and args.select != "val":
         parser.error("--save-features val: there is a validation split only with --select val")
     if args.save_features and args.eval:
@@ -975,7 +979,8 @@ def pretrain(run: common.Run, args, name: str, epochs: int, state: Pretraining, 
                 monitors["uniformity"] = pair_uniformity(z[0].detach())
             if targeted:
                 own = state.matching.targets[state.matching.assignment[labels]]
-                monitors |= {"target_cosine": (z[0].detach() * own).sum(1).mean(), "loss_target": target_part.mean()}
+                monitors |= {"target_cosine": (z[0].detach() * own).sum(1).mean()}
+                monitors |= {"loss_class": class_part.mean(), "loss_target": target_part.mean()}
             if targeted and matching is not None:
                 stage.add(1, changes=changed.float())  # mean over steps, whatever the size of the last batch
             if solve:
@@ -1038,9 +1043,10 @@ def train_classifier(run: common.Run, args, splits: data_lt.Splits, backbone: nn
     val_loader = data_lt.evaluation_loader(args, splits.val, statistics, size) if args.select == "val" else None
     margins = ldam_margins(counts).to(args.device)
     balanced = torch.from_numpy(data_lt.effective_number_weights(counts)).float().to(args.device)
-    published = DEFAULTS["kcl"].get(args.preset, CIFAR)["classifier_epochs"]
     milestones = [int(epoch) for epoch in args.classifier_milestones.split(",")]
-    milestones = common.scale_milestones(milestones, max(published, *milestones), epochs)
+    if "classifier_milestones" not in args.changed:  # the preset's keep their places in a run of another length
+        published = DEFAULTS["kcl"][args.preset]["classifier_epochs"]
+        milestones = common.scale_milestones(milestones, published, epochs)
     (deferred,) = common.scale_milestones((160,), 200, epochs)
     run.say(f"classifier: {args.classifier}, lr {args.classifier_lr:g}, batch {batch}, batch norm {args.lin_bn}, "
             f"{epochs} epochs of {len(loader)} steps")  # fmt: skip
@@ -1132,7 +1138,7 @@ def toy(args) -> None:
             rows[method].append(100 * float(((z @ centres.T).argmax(1) == labels).double().mean()))
             panels.append((method, ratio, z, labels, state.matching.targets.cpu() if method == "tsc" else None))
             run.say(f"toy: {method}, {ratio}:1:1, nearest class mean {rows[method][-1]:.1f} %")
-    standard = args.dataset == "cifar10_lt" and not set(args.changed) - {"gpus", "epochs", "eval_every"}
+    standard = args.dataset == "cifar10_lt" and not set(args.changed) - {"gpus"}
     table = {
         "title": "Three classes on a circle: accuracy against the imbalance", "row_header": "ratio",
         "note": f"classes {', '.join(names)}; nearest class mean on 2-D projections of the balanced test set",

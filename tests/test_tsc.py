@@ -662,7 +662,8 @@ CHANGES = [  # what a flag changes: (base flags, flag, first stage whose loss di
     ("simclr", "--no-sep-t", "tsc"), ("simclr", "--classifier linear", "classifier"),
     ("simclr", "--lin-bn eval", "classifier"), ("simclr", "--reweight none", "classifier"),
     ("simclr", "--classifier-lr 0.5", "classifier"), ("simclr", "--classifier-batch-size 50", "classifier"),
-    ("simclr", "--classifier-milestones 1,199", "classifier"),
+    ("simclr", "--classifier-milestones 1", "classifier"), ("simclr", "--reweight drw", "classifier"),
+    ("simclr", "--classifier ldam --lin-bn eval", "classifier"),
 ]  # fmt: skip
 
 
@@ -730,6 +731,7 @@ def test_every_flag_changes_what_it_says_and_nothing_before(losses, backend, fla
         ("--targets auto --target-file x.npy", "--target-file and --targets auto contradict each other"),
         ("--classifier linear --reweight cb", "--reweight has no meaning with --classifier linear"),
         ("--classifier-milestones 9,3", "ascending epochs"),
+        ("--classifier-milestones 3,9 --classifier-epochs 9", "9 is not below --classifier-epochs 9"),
         ("--save-features val", "--select val"),
         ("--warmup-frac 1", "at most 0.999"),
         ("--imb-ratio 1000", "with 0 of its"),
@@ -850,16 +852,7 @@ def test_features_evaluation_init_and_compile(tmp_path, capsys):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tsc, "pretrain", lambda run, args, name, epochs, state, *rest, **o: seen.append(state) or 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            call(
-                *flags,
-                "--init-from",
-                run["folder"] / "kcl.pt",
-                "--backend",
-                "moco",
-                "--queue",
-                "84",
-                out=tmp_path / "b",
-            )
+            call(*flags, *start, out=tmp_path / "b")
     assert torch.equal(seen[0].net.backbone.conv1.weight, net.backbone.conv1.weight)
     assert torch.equal(seen[0].key_net.backbone.conv1.weight, net.backbone.conv1.weight), "the key encoder starts equal"
     with pytest.MonkeyPatch.context() as patch:
