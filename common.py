@@ -1258,7 +1258,8 @@ def class_similarity(features: Tensor, labels: Tensor, num_classes: int) -> dict
     variance = torch.zeros(num_classes, dtype=torch.double).index_add_(0, labels, spread) / count[:, 0]  # tr S_c
     unit = F.normalize(mean, dim=1)
     pooled = ((variance[:, None] + variance[None, :]) / 2).sqrt()
-    return {"cosine": unit @ unit.T, "distance": (mean[:, None] - mean[None, :]).norm(dim=2) / pooled}
+    apart = torch.cdist(mean, mean, compute_mode="donot_use_mm_for_euclid_dist")  # without a [C, C, d] in between
+    return {"cosine": unit @ unit.T, "distance": apart / pooled}
 
 
 if __name__ == "__main__":
