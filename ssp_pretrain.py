@@ -404,7 +404,8 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
     """
 
     def __init__(self, like: nn.BatchNorm2d, groups: int):
-        super().__init__(like.num_features, like.eps, like.momentum)
+        place = {"device": like.weight.device, "dtype": like.weight.dtype}
+        super().__init__(like.num_features, like.eps, like.momentum, **place)
         self.load_state_dict(like.state_dict())
         self.groups = groups
 
@@ -469,13 +470,14 @@ def shuffled_keys(key_encoder: nn.Module, images: Tensor, order: Tensor) -> Tens
     """
     mine = order.tensor_split(common.world_size())[common.rank()]
     images = common.gather_with_gradient(images.contiguous())[mine]
-    keys = F.normalize(key_encoder(images.contiguous(memory_format=torch.channels_last)).to(torch.promote_types(
-        images.dtype, torch.float32)), dim=1)  # fmt: skip
-    return torch.empty(len(order), keys.shape[1], dtype=keys.dtype, device=keys.device).index_copy_(
-        0, order, common.gather_with_gradient(keys)
-    )
+    if images.ndim == 4:
+        images = images.contiguous(memory_format=torch.channels_last)
+    keys = key_encoder(images).to(torch.promote_types(images.dtype, torch.float32))
+    keys = common.gather_with_gradient(F.normalize(keys, dim=1))
+    return torch.empty_like(keys).index_copy_(0, order, keys)
 
 
+@torch.no_grad()
 def average_running_statistics(*encoders: nn.Module) -> None:
     """Means over the ranks of all BN statistics: what one rank with all groups has, for it is linear in the groups."""
     if common.world_size() == 1:

@@ -1,0 +1,466 @@
+"""ssp_pretrain.py: its equations against golden vectors and by hand, every stage end to end, ranks, flags, bad input."""
+
+import argparse
+import copy
+import gc
+import itertools
+import json
+import math
+import os
+import signal
+import sys
+from pathlib import Path
+
+import commands
+import fake_tree
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import nn
+
+import common
+import data_lt
+import models
+import ssp_pretrain as ssp
+import tables
+
+TINY_FLAGS = (
+    "--backbone resnet8 --batch-size 40 --train-batch-size 50 --epochs 1 --train-epochs 2 --eval-every 1".split()
+)
+MOCO_FLAGS = "--ssp moco --queue 64 --bn-splits 4".split()
+
+
+def t(array) -> torch.Tensor:
+    return torch.from_numpy(np.array(array))
+
+
+# --- golden vectors -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.golden("unified_perspective_ssp_weights")
+def test_weights_of_the_rules(golden):
+    counts, epochs = golden["counts"], golden["drw_epochs"]
+    switch = common.scale_milestones((160,), 200, 200)[0]
+    for i, row in enumerate(counts):
+        np.testing.assert_allclose(ssp.class_weights("reweight", row, 0, switch), golden["reweight"][i], rtol=1e-9)
+        for e, epoch in enumerate(epochs):
+            ours = ssp.class_weights("drw", row, int(epoch), switch)
+            np.testing.assert_allclose(np.ones(len(row)) if ours is None else ours, golden["drw"][e, i], rtol=1e-9)
+        assert ssp.class_weights("none", row, 0, switch) is None
+        assert ssp.class_weights("resample", row, 199, switch) is None
+    for row, draw, probability in zip(
+        golden["resample_counts"], golden["resample_weight"], golden["resample_class_prob"], strict=True
+    ):
+        ours = data_lt.effective_number_weights(row)
+        np.testing.assert_allclose(ours / ours.max(), draw / draw.max(), rtol=1e-9)
+        np.testing.assert_allclose(row * ours / (row * ours).sum(), probability, rtol=1e-9)
+        labels, n = np.repeat(np.arange(len(row)), row), 200_000
+        options = ssp.sampling(ssp.parse_args(["--rule", "resample"]), "resample")
+        drawn = labels[data_lt.sampler_order(options.pop("sampler"), labels, n, 0, 0, **options)]
+        frequency = np.bincount(drawn, minlength=len(row)) / n
+        assert abs(frequency - probability).max() < 4 * math.sqrt(0.25 / n)
+
+
+def mean_of(terms) -> torch.Tensor:
+    values, mass = terms
+    return values.sum() / mass.sum()
+
+
+@pytest.mark.golden("unified_perspective_ssp_losses")
+def test_losses(golden):
+    cases = [found[1] for found in golden.match(r"(\w+)_counts")]
+    assert cases
+    for case in cases:
+        counts, labels, weight = golden[f"{case}_counts"], t(golden[f"{case}_labels"]), t(golden[f"{case}_weight"])
+        logits, cosines = t(golden[f"{case}_logits"]), t(golden[f"{case}_cosines"])
+        for w, suffix in ((None, ""), (weight, "_weighted")):
+            close = pytest.approx(golden.scalar(f"{case}_ce{suffix}"), rel=1e-9)
+            assert float(mean_of(ssp.ce_terms(logits, labels, w))) == close
+            for i, gamma in enumerate(golden[f"{case}_focal_gamma"]):
+                x = logits.clone().requires_grad_()
+                loss = mean_of(ssp.focal_terms(x, labels, w, float(gamma)))
+                loss.backward()
+                assert float(loss.detach()) == pytest.approx(golden[f"{case}_focal{suffix}"][i], rel=1e-9)
+                np.testing.assert_allclose(x.grad, golden[f"{case}_focal{suffix}_grad"][i], rtol=1e-8, atol=1e-14)
+            for i, (largest, scale) in enumerate(
+                zip(golden[f"{case}_ldam_max_m"], golden[f"{case}_ldam_s"], strict=True)
+            ):
+                margins = ssp.ldam_margins(counts, float(largest))
+                np.testing.assert_allclose(margins, golden[f"{case}_ldam_margins"][i], rtol=1e-9)
+                x = cosines.clone().requires_grad_()
+                loss = mean_of(ssp.ldam_terms(float(scale) * x, labels, t(margins), float(scale), w))
+                loss.backward()
+                assert float(loss.detach()) == pytest.approx(golden[f"{case}_ldam{suffix}"][i], rel=1e-9)
+                np.testing.assert_allclose(x.grad, golden[f"{case}_ldam{suffix}_grad"][i], rtol=1e-8, atol=1e-14)
+
+
+@pytest.mark.golden("unified_perspective_ssp_moco")
+def test_moco_steps(golden):
+    """Encoders are the heads alone; everything else is the step of the script."""
+    cases = [found[1] for found in golden.match(r"(\w+)_m")]
+    assert cases
+    for case in cases:
+        steps = max(int(found[1]) for found in golden.match(rf"{case}_loss_step(\d+)"))
+        shapes = [golden[f"{case}_q_param{i}_step0"].shape for i in range(len(golden.match(rf"{case}_q_param\d+_step0")))]
+        hidden = None if len(shapes) == 2 else shapes[0][0]
+        query, key = (models.ProjectionHead(shapes[0][1], hidden, shapes[-1][0]).double() for _ in range(2))
+        args = argparse.Namespace(
+            moco_momentum=golden.scalar(f"{case}_m"), temperature=golden.scalar(f"{case}_T"), precision="fp32", device="cpu"
+        )  # fmt: skip
+        start = t(golden[f"{case}_queue_step0"]).T
+        queue = ssp.Queue(*start.shape, torch.Generator()).double()
+        queue.keys.copy_(start)
+        assert queue.pointer == t(golden[f"{case}_ptr_step0"])
+        for net, letter in ((query, "q"), (key, "k")):
+            for i, parameter in enumerate(net.parameters()):
+                parameter.data.copy_(t(golden[f"{case}_{letter}_param{i}_step0"]))
+        for step in range(1, steps + 1):
+            views = torch.stack([t(golden[f"{case}_im_{letter}_step{step}"]) for letter in "qk"])
+            order = torch.randperm(views.shape[1], generator=torch.Generator().manual_seed(step))
+            losses, found, keys = ssp.moco_step(query, query, key, queue, views, order, args)
+            logits = ssp.moco_logits(F.normalize(query(views[0]), dim=1), keys, queue.keys, args.temperature)
+            close = dict(rtol=1e-9, atol=1e-12)
+            np.testing.assert_allclose(logits.detach(), golden[f"{case}_logits_step{step}"], **close)
+            assert losses.mean().item() == pytest.approx(golden.scalar(f"{case}_loss_step{step}"), rel=1e-9)
+            assert 100 * float(found) == pytest.approx(golden.scalar(f"{case}_acc1_step{step}"), rel=1e-6)
+            query.zero_grad()
+            losses.mean().backward()
+            queue.enqueue(keys)
+            for i, parameter in enumerate(query.parameters()):
+                np.testing.assert_allclose(parameter.grad, golden[f"{case}_q_grad{i}_step{step}"], **close)
+                parameter.data.sub_(golden.scalar(f"{case}_lr") * parameter.grad)
+                np.testing.assert_allclose(parameter.detach(), golden[f"{case}_q_param{i}_step{step}"], **close)
+            for i, parameter in enumerate(key.parameters()):
+                np.testing.assert_allclose(parameter.detach(), golden[f"{case}_k_param{i}_step{step}"], **close)
+            np.testing.assert_allclose(queue.keys.T, golden[f"{case}_queue_step{step}"], **close)
+            assert queue.pointer == t(golden[f"{case}_ptr_step{step}"])
+
+
+@pytest.mark.golden("unified_perspective_ssp_rotation")
+def test_turned_images(golden):
+    golden.waive("stat_.*", "counts of the drawn labels: tested with the augmentations")
+    images, turns = t(golden["images"]), t(golden["target"])
+    assert torch.equal(ssp.turn(images, turns), t(golden["rotated"]))
+
+
+@pytest.mark.golden("unified_perspective_ssp_schedules")
+def test_schedules_by_name(golden):
+    golden.waive("moco_epochs|cos_T|cos_base_lr", "lengths and rates are those of the arrays")
+    base, epochs = golden.scalar("base_lr"), golden["epochs"].tolist()
+    close = dict(rtol=1e-12, atol=1e-12)
+    for bug, key in ((True, "step_published"), (False, "step_fixed")):
+        np.testing.assert_allclose([ssp.schedule("step", base, e, 200, bug) for e in epochs], golden[key], **close)
+    for name, key, shift in (("cosine", "moco_cos", False), ("milestones", "moco_step", False), ("cosine", "cos_used", True)):
+        expected = golden[key]
+        rate = golden.scalar("cos_base_lr") if shift else base
+        if name == "milestones" and len(expected) != 200:
+            continue
+        ours = [ssp.schedule(name, rate, e, len(expected), shift=shift) for e in range(len(expected))]
+        np.testing.assert_allclose(ours, expected, **close)
+
+
+@pytest.mark.golden("unified_perspective_ssp_pseudo")
+def test_pseudo_labelled_pool(golden):
+    targets, hidden, pseudo = golden["targets"], golden["unl_truth"], t(golden["unl_pseudo"])
+    size = int(targets.max()) + 1
+    counts = data_lt.long_tail_counts(size, len(targets) / size, factor=golden.scalar("imb_factor"))
+    assert counts == golden["labeled_counts"].tolist()
+    asked = data_lt.unlabeled_counts(counts, factor=golden.scalar("unl_imb_factor"))
+    assert asked == golden["unlabeled_counts"].tolist()
+    rng = np.random.RandomState(golden.scalar("rand_number"))
+    with pytest.warns(UserWarning):
+        chosen, extra = data_lt.subset_semi_supervised(targets, counts, hidden, asked, rng)
+    np.testing.assert_array_equal(chosen, golden["labeled_index"])
+    np.testing.assert_array_equal(extra, golden["unlabeled_index"])
+
+    def image_set(labels):
+        images = torch.zeros(len(labels), 3, 1, 1, dtype=torch.uint8)
+        return data_lt.ImageSet(images, t(labels), torch.arange(len(labels)), [str(c) for c in range(size)])
+
+    pooled = ssp.pool_pseudo(image_set(targets).select(chosen), image_set(hidden).select(extra), pseudo[extra])
+    np.testing.assert_array_equal(pooled.labels, golden["train_targets"])
+    assert pooled.counts() == golden["cls_num_list"].tolist()
+    assert pooled.indices[: len(chosen)].tolist() == chosen.tolist() and (pooled.indices[len(chosen) :] < 0).all()
+
+
+# --- equations by hand ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_losses_against_double_loops(weighted):
+    rng = np.random.RandomState(0)
+    logits, labels = rng.randn(9, 5), rng.randint(0, 5, 9)
+    weight, margins = rng.rand(5) + 0.1, rng.rand(5)
+    ce, focal, exact, ldam, mass = [], [], [], [], []
+    for i in range(9):
+        def log_loss(z):
+            return math.log(sum(math.exp(z[c] - z[labels[i]]) for c in range(5)))
+
+        w = weight[labels[i]] if weighted else 1.0
+        value = log_loss(logits[i])
+        ce.append(w * value)
+        mass.append(w)
+        focal.append((1 - math.exp(-w * value)) ** 1.5 * w * value)
+        exact.append((1 - math.exp(-value)) ** 1.5 * w * value)
+        ldam.append(w * log_loss([logits[i][c] - 7.0 * margins[c] * (c == labels[i]) for c in range(5)]))
+    z, y, w = t(logits), t(labels), t(weight) if weighted else None
+    assert float(mean_of(ssp.ce_terms(z, y, w))) == pytest.approx(sum(ce) / sum(mass), rel=1e-12)
+    assert float(mean_of(ssp.ldam_terms(z, y, t(margins), 7.0, w))) == pytest.approx(sum(ldam) / sum(mass), rel=1e-12)
+    assert float(mean_of(ssp.focal_terms(z, y, w, 1.5))) == pytest.approx(sum(focal) / 9, rel=1e-12)
+    assert float(mean_of(ssp.focal_terms(z, y, w, 1.5, exact=True))) == pytest.approx(sum(exact) / 9, rel=1e-12)
+    assert (focal == exact) == (not weighted)
+
+
+def test_margins_of_empty_classes_and_gradients_at_certainty():
+    assert ssp.ldam_margins([16, 0, 1], 0.4).tolist() == pytest.approx([0.2, 0.4, 0.4])
+    x = torch.tensor([[200.0, -200.0]], requires_grad=True)
+    mean_of(ssp.focal_terms(x, torch.tensor([0]), gamma=0.5)).backward()
+    assert torch.isfinite(x.grad).all(), "the slope of x^0.5 at 0 is infinite"
+    assert ssp.class_weights("reweight", [5, 0, 1], 0, 0).tolist()[1] == 0
+
+
+def test_turn_against_a_loop():
+    x, turns = torch.randn(13, 3, 5, 5), torch.tensor([0, 1, 2, 3, 1, 1, 0, 3, 3, 2, 1, 0, 1])
+    loop = torch.stack([torch.rot90(image, int(k), (1, 2)) for image, k in zip(x, turns, strict=True)])
+    assert torch.equal(ssp.turn(x, turns), loop)
+    assert torch.equal(ssp.turn(x, turns)[1, :, 2, 4], x[1, :, 4, 5 - 1 - 2]), "out[r, s] = in[s, S - 1 - r]"
+    assert torch.equal(ssp.turn(x[:2], torch.tensor([2, 2])), x[:2].flip(2, 3)), "groups may be empty"
+
+
+def test_split_batch_norm_is_batch_norm_on_each_part():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Sequential(nn.BatchNorm2d(4))).double()
+    nn.init.uniform_(net[1].weight)
+    parts, x = [copy.deepcopy(net) for _ in range(3)], torch.randn(12, 3, 6, 6, dtype=torch.float64)
+    split = ssp.split_batch_norm(net, 3)
+    assert {type(module) for module in split.modules()} >= {ssp.SplitBatchNorm2d}
+    assert split.state_dict().keys() == parts[0].state_dict().keys()
+    expected = torch.cat([part(share) for part, share in zip(parts, x.chunk(3), strict=True)])
+    torch.testing.assert_close(split(x), expected, rtol=1e-12, atol=1e-12)
+    for name, value in split.state_dict().items():
+        mean = sum(part.state_dict()[name] for part in parts) / 3
+        torch.testing.assert_close(value, mean.to(value.dtype), rtol=1e-12, atol=1e-12)
+    plain = copy.deepcopy(parts[0])
+    plain.load_state_dict(split.state_dict())
+    assert torch.equal(split.eval()(x), plain.eval()(x))
+
+
+def test_the_queue_wraps_at_any_size():
+    queue = ssp.Queue(5, 2, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(queue.keys.norm(dim=1), torch.ones(5))
+    expected, place = queue.keys.clone(), 0
+    for step in range(7):
+        keys = torch.randn(3, 2, generator=torch.Generator().manual_seed(step))
+        for row in keys:
+            expected[place % 5] = row
+            place += 1
+        queue.enqueue(keys)
+        assert torch.equal(queue.keys, expected) and queue.pointer == place % 5
+
+
+def test_keys_come_back_in_order_and_from_other_groups():
+    """Without BN the permutation cannot be seen; with it the groups are those of the permutation."""
+    torch.manual_seed(0)
+    x, order = torch.randn(8, 3, 4, 4, dtype=torch.float64), torch.tensor([3, 0, 7, 1, 6, 2, 5, 4])
+    plain = nn.Sequential(nn.Conv2d(3, 2, 4), nn.Flatten()).double()
+    torch.testing.assert_close(ssp.shuffled_keys(plain, x, order), F.normalize(plain(x), dim=1))
+    normed = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.Flatten()).double()
+    groups = [F.normalize(copy.deepcopy(normed)(x[part]), dim=1) for part in order.chunk(4)]
+    keys = ssp.shuffled_keys(ssp.split_batch_norm(normed, 4), x, order)
+    torch.testing.assert_close(keys[order], torch.cat(groups))
+
+
+def test_momentum_moves_parameters_and_not_buffers():
+    one, other = (nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)) for _ in range(2))
+    one[1].running_mean.fill_(5)
+    expected = [0.9 * a.detach() + 0.1 * b.detach() for a, b in zip(other.parameters(), one.parameters(), strict=True)]
+    ssp.momentum_update(other, one, 0.9)
+    for ours, value in zip(other.parameters(), expected, strict=True):
+        torch.testing.assert_close(ours.detach(), value)
+    assert (other[1].running_mean == 0).all()
+
+
+def test_unlabelled_counts_scale_down_to_what_is_there():
+    labeled = data_lt.long_tail_counts(10, 5000, 50)
+    full = [24999, 16186, 10477, 6784, 4390, 2843, 1839, 1189, 771, 496]
+    assert ssp.unlabeled_counts(labeled, [10**6] * 10, 50) == full
+    sizes = [5000 - n for n in labeled]
+    share = sum(sizes) / sum(full)
+    assert share < 1 and ssp.unlabeled_counts(labeled, sizes, 50) == [int(share * n) for n in full]
+    assert ssp.unlabeled_counts(labeled, sizes, None) == sizes
+
+
+# --- several ranks --------------------------------------------------------------------------------------------------
+
+
+def moco_problem():
+    """Three steps of MoCo in float64 on a global batch of 8: losses, gradients, queue, weights and BN statistics."""
+    ranks, rank, batch, splits = common.world_size(), common.rank(), 8, 4
+    args = argparse.Namespace(moco_momentum=0.9, temperature=0.2, precision="fp32", device="cpu")
+    torch.manual_seed(0)
+    net = models.Net(models.backbone("resnet8"), models.ProjectionHead(64, 64, 16)).double()
+    query, key = (ssp.split_batch_norm(copy.deepcopy(net), splits // ranks) for _ in range(2))
+    queue = ssp.Queue(12, 16, torch.Generator().manual_seed(1)).double()
+    replica, told = common.distribute(query), []
+    for step in range(3):
+        draw = torch.Generator().manual_seed(step)
+        views = torch.randn(2, batch, 3, 8, 8, generator=draw, dtype=torch.float64)
+        order = torch.randperm(batch, generator=draw)
+        mine = views[:, rank * batch // ranks : (rank + 1) * batch // ranks]
+        losses, _, keys = ssp.moco_step(replica, query, key, queue, mine, order, args)
+        loss = common.batch_mean(losses, batch)
+        replica.zero_grad()
+        loss.backward()
+        queue.enqueue(keys)
+        ssp.average_running_statistics(query, key)
+        value = loss.detach() / ranks
+        if ranks > 1:
+            dist.all_reduce(value)
+        told += [value, queue.keys.clone(), queue.pointer.clone(), *(p.grad.clone() for p in query.parameters())]
+        with torch.no_grad():
+            for parameter in query.parameters():
+                parameter.sub_(0.1 * parameter.grad)
+    return told + [value.clone() for part in (query, key) for value in part.state_dict().values()]
+
+
+def weighted_problem():
+    """Weighted cross-entropy over the batch of all ranks: loss and gradient."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(4, 3).double(), torch.randn(10, 4, dtype=torch.float64)
+    y, w = torch.arange(10) % 3, torch.tensor([0.1, 1.0, 4.0], dtype=torch.float64)
+    share = torch.arange(10).tensor_split(common.world_size())[common.rank()]
+    replica = common.distribute(layer)
+    loss = ssp.global_mean(*ssp.ce_terms(replica(x[share]), y[share], w))
+    loss.backward()
+    value = loss.detach() / common.world_size()
+    if common.world_size() > 1:
+        dist.all_reduce(value)
+    return [value, *(p.grad.clone() for p in layer.parameters())]
+
+
+def rank_entry(rank: int, world: int, folder: str):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    try:
+        torch.save(moco_problem() + weighted_problem(), f"{folder}/rank{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_two_ranks_equal_one(tmp_path):
+    """MoCo (loss, gradients, queue, BN statistics of both encoders) and the weighted mean."""
+    mp.spawn(rank_entry, (2, str(tmp_path)), nprocs=2)
+    one = moco_problem() + weighted_problem()
+    for rank in range(2):
+        theirs = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+        assert len(theirs) == len(one) > 60
+        for ours, other in zip(one, theirs, strict=True):
+            torch.testing.assert_close(other, ours, rtol=1e-8, atol=1e-12)
+
+
+# --- whole runs in this process -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Ten letters of each kind to train on and five to test."""
+    path = tmp_path_factory.mktemp("tiny") / "tiny.npz"
+    arrays = {}
+    for split, dataset, count in zip(("train", "test"), data_lt.load_pool("glyphs_lt"), (10, 5), strict=False):
+        keep = torch.cat([torch.where(dataset.labels == c)[0][:count] for c in range(10)])
+        arrays[f"x_{split}"] = dataset.images[keep].permute(0, 2, 3, 1).numpy()
+        arrays[f"y_{split}"] = dataset.labels[keep].numpy()
+    np.savez(path, **arrays)
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch):
+    """The name of the script, no pictures, and the signal handlers as they were."""
+    monkeypatch.setattr(sys, "argv", ["ssp_pretrain.py"])
+    monkeypatch.setattr(tables, "draw_result", lambda result, folder: None)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def run(*flags, out, code: int | None = None) -> Path | None:
+    """The script in this process on the CPU; its run folder, or None where it must end with exit code `code`."""
+    line = [*map(str, flags), "--out", str(out), "--device", "cpu", "--log", "none", "--quiet"]
+    gc.collect()  # a run that was stopped holds its folder until it is gone
+    try:
+        common.launch(ssp.main, ssp.parse_args(line))
+    except SystemExit as stopped:
+        assert stopped.code == code, (stopped.code, flags)
+        return None
+    assert code is None, flags
+    (folder,) = {path.parent for path in Path(out).glob("*/*/*/seed*/args.json")}
+    return folder
+
+
+def stop_at(monkeypatch, stage: str, epoch: int, step: int) -> None:
+    """A stop signal arrives after this step."""
+    add = common.Stage.add
+
+    def add_then_signal(self, count, **values):
+        add(self, count, **values)
+        if (self.name, self.epoch, self.step) == (stage, epoch, step):
+            common._stop_signal = signal.SIGTERM
+
+    monkeypatch.setattr(common.Stage, "add", add_then_signal)
+    monkeypatch.setattr(common, "_stop_signal", 0)
+
+
+def rows(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "timing"} for line in lines]
+
+
+def result(folder: Path) -> dict:
+    return json.loads((folder / "result.json").read_text())
+
+
+def state(folder: Path, stage: str) -> dict:
+    return torch.load(folder / f"{stage}.pt", weights_only=True)["state"]
+
+
+def same(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+COMBINATIONS = list(
+    itertools.product(("none", "rotation", "moco"), ("ce", "focal", "ldam"), ("none", "resample", "reweight", "drw"))
+)
+
+
+@pytest.mark.parametrize("task", ["none", "rotation", "moco"])
+def test_every_recipe_trains_and_continues_bit_equal(tmp_path, tiny, monkeypatch, task):
+    seen = []
+    for _, loss, rule in (combination for combination in COMBINATIONS if combination[0] == task):
+        flags = ["--dataset", tiny, "--imb-ratio", 5, *TINY_FLAGS[: 2 if task == "none" else None]]
+        flags += ["--train-epochs", 2, "--train-batch-size", 16, "--loss", loss, "--rule", rule, "--eval-every", 2]
+        flags += {"moco": [*MOCO_FLAGS, "--batch-size", 16], "none": ["--ssp", "none"]}.get(task, ["--ssp", task])
+        straight = run(*flags, out=tmp_path / f"{loss}{rule}a")
+        with monkeypatch.context() as patch:
+            stops = [("train", 1, 0)] if task == "none" else [("pretrain", 0, 1), ("train", 1, 0)]
+            for place in stops:
+                with patch.context() as inner:
+                    stop_at(inner, *place)
+                    run(*flags, out=tmp_path / f"{loss}{rule}b", code=143)
+        again = run(*flags, out=tmp_path / f"{loss}{rule}b")
+        assert rows(again) == rows(straight)
+        for stage in ("train",) if task == "none" else ("pretrain", "train"):
+            assert same(state(again, stage), state(straight, stage)), (task, loss, rule, stage)
+        seen.append(state(straight, "train")["model"]["backbone.conv1.weight"])
+    different = sum(not torch.equal(a, b) for a, b in itertools.combinations(seen, 2))
+    assert different == math.comb(len(seen), 2), "two recipes trained the same network"
