@@ -382,6 +382,7 @@ def here(monkeypatch):
     """The name of the script, no pictures, and the signal handlers as they were."""
     monkeypatch.setattr(sys, "argv", ["ssp_pretrain.py"])
     monkeypatch.setattr(tables, "draw_result", lambda result, folder: None)
+    monkeypatch.setattr(os, "fsync", lambda file: None)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in before.items():
@@ -445,22 +446,208 @@ COMBINATIONS = list(
 
 @pytest.mark.parametrize("task", ["none", "rotation", "moco"])
 def test_every_recipe_trains_and_continues_bit_equal(tmp_path, tiny, monkeypatch, task):
+    """Two epochs of two steps (DRW re-weights the second), stopped in the second one; pre-training is stopped too."""
     seen = []
     for _, loss, rule in (combination for combination in COMBINATIONS if combination[0] == task):
-        flags = ["--dataset", tiny, "--imb-ratio", 5, *TINY_FLAGS[: 2 if task == "none" else None]]
-        flags += ["--train-epochs", 2, "--train-batch-size", 16, "--loss", loss, "--rule", rule, "--eval-every", 2]
+        flags = ["--dataset", tiny, "--imb-ratio", 5, "--image-size", 8, *TINY_FLAGS[: 2 if task == "none" else 6]]
+        flags += ["--train-epochs", 2, "--train-batch-size", 24, "--loss", loss, "--rule", rule, "--eval-every", 2]
         flags += {"moco": [*MOCO_FLAGS, "--batch-size", 16], "none": ["--ssp", "none"]}.get(task, ["--ssp", task])
         straight = run(*flags, out=tmp_path / f"{loss}{rule}a")
-        with monkeypatch.context() as patch:
-            stops = [("train", 1, 0)] if task == "none" else [("pretrain", 0, 1), ("train", 1, 0)]
-            for place in stops:
-                with patch.context() as inner:
-                    stop_at(inner, *place)
-                    run(*flags, out=tmp_path / f"{loss}{rule}b", code=143)
+        stops = [("pretrain", 0, 1)] if task != "none" and rule == "none" else []
+        for place in [*stops, ("train", 1, 0)]:
+            with monkeypatch.context() as patch:
+                stop_at(patch, *place)
+                run(*flags, out=tmp_path / f"{loss}{rule}b", code=143)
         again = run(*flags, out=tmp_path / f"{loss}{rule}b")
         assert rows(again) == rows(straight)
         for stage in ("train",) if task == "none" else ("pretrain", "train"):
             assert same(state(again, stage), state(straight, stage)), (task, loss, rule, stage)
         seen.append(state(straight, "train")["model"]["backbone.conv1.weight"])
     different = sum(not torch.equal(a, b) for a, b in itertools.combinations(seen, 2))
-    assert different == math.comb(len(seen), 2), "two recipes trained the same network"
+    assert len(seen) == 12 and different == math.comb(12, 2), "two recipes trained the same network"
+
+
+def tiny_run(tiny, *flags, out, code=None):
+    """Rotation and two epochs of training on the tiny set at 8 px, with other flags laid over it."""
+    standard = dict(zip(TINY_FLAGS[::2], TINY_FLAGS[1::2], strict=True)) | {"--image-size": 8, "--imb-ratio": 5}
+    words = list(map(str, flags))
+    if "--ssp" in words and words[words.index("--ssp") + 1] == "none" or "--init-from" in words or "semi" in words:
+        standard = {key: value for key, value in standard.items() if key not in ("--batch-size", "--epochs")}
+    kept = [str(word) for pair in standard.items() if pair[0] not in words for word in pair]
+    return run("--dataset", tiny, *kept, *words, out=out, code=code)
+
+
+def test_two_stage_freezes_and_continues(tmp_path, tiny, monkeypatch):
+    flags = ["--two-stage", "--ssp", "none", "--classifier-epochs", 2, "--classifier-batch-size", 24]
+    straight = tiny_run(tiny, *flags, out=tmp_path / "a")
+    with monkeypatch.context() as patch:
+        stop_at(patch, "classifier", 1, 0)
+        tiny_run(tiny, *flags, out=tmp_path / "b", code=143)
+    again = tiny_run(tiny, *flags, out=tmp_path / "b")
+    assert rows(again) == rows(straight) and same(state(again, "classifier"), state(straight, "classifier"))
+    feature, classifier = state(straight, "train")["model"], state(straight, "classifier")
+    for name, value in classifier["model"].items():
+        assert torch.equal(value, feature[name]) == name.startswith("backbone."), name
+    assert len(classifier["optimizer"]["state"]) == 2, "the optimiser has the head alone"
+    drifted = tiny_run(tiny, *flags, "--bn-train", out=tmp_path / "c")
+    model = state(drifted, "classifier")["model"]
+    for name, value in feature.items():
+        if name.startswith("backbone."):
+            assert torch.equal(value, model[name]) != ("running" in name or "tracked" in name), name
+    for rule in ("none", "resample"):
+        other = tiny_run(tiny, *flags, "--classifier-rule", rule, out=tmp_path / rule)
+        assert same(state(other, "train"), state(straight, "train"))
+        assert not same(state(other, "classifier")["model"], classifier["model"])
+    alone = ["--stage", "classifier", "--init-from", straight / "train.pt", *flags[3:]]
+    single = tiny_run(tiny, *alone, out=tmp_path / "alone")
+    assert same(state(single, "classifier")["model"], classifier["model"])
+
+
+def test_labels_are_never_read_before_the_training(tmp_path, tiny):
+    """The same images under shuffled labels give the same pre-trained checkpoint, and another classifier."""
+    with np.load(tiny) as file:
+        arrays = dict(file)
+    for key in ("y_train", "y_test"):
+        arrays[key] = np.random.RandomState(0).permutation(arrays[key])
+    np.savez(tmp_path / "shuffled.npz", **arrays)
+    for flags in (["--ssp", "rotation"], MOCO_FLAGS):
+        folders = []
+        for i, path in enumerate((tiny, tmp_path / "shuffled.npz")):
+            words = ["--dataset", path, "--image-size", 8, *TINY_FLAGS, *flags]
+            folders.append(run(*words, out=tmp_path / f"{flags[1]}{i}"))
+        one, other = (torch.load(folder / "pretrain.pt", weights_only=True) for folder in folders)
+        assert same(one["state"], other["state"]) and one["data"] != other["data"]
+        names = {key for row in rows(folders[0]) if row["stage"] == "pretrain" for key in row}
+        assert not {"accuracy", "overall", "test"} & names
+        assert not same(state(folders[0], "train")["model"], state(folders[1], "train")["model"])
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory, tiny):
+    """Folders of two finished stages: pretrain (rotation) and train."""
+    out = tmp_path_factory.mktemp("pretrained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["ssp_pretrain.py"])
+        patch.setattr(tables, "draw_result", lambda result, folder: None)
+        first = tiny_run(tiny, "--stage", "pretrain", out=out / "a").joinpath("pretrain.pt")
+        return first, tiny_run(tiny, "--stage", "train", "--init-from", first, out=out / "b").joinpath("train.pt")
+
+
+def test_weights_are_handed_over_whole_or_not_at_all(tmp_path, tiny, pretrained, capsys):
+    first, trained = pretrained
+    checkpoint = torch.load(first, weights_only=True)
+    straight = tiny_run(tiny, out=tmp_path / "all")
+    assert same(state(straight, "pretrain"), checkpoint["state"]), "one stage alone is the same stage"
+    assert same(state(straight, "train"), torch.load(trained, weights_only=True)["state"])
+
+    def refused(name, change, *flags):
+        broken = copy.deepcopy(checkpoint)
+        change(broken)
+        torch.save(broken, tmp_path / f"{name}.pt")
+        capsys.readouterr()
+        words = ["--stage", "train", "--init-from", tmp_path / f"{name}.pt", *flags]
+        tiny_run(tiny, *words, out=tmp_path / f"{name}{len(flags)}", code=2)
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        return line
+
+    def wrap(broken):
+        broken["state"]["model"] = {f"module.{key}": value for key, value in broken["state"]["model"].items()}
+
+    assert "backbone.conv1.weight" in refused(
+        "lacking", lambda broken: broken["state"]["model"].pop("backbone.conv1.weight")
+    ).replace("tensor conv1", "tensor backbone.conv1")
+    assert "conv1.weight" in refused("wrapped", wrap), "the released loader fills nothing here and says it filled 186"
+    assert "running_var" in refused("stats", lambda b: b["state"]["model"].pop("backbone.bn1.running_var"))
+    assert "left" in refused("more", lambda b: b["state"]["model"].update({"backbone.left": torch.zeros(1)}))
+    for name, change in (("subset", lambda b: b.update(data="0")), ("ratio", lambda b: b["args"].update(imb_ratio=7))):
+        assert "--force-init" in refused(name, change)
+        tiny_run(tiny, "--stage", "train", "--init-from", tmp_path / f"{name}.pt", "--force-init", out=tmp_path / name)
+    assert "--force-init" not in refused("net", lambda b: b["args"].update(backbone="resnet20"), "--force-init")
+
+    plain = {key[9:]: value for key, value in checkpoint["state"]["model"].items() if key.startswith("backbone.")}
+    moco = {f"module.encoder_q.{key}": value for key, value in plain.items()} | {"module.queue": torch.zeros(2)}
+    moco |= {f"module.encoder_k.{key}": value + 1 for key, value in plain.items()}
+    moco["module.encoder_q.fc.0.weight"] = torch.zeros(3)
+    torch.save({"arch": "x", "state_dict": moco}, tmp_path / "foreign.pth.tar")
+    words = ["--stage", "train", "--init-from", tmp_path / "foreign.pth.tar"]
+    tiny_run(tiny, *words, out=tmp_path / "f0", code=2)
+    found = tiny_run(tiny, *words, "--force-init", out=tmp_path / "f1")
+    assert same(state(found, "train"), torch.load(trained, weights_only=True)["state"])
+
+
+def test_evaluation_names_what_it_measures(tmp_path, tiny, pretrained, capsys):
+    first, trained = pretrained
+    common_flags = ["--dataset", tiny, "--imb-ratio", 5, "--image-size", 8, "--backbone", "resnet8"]
+    for flags, named, told in (
+        (["--eval", first], "rotation accuracy", "rotation_accuracy"),
+        (["--stage", "eval", "--init-from", trained], "overall", "overall"),
+    ):
+        line = [*map(str, [*common_flags, *flags]), "--out", str(tmp_path), "--device", "cpu", "--log", "none"]
+        capsys.readouterr()
+        common.launch(ssp.main, ssp.parse_args(line))
+        assert named in capsys.readouterr().out
+        (path,) = tmp_path.glob("ssp_pretrain/examined/*.json")
+        found = json.loads(path.read_text())
+        row = torch.load(flags[-1], weights_only=True)["rows"][-1]
+        assert found[told] == (row["test_rotation_accuracy"] if told != "overall" else row["test"]["overall"])
+        assert ("overall" in found) == (told == "overall") and ("rotation_accuracy" in found) == (told != "overall")
+        path.unlink()
+
+
+def test_semi_supervised_stages(tmp_path, tiny, monkeypatch, capsys):
+    flags = ["--ssp", "none", "--semi-epochs", 2, "--semi-batch-size", 40, "--unlabeled-source", "leftover"]
+    straight = tiny_run(tiny, *flags, out=tmp_path / "a")
+    assert "scaled down" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        stop_at(patch, "semi", 1, 0)
+        tiny_run(tiny, *flags, out=tmp_path / "b", code=143)
+    again = tiny_run(tiny, *flags, out=tmp_path / "b")
+    assert rows(again) == rows(straight) and same(state(again, "semi"), state(straight, "semi"))
+    told = result(straight)
+    plain = tiny_run(tiny, "--ssp", "none", out=tmp_path / "plain")
+    assert same(state(plain, "train"), state(straight, "train")), "the base network sees labelled images alone"
+    assert set(told["arms"]) == {"CE", "with pseudo-labels"} and told["pseudo"]["kept"] == sum(told["pseudo"]["counts"])
+    info = torch.load(straight / "semi.pt", weights_only=True)["info"]
+    labeled = result(plain)["counts"]
+    assert info["counts"] == [a + b for a, b in zip(labeled, told["pseudo"]["counts"], strict=True)]
+
+    alone = ["--stage", "pseudo", "--init-from", straight / "train.pt", "--unlabeled-source", "leftover"]
+    words = ["--dataset", tiny, "--imb-ratio", 5, "--image-size", 8, "--backbone", "resnet8"]
+    folder = run(*words, *alone, out=tmp_path / "pseudo")
+    with np.load(folder / "pseudo.npz") as one, np.load(straight / "pseudo.npz") as other:
+        assert all(np.array_equal(one[key], other[key]) for key in ("labels", "confidence", "indices"))
+        confidence, labels, indices = (one[key] for key in ("confidence", "labels", "indices"))
+    single = ["--stage", "semi", "--pseudo-labels", folder / "pseudo.npz", *flags[2:]]
+    assert same(state(tiny_run(tiny, *single, out=tmp_path / "semi"), "semi"), state(straight, "semi"))
+    source = data_lt.load(dataset=tiny, imb_ratio=5, image_size=8)
+    assert not set(indices) & set(source.train.indices.tolist()), "no labelled image among the unlabelled"
+
+    threshold = float(np.median(confidence))
+    strict = result(tiny_run(tiny, *flags, "--conf-threshold", threshold, out=tmp_path / "strict"))["pseudo"]
+    kept = labels[confidence >= threshold]
+    assert strict["counts"] == np.bincount(kept, minlength=10).tolist() and strict["kept"] < told["pseudo"]["kept"]
+    tiny_run(tiny, *flags, "--conf-threshold", 1, out=tmp_path / "none", code=2)
+    seen = [state(straight, "semi")["model"]["head.weight"]]
+    for extra in (["--unlabeled-weight", 0.5], ["--imb-ratio-unlabeled", 2], ["--rule", "reweight"]):
+        seen.append(state(tiny_run(tiny, *flags, *extra, out=tmp_path / extra[0]), "semi")["model"]["head.weight"])
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(seen, 2))
+
+    with np.load(tiny) as file:
+        x = torch.nn.functional.interpolate(t(file["x_train"]).permute(0, 3, 1, 2).float(), (8, 8)).permute(0, 2, 3, 1)
+        x, y = x.byte().numpy(), file["y_train"]
+    np.savez(tmp_path / "x.npz", x=x)
+    np.savez(tmp_path / "xy.npz", x=x, y=y)
+    flags[-1] = tmp_path / "x.npz"
+    hidden = result(tiny_run(tiny, *flags, out=tmp_path / "file"))["pseudo"]
+    assert hidden["unlabeled"] == len(x) and hidden["pseudo_label_accuracy"] is None
+    flags[-1] = tmp_path / "xy.npz"
+    known = result(tiny_run(tiny, *flags, "--imb-ratio-unlabeled", 3, out=tmp_path / "known"))["pseudo"]
+    assert 0 < known["unlabeled"] < len(x) and 0 <= known["pseudo_label_accuracy"] <= 1
+    for name, arrays in (("wrong", {"x": x[..., :2]}), ("float", {"x": x / 255}), ("labels", {"x": x, "y": y + 9}),
+                         ("other", {"images": x}), ("size", {"x": np.zeros((3, 9, 9, 3), np.uint8)})):  # fmt: skip
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+        capsys.readouterr()
+        tiny_run(tiny, *flags[:-1], tmp_path / f"{name}.npz", out=tmp_path / "bad", code=2)
+        assert f"{name}.npz" in capsys.readouterr().err
+    flags[-1] = tmp_path / "x.npz"
+    tiny_run(tiny, *flags, "--imb-ratio-unlabeled", 3, out=tmp_path / "bad", code=2)
