@@ -881,28 +881,27 @@ def pseudo_label(args, net: models.Net, unlabeled: data_lt.ImageSet, splits) -> 
     return scores.predictions, scores.confidence
 
 
-def make_pseudo(run: common.Run, args, net: models.Net, splits) -> tuple[data_lt.ImageSet, dict]:
-    """Stage pseudo: labels for the unlabelled images into pseudo.npz; the pooled training set and what to tell."""
-    unlabeled, known = load_unlabeled(args, splits)
+def make_pseudo(run: common.Run, args, net: models.Net, splits, unlabeled) -> tuple[Tensor, Tensor]:
+    """Stage pseudo: labels of the unlabelled images and how sure they are, into pseudo.npz."""
     pseudo, confidence = pseudo_label(args, net, unlabeled, splits)
     if common.is_main():
         arrays = {"labels": pseudo.numpy(), "confidence": confidence.numpy(), "indices": unlabeled.indices.numpy()}
         common.write_atomic(run.folder / "pseudo.npz", lambda file: np.savez(file, **arrays))
     common.barrier()
-    return pooled_set(args, splits, unlabeled, known, pseudo, confidence)
+    return pseudo, confidence
 
 
-def read_pseudo(run: common.Run, args, splits) -> tuple[data_lt.ImageSet, dict]:
-    """What --stage pseudo wrote, put to the unlabelled images."""
-    unlabeled, known = load_unlabeled(args, splits)
+def read_pseudo(args, splits, unlabeled) -> tuple[Tensor, Tensor]:
+    """What --stage pseudo wrote, checked against the unlabelled images."""
+    path = args.pseudo_labels
     try:
-        with open(args.pseudo_labels, "rb") as raw, np.load(raw, allow_pickle=False) as file:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             labels, confidence, indices = (torch.from_numpy(file[key]) for key in ("labels", "confidence", "indices"))
     except Exception as error:
-        raise common.UserError(f"--pseudo-labels {args.pseudo_labels}: not made by --stage pseudo ({error})") from None
+        raise common.UserError(f"--pseudo-labels {path}: not made by --stage pseudo ({error})") from None
     if not torch.equal(indices, unlabeled.indices) or labels.max() >= splits.num_classes:
-        raise common.UserError(f"--pseudo-labels {args.pseudo_labels} belongs to other images than --unlabeled-source")
-    return pooled_set(args, splits, unlabeled, known, labels, confidence)
+        raise common.UserError(f"--pseudo-labels {path} belongs to other images than --unlabeled-source")
+    return labels, confidence
 
 
 def pooled_set(args, splits, unlabeled, known: bool, pseudo: Tensor, confidence: Tensor):
@@ -1082,10 +1081,6 @@ def keep_features(run: common.Run, args, splits, net: models.Net) -> None:
     common.save_features(scores, dataset.indices, features_path(run, args))
 
 
-def pretrain(run: common.Run, args, splits) -> models.Net:
-    return {"rotation": pretrain_rotation, "moco": pretrain_moco}[args.ssp](run, args, splits)
-
-
 def start(args, splits, pretrained: models.Net | None, fingerprint: str, scratch: bool) -> models.Net:
     """A classifier with a fresh head: from scratch, from the checkpoint --init-from, or on the pre-trained backbone."""
     net = classifier_of(args, splits.num_classes)
@@ -1123,13 +1118,20 @@ def main(args) -> None:
     splits = load(args)
     if args.eval:
         return examine(args, splits)
-    run = common.Run(args, method_name(args), splits.train.fingerprint())
+    fingerprint, unlabeled, pseudo = splits.train.fingerprint(), None, None
+    check_sizes(args, splits)
+    if args.init_from:  # what cannot be loaded is told before anything is trained
+        start(args, splits, None, fingerprint, scratch=False)
+    if args.unlabeled_source:
+        unlabeled, known = load_unlabeled(args, splits)
+        pseudo = read_pseudo(args, splits, unlabeled) if args.stage == "semi" else None
+    run = common.Run(args, method_name(args), fingerprint)
     if run.result and not (args.save_features and not features_path(run, args).exists()):
         return run.show()
     alone, with_ssp = args.stage, args.ssp != "none" or bool(args.init_from)
     pretrained, arms, told = None, {}, {}
     if alone in ("all", "pretrain") and args.ssp != "none" and not args.init_from:
-        pretrained = pretrain(run, args, splits)
+        pretrained = {"rotation": pretrain_rotation, "moco": pretrain_moco}[args.ssp](run, args, splits)
         if alone == "pretrain":
             last = [row for row in run.rows if row["stage"] == "pretrain"][-1]
             told = {key: last[key] for key in ("test_rotation_accuracy", "contrast_accuracy") if key in last}
@@ -1146,18 +1148,34 @@ def main(args) -> None:
         net = start(args, splits, None, run.fingerprint, scratch=False)
         arms["classifier"] = freeze_and_fit(run, args, splits, net.backbone)
     if args.unlabeled_source:
-        if alone == "semi":
-            pooled, told = read_pseudo(run, args, splits)
-        else:
+        if alone != "semi":
             net = arms[recipe_name(args, with_ssp)].net if alone == "all" else load_classifier(args, splits, run)
-            pooled, told = make_pseudo(run, args, net, splits)
-            if alone == "pseudo":
-                run.finish(pseudo=told, tables=pseudo_tables(told, splits), classes=splits.train.classes,
-                           counts=told["counts"], image_passes=0, epochs=0)  # fmt: skip
-                return
+            pseudo = make_pseudo(run, args, net, splits, unlabeled)
+        pooled, told = pooled_set(args, splits, unlabeled, known, *pseudo)
+        if alone == "pseudo":
+            run.finish(
+                pseudo=told, tables=pseudo_tables(told, splits), classes=splits.train.classes, counts=told["counts"],
+                image_passes=0, epochs=0,
+            )  # fmt: skip
+            return
         fresh = classifier_of(args, splits.num_classes)
         arms["with pseudo-labels"] = fit(run, args, "semi", fresh, splits, pooled, len(splits.train))
     report_arms(run, args, splits, arms, told, with_ssp)
+
+
+def check_sizes(args, splits) -> None:
+    """Batches that a later stage could not fill, told before the first one."""
+    pretraining = args.stage in ("all", "pretrain") and args.ssp == "moco" and not args.init_from
+    for flag, rule, used in (
+        ("batch_size", None, pretraining),
+        ("train_batch_size", args.rule, args.stage in ("all", "train")),
+        ("classifier_batch_size", args.classifier_rule, args.two_stage or args.stage == "classifier"),
+    ):
+        whole = rule is None or (rule == "resample" and args.class_aware)  # these drop a last batch that is not full
+        if used and whole and getattr(args, flag) > len(splits.train):
+            raise common.UserError(
+                f"--{flag.replace('_', '-')} {getattr(args, flag)}: there are {len(splits.train)} images"
+            )
 
 
 def load_classifier(args, splits, run: common.Run) -> models.Net:

@@ -1,4 +1,4 @@
-"""ssp_pretrain.py: its equations against golden vectors and by hand, every stage end to end, ranks, flags, bad input."""
+"""ssp_pretrain.py: equations against golden vectors and by hand, every stage end to end, ranks, flags, bad input."""
 
 import argparse
 import copy
@@ -104,11 +104,14 @@ def test_moco_steps(golden):
     assert cases
     for case in cases:
         steps = max(int(found[1]) for found in golden.match(rf"{case}_loss_step(\d+)"))
-        shapes = [golden[f"{case}_q_param{i}_step0"].shape for i in range(len(golden.match(rf"{case}_q_param\d+_step0")))]
+        shapes = [
+            golden[f"{case}_q_param{i}_step0"].shape for i in range(len(golden.match(rf"{case}_q_param\d+_step0")))
+        ]
         hidden = None if len(shapes) == 2 else shapes[0][0]
         query, key = (models.ProjectionHead(shapes[0][1], hidden, shapes[-1][0]).double() for _ in range(2))
         args = argparse.Namespace(
-            moco_momentum=golden.scalar(f"{case}_m"), temperature=golden.scalar(f"{case}_T"), precision="fp32", device="cpu"
+            moco_momentum=golden.scalar(f"{case}_m"), temperature=golden.scalar(f"{case}_T"), precision="fp32",
+            device="cpu",
         )  # fmt: skip
         start = t(golden[f"{case}_queue_step0"]).T
         queue = ssp.Queue(*start.shape, torch.Generator()).double()
@@ -153,7 +156,11 @@ def test_schedules_by_name(golden):
     close = dict(rtol=1e-12, atol=1e-12)
     for bug, key in ((True, "step_published"), (False, "step_fixed")):
         np.testing.assert_allclose([ssp.schedule("step", base, e, 200, bug) for e in epochs], golden[key], **close)
-    for name, key, shift in (("cosine", "moco_cos", False), ("milestones", "moco_step", False), ("cosine", "cos_used", True)):
+    for name, key, shift in (
+        ("cosine", "moco_cos", False),
+        ("milestones", "moco_step", False),
+        ("cosine", "cos_used", True),
+    ):
         expected = golden[key]
         rate = golden.scalar("cos_base_lr") if shift else base
         if name == "milestones" and len(expected) != 200:
@@ -195,17 +202,19 @@ def test_losses_against_double_loops(weighted):
     logits, labels = rng.randn(9, 5), rng.randint(0, 5, 9)
     weight, margins = rng.rand(5) + 0.1, rng.rand(5)
     ce, focal, exact, ldam, mass = [], [], [], [], []
-    for i in range(9):
-        def log_loss(z):
-            return math.log(sum(math.exp(z[c] - z[labels[i]]) for c in range(5)))
 
+    def log_loss(z, label):
+        return math.log(sum(math.exp(z[c] - z[label]) for c in range(5)))
+
+    for i in range(9):
         w = weight[labels[i]] if weighted else 1.0
-        value = log_loss(logits[i])
+        value = log_loss(logits[i], labels[i])
         ce.append(w * value)
         mass.append(w)
         focal.append((1 - math.exp(-w * value)) ** 1.5 * w * value)
         exact.append((1 - math.exp(-value)) ** 1.5 * w * value)
-        ldam.append(w * log_loss([logits[i][c] - 7.0 * margins[c] * (c == labels[i]) for c in range(5)]))
+        shifted = [logits[i][c] - 7.0 * margins[c] * (c == labels[i]) for c in range(5)]
+        ldam.append(w * log_loss(shifted, labels[i]))
     z, y, w = t(logits), t(labels), t(weight) if weighted else None
     assert float(mean_of(ssp.ce_terms(z, y, w))) == pytest.approx(sum(ce) / sum(mass), rel=1e-12)
     assert float(mean_of(ssp.ldam_terms(z, y, t(margins), 7.0, w))) == pytest.approx(sum(ldam) / sum(mass), rel=1e-12)
@@ -553,9 +562,7 @@ def test_weights_are_handed_over_whole_or_not_at_all(tmp_path, tiny, pretrained,
     def wrap(broken):
         broken["state"]["model"] = {f"module.{key}": value for key, value in broken["state"]["model"].items()}
 
-    assert "backbone.conv1.weight" in refused(
-        "lacking", lambda broken: broken["state"]["model"].pop("backbone.conv1.weight")
-    ).replace("tensor conv1", "tensor backbone.conv1")
+    assert "layer1.0.bn2.bias" in refused("lacking", lambda b: b["state"]["model"].pop("backbone.layer1.0.bn2.bias"))
     assert "conv1.weight" in refused("wrapped", wrap), "the released loader fills nothing here and says it filled 186"
     assert "running_var" in refused("stats", lambda b: b["state"]["model"].pop("backbone.bn1.running_var"))
     assert "left" in refused("more", lambda b: b["state"]["model"].update({"backbone.left": torch.zeros(1)}))
@@ -651,3 +658,274 @@ def test_semi_supervised_stages(tmp_path, tiny, monkeypatch, capsys):
         assert f"{name}.npz" in capsys.readouterr().err
     flags[-1] = tmp_path / "x.npz"
     tiny_run(tiny, *flags, "--imb-ratio-unlabeled", 3, out=tmp_path / "bad", code=2)
+
+
+# --- image files ----------------------------------------------------------------------------------------------------
+
+TREE = (
+    "--dataset imagenet_lt --backbone resnet10 --image-size 64 --workers 0 --epochs 2 --batch-size 8 --queue 20 "
+    "--bn-splits 2 --train-epochs 1 --train-batch-size 8 --classifier-epochs 1 --classifier-batch-size 8"
+).split()
+
+
+def test_moco_uniform_stage_and_crt_on_a_tree_of_jpegs(tmp_path, monkeypatch):
+    """One rank in this process, two in their own; the two pre-train the same network, queue included."""
+    fake_tree.make_imagenet_lt(tmp_path)
+    flags = [*TREE, "--data-root", tmp_path]
+    straight = run(*flags, "--two-stage", out=tmp_path / "a")
+    assert [row["stage"] for row in rows(straight)] == ["pretrain", "pretrain", "train", "classifier"]
+    feature, classifier = state(straight, "train")["model"], state(straight, "classifier")["model"]
+    for name, value in feature.items():
+        drifts = name.startswith("head.") or "running" in name or "tracked" in name
+        assert torch.equal(value, classifier[name]) != drifts, f"{name}: --bn-train is the default here"
+    with monkeypatch.context() as patch:
+        stop_at(patch, "pretrain", 1, 0)
+        run(*flags[:14], *flags[-2:], "--stage", "pretrain", out=tmp_path / "b", code=143)
+    again = run(*flags[:14], *flags[-2:], "--stage", "pretrain", out=tmp_path / "b")
+    assert same(state(again, "pretrain"), state(straight, "pretrain")), "stopped, continued, and as a stage alone"
+
+    alone = ["--stage", "train", "--init-from", again / "pretrain.pt"]
+    balanced = run(*flags[:8], *flags[14:18], *flags[-2:], *alone, "--rule", "resample", out=tmp_path / "c")
+    assert not same(state(balanced, "train")["model"], feature)
+    told = result(balanced)
+    assert told["args"]["class_aware"] == 4 and told["headline"]["overall"] is not None and told["paper"] is None
+
+    commands.run("ssp_pretrain.py", *flags, "--two-stage", "--gpus", 2, "--quiet", out=tmp_path / "d")
+    ranks = state(commands.folder(tmp_path / "d"), "pretrain")
+    one = state(straight, "pretrain")
+    for part in ("model", "momentum", "queue"):
+        for name, value in ranks[part].items():
+            torch.testing.assert_close(value, one[part][name], rtol=2e-3, atol=2e-4, msg=f"{part} {name}")
+    assert (commands.folder(tmp_path / "d") / "classifier.pt").exists()
+
+
+# --- side by side, figures, flags, bad input ------------------------------------------------------------------------
+
+
+def test_the_pair_side_by_side(tmp_path, tiny, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(sys, "argv", ["ssp_pretrain.py"])
+    folder = tiny_run(tiny, "--compare", "--equal-passes", "--rule", "drw", "--save-features", "test", out=tmp_path)
+    told, lines = result(folder), rows(folder)
+    assert [line["name"] for line in told["tables"][0]["rows"]] == ["CE+DRW", "CE+SSP+DRW"]
+    assert {row["stage"] for row in lines} == {"pretrain", "train", "train_scratch"}
+    passes = {row["stage"]: row["passes"] for row in lines}
+    assert passes["train_scratch"] == passes["pretrain"] + passes["train"] == told["image_passes"]
+    arms = told["arms"]
+    assert told["headline"]["overall"] == arms["CE+SSP+DRW"]["overall"]
+    for line, name in zip(told["tables"][0]["rows"], arms, strict=True):
+        assert line["values"][0] == pytest.approx(100 * arms[name]["overall"])
+    pretraining = [row for row in lines if row["stage"] == "pretrain"]
+    assert all({"rotation_accuracy", "test_rotation_accuracy"} <= row.keys() for row in pretraining)
+    assert not {"accuracy", "test"} & {key for row in pretraining for key in row}
+    assert not any("rotation" in key for row in lines if row["stage"] != "pretrain" for key in row)
+
+    summary, cosine, distance = told["tables"][1:4]
+    with np.load(folder / "features_test.npz") as file:
+        features, labels = t(file["features"]), t(file["labels"])
+    similar = common.class_similarity(features, labels, 10)
+    off = ~np.eye(10, dtype=bool)
+    values = [row["values"][1] for row in summary["rows"]]
+    assert values[0] == pytest.approx(100 * similar["cosine"].numpy()[off].mean(), abs=1e-3)
+    assert values[2] == pytest.approx(100 * similar["distance"].numpy()[off].mean(), abs=1e-3)
+    by_size = sorted(range(10), key=lambda c: -told["counts"][c])
+    nearest = [max(float(similar["cosine"][c, d]) for d in range(10) if d != c) for c in by_size]
+    assert cosine["rows"][1]["values"] == pytest.approx([100 * x for x in nearest], abs=1e-3)
+    assert cosine["plot"]["rows"] == distance["plot"]["rows"] == ["CE+DRW", "CE+SSP+DRW"]
+    assert len(list(folder.glob("*.png"))) == 4, "two curves of similarity, recall and confusion"
+    with np.load(folder / "features_test.npz") as file:
+        net = models.Net(models.backbone("resnet8"), models.linear_head(64, 10))
+        net.load_state_dict(state(folder, "train")["model"])
+        predicted = net.head(t(file["features"])).argmax(1)
+    assert float((predicted == labels).float().mean()) == pytest.approx(told["headline"]["overall"])
+
+
+def parsed(*flags):
+    return ssp.parse_args([str(word) for word in flags])
+
+
+def test_published_figures_stand_only_beside_the_published_settings():
+    def paper(*flags, ssp_on=True):
+        found = ssp.published(parsed("--data-root", "x", *flags), ssp_on)
+        return found and found["overall"]
+
+    ten, hundred = ["--dataset", "cifar10_lt"], ["--dataset", "cifar100_lt"]
+    assert paper(*ten) == 73.8 and paper(*ten, "--compare", ssp_on=False) == 71.3
+    assert paper(*hundred, "--imb-ratio", 10, "--rule", "drw") == 59.1
+    assert paper(*ten, "--recipe", "released", "--rule", "resample") == 73.4
+    assert paper(*ten, "--depth", 110, "--imb-ratio", 20, "--loss", "ldam", ssp_on=False) == 76.2
+    assert paper(*ten, "--loss", "ldam") == 74.1 and paper(*ten, "--depth", 32, "--rule", "reweight") == 74.9
+    assert paper(*hundred, "--loss", "ldam", "--rule", "drw") == 43.43
+    assert paper("--dataset", "imagenet_lt") == 45.6 and paper("--dataset", "inat18", "--rule", "resample") == 65.9
+    assert paper("--dataset", "imagenet_lt", "--two-stage") == 51.3
+    for flags in (["--epochs", 100], ["--ssp", "moco"], ["--depth", 20], ["--imb-ratio", 30], ["--imb-type", "step"],
+                  ["--two-stage"], ["--loss", "focal"], ["--train-lr", 0.05], ["--data-seed", 1]):  # fmt: skip
+        assert paper(*ten, *flags) is None, flags
+    assert paper("--dataset", "imagenet_lt", "--backbone", "resnet10") is None and paper() is None
+    for source in ("LL Table 1", "LL Table 11"):
+        for name, cells in ssp.PAPER[source].items():
+            figures = [list(map(float, cell.split("/"))) for cell in cells.split()]
+            assert len(figures) == 8 and {len(cell) for cell in figures} == {1 if source == "LL Table 1" else 4}, name
+    gains = {"": 2.5, "+RS": 3.4, "+RW": 2.4, "+DRW": 2.1}
+    for rule, gain in gains.items():
+        one, other = (float(ssp.PAPER["LL Table 1"][f"CE{s}{rule}"].split()[0]) for s in ("", "+SSP"))
+        assert other - one == pytest.approx(gain)
+
+
+def test_flags_do_what_they_say(capsys):
+    splits = data_lt.load(dataset="glyphs_lt")
+    augment = ssp.label_augment(parsed("--pad", 3, "--flip", 0.25, "--jitter", 0.3), splits)
+    assert (augment.crop, augment.pad, augment.flip, augment.jitter) == ("pad", 3, 0.25, (0.3, 0.3, 0.3, 0))
+    assert ssp.label_augment(parsed("--crop", "resized"), splits).crop == "resized"
+    view = ssp.moco_augment(parsed("--ssp", "moco", "--blur", 0.5, "--crop-scale", 0.3), splits)
+    assert (view.blur_p, view.scale, view.jitter_p, view.jitter[3], view.grey) == (0.5, (0.3, 1.0), 0.8, 0.1, 0.2)
+    first = ssp.moco_augment(parsed("--ssp", "moco", "--blur", 0.5, "--moco-version", 1), splits)
+    assert (first.blur_p, first.jitter_p, first.jitter[3]) == (0.0, 1.0, 0.4)
+
+    resample = ["--rule", "resample"]
+    assert ssp.sampling(parsed(*resample, "--beta", 0.9), "resample") == {"sampler": "effective", "beta": 0.9}
+    assert ssp.sampling(parsed(*resample, "--rs-exact"), "resample") == {"sampler": "class_balanced"}
+    found = ssp.sampling(parsed(*resample, "--class-aware", 2), "resample")
+    assert found == {"sampler": "class_aware", "samples_per_class": 2, "drop_last": True}
+    assert ssp.sampling(parsed(), "none") == ssp.sampling(parsed("--rule", "drw"), "drw") == {"sampler": "instance"}
+
+    for flags, head in ((["--loss", "ldam"], models.NormalisedLinear), ([], nn.Linear)):
+        net = ssp.classifier_of(argparse.Namespace(**vars(parsed(*flags, "--device", "cpu"))), 10)
+        assert type(net.head) is head
+    net = ssp.build(parsed("--ssp", "moco", "--device", "cpu", "--moco-version", 1), "projection", 7)
+    assert len(net.head) == 1 and net.head[0].out_features == 7
+    assert len(ssp.build(parsed("--ssp", "moco", "--device", "cpu"), "projection", 7).head) == 3
+    assert parsed("--depth", 44).backbone == "resnet44" and parsed("--dataset", "cifar10_lt").backbone == "resnet32"
+
+    logits, y, w, m = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 1, 2]), torch.tensor([0.2, 1, 2]), torch.rand(3)
+    losses = [ssp.loss_terms(parsed(*flags), logits, y, w, m)[0] for flags in (
+        [], ["--loss", "focal"], ["--loss", "focal", "--focal-gamma", 2], ["--loss", "focal", "--focal-exact"],
+        ["--loss", "ldam"], ["--loss", "ldam", "--ldam-scale", 10])]  # fmt: skip
+    assert all(not torch.allclose(a, b) for a, b in itertools.combinations(losses, 2))
+
+    released = parsed("--dataset", "cifar10_lt", "--data-root", "x", "--recipe", "released")
+    assert (released.lr_bug, released.bn_train, released.train_lr, released.cos_shift) == (True, True, 0.01, False)
+    released = parsed("--dataset", "inat18", "--recipe", "released")
+    assert (released.cos_shift, released.bn_train, released.lr_bug, released.train_lr) == (True, True, False, 0.2)
+    assert parsed("--dataset", "inat18", "--no-bn-train").bn_train is False and parsed("--two-stage").bn_train is False
+
+
+def test_rates_weights_and_queues_reach_the_training(tmp_path, tiny, capsys):
+    flags = ["--stage", "pretrain", "--epochs", 6, "--schedule", "milestones", "--lr", 0.02, "--weight-decay", 0.003]
+    folder = tiny_run(tiny, *flags, *MOCO_FLAGS, "--projection-dim", 9, "--batch-size", 16, out=tmp_path / "a")
+    saved = state(folder, "pretrain")
+    assert [row["lr"] for row in rows(folder)] == pytest.approx([0.02] * 3 + [0.002] + [2e-4] * 2)
+    assert saved["optimizer"]["param_groups"][0]["weight_decay"] == 0.003
+    assert saved["queue"]["keys"].shape == (64, 9)
+    assert saved["queue"]["pointer"] == 6 * len(range(0, 16 * 2, 16)) * 16 % 64
+    told = result(folder)
+    assert told["headline"] is None and 0 <= told["contrast_accuracy"] <= 1 and "test_rotation_accuracy" not in told
+    base = ["--stage", "pretrain", *MOCO_FLAGS, "--batch-size", 16]
+    seen = [state(tiny_run(tiny, *base, *extra, out=tmp_path / f"m{i}"), "pretrain") for i, extra in enumerate(
+        ([], ["--temperature", 0.5], ["--moco-momentum", 0.5], ["--bn-splits", 2], ["--crop-scale", 0.9]))]  # fmt: skip
+    for a, b in itertools.combinations(seen, 2):
+        assert not same(a["model"], b["model"]) or not same(a["momentum"], b["momentum"])
+    assert same(seen[0]["model"], state(tiny_run(tiny, *base, out=tmp_path / "again"), "pretrain")["model"])
+
+    scratch = ["--ssp", "none", "--train-epochs", 10, "--train-lr", 0.5, "--eval-every", 5]
+    lrs = {}
+    for name, extra in (
+        ("step", "--no-lr-bug"),
+        ("step", "--lr-bug"),
+        ("cosine", "--quiet"),
+        ("cosine", "--cos-shift"),
+    ):
+        folder = tiny_run(tiny, *scratch, "--train-schedule", name, extra, out=tmp_path / (name + extra))
+        lrs[name + extra] = [row["lr"] for row in rows(folder)]
+    fixed, bug, cosine, shifted = lrs.values()
+    assert fixed == pytest.approx([0.5] * 8 + [0.005, 5e-5]) and bug[-1] == pytest.approx(0.005)
+    assert shifted[:-1] == pytest.approx(cosine[1:]) and shifted[-1] == 0
+
+    capsys.readouterr()
+    drw = ["--ssp", "none", "--rule", "drw", "--drw-epoch"]
+    early, late, never = (tiny_run(tiny, *drw, n, out=tmp_path / f"drw{n}") for n in (0, 1, 9))
+    assert capsys.readouterr().err.count("warning: --drw-epoch 9 lies past the last of the 2 epochs") == 1
+    plain, weighted = (
+        tiny_run(tiny, "--ssp", "none", "--rule", rule, out=tmp_path / rule) for rule in ("none", "reweight")
+    )
+    assert same(state(never, "train")["model"], state(plain, "train")["model"])
+    assert same(state(early, "train")["model"], state(weighted, "train")["model"])
+    assert not same(state(late, "train")["model"], state(plain, "train")["model"])
+
+    chosen = tiny_run(tiny, "--ssp", "none", "--select", "val", "--save-features", "val", out=tmp_path / "val")
+    with np.load(chosen / "features_val.npz") as file:
+        assert len(file["labels"]) > 0
+    assert (chosen / "train_best.pt").exists() and "val" in rows(chosen)[-1]
+
+
+BAD = [
+    (["--ssp", "moco", "--queue", 32], "--queue 32 is smaller than a batch"),
+    (["--ssp", "moco", "--bn-splits", 7], "--bn-splits"),
+    (["--ssp", "moco", "--batch-size", 8], "at least two"),
+    (["--ssp", "none", "--epochs", 3], "--epochs has no meaning"),
+    (["--queue", 5], "--queue has no meaning"),
+    (["--focal-gamma", 2], "--focal-gamma has no meaning with --loss ce"),
+    (["--ldam-scale", 2], "--ldam-scale has no meaning"),
+    (["--drw-epoch", 2], "--drw-epoch has no meaning"),
+    (["--rs-exact"], "without re-sampling"),
+    (["--rs-exact", "--class-aware", 4, "--rule", "resample"], "contradict"),
+    (["--stage", "pretrain", "--ssp", "none"], "--stage pretrain needs"),
+    (["--stage", "pretrain", "--rule", "drw"], "need labels"),
+    (["--stage", "pretrain", "--init-from", "x.pt"], "drop --init-from"),
+    (["--stage", "train"], "needs --init-from"),
+    (["--stage", "train", "--ssp", "none", "--init-from", "x.pt"], "contradicts"),
+    (["--stage", "classifier"], "needs --init-from"),
+    (["--stage", "pseudo", "--init-from", "x.pt"], "needs --unlabeled-source"),
+    (["--stage", "semi", "--unlabeled-source", "leftover"], "--pseudo-labels"),
+    (["--stage", "eval"], "needs --eval"),
+    (["--compare", "--ssp", "none"], "without SSP"),
+    (["--equal-passes"], "--equal-passes"),
+    (["--compare", "--unlabeled-source", "leftover"], "compare first"),
+    (["--classifier-lr", 1], "--classifier-lr has no meaning"),
+    (["--semi-lr", 1], "--semi-lr has no meaning"),
+    (["--force-init"], "--force-init has no meaning"),
+    (["--two-stage", "--stage", "train", "--ssp", "none"], "--two-stage has no meaning"),
+    (["--depth", 20, "--backbone", "resnet8"], "contradict"),
+    (["--depth", 21], "--depth"),
+    (["--beta", 1], "--beta 1"),
+    (["--recipe", "released", "--dataset", "glyphs_lt"], "nothing was released"),
+    (["--save-features", "val"], "--select val"),
+    (["--unlabeled-source", "missing.npz", "--ssp", "none"], "missing.npz"),
+    (["--unlabeled-source", "leftover", "--dataset", "imagenet_lt"], "large sets"),
+    (["--init-from", "missing.pt"], "missing.pt"),
+    (["--eval", "missing.pt"], "missing.pt"),
+    (["--backbone", "vgg"], "vgg"),
+    (["--ssp", "moco"], "--batch-size 512: there are 100 images"),
+    (["--two-stage", "--classifier-rule", "resample", "--class-aware", 4], "--classifier-batch-size 128: there are 100"),
+    (["--imb-ratio-unlabeled", 5], "without --unlabeled-source"),
+]  # fmt: skip
+
+
+def test_bad_input_is_one_line_and_exit_2(tmp_path, tiny, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for flags, named in BAD:
+        capsys.readouterr()
+        run(*([] if "--dataset" in flags else ["--dataset", tiny]), *flags, out=tmp_path / "o", code=2)
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert "error" in line and named in line, (flags, line)
+
+
+def test_a_checkpoint_without_a_classifier_is_not_evaluated(tmp_path, tiny, capsys):
+    folder = tiny_run(tiny, "--stage", "pretrain", *MOCO_FLAGS, "--batch-size", 16, out=tmp_path / "a")
+    for flags in (["--eval", folder / "pretrain.pt"],
+                  ["--stage", "pseudo", "--init-from", folder / "pretrain.pt", "--unlabeled-source", "leftover"]):  # fmt: skip
+        capsys.readouterr()
+        run(
+            "--dataset",
+            tiny,
+            "--imb-ratio",
+            5,
+            "--image-size",
+            8,
+            "--backbone",
+            "resnet8",
+            *flags,
+            out=tmp_path,
+            code=2,
+        )
+        assert "pretrain.pt" in capsys.readouterr().err
