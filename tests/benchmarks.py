@@ -25,6 +25,7 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -39,6 +40,9 @@ from data_lt import ImageSet, Loader, long_tail_counts  # noqa: E402
 from decode import DecodedLoader, build_cache  # noqa: E402
 from file_lists import FileSet  # noqa: E402
 from models import FSGLHeads, Net, backbone  # noqa: E402
+import ssp_pretrain  # noqa: E402
+from augment import SATURATION, Augment, Draws, rotation_labels  # noqa: E402
+from models import Net, ProjectionHead, backbone  # noqa: E402
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
@@ -598,6 +602,113 @@ def tsc_step_overhead() -> dict:
     }
 
 
+def rotation_batch_vs_loop() -> dict:
+    """Images of a batch turned by their own angles: one image after the other, as in the released code / ours."""
+    images = torch.randn(128, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    images = images.contiguous(memory_format=torch.channels_last)
+    turns = rotation_labels(len(images), torch.Generator().manual_seed(0))
+
+    def loop() -> torch.Tensor:
+        turned = []
+        for image, turn in zip(images, turns, strict=True):
+            if turn == 1:
+                image = image.transpose(1, 2).flip(1)
+            elif turn == 2:
+                image = image.flip(2).flip(1)
+            elif turn == 3:
+                image = image.transpose(1, 2).flip(2)
+            turned.append(image.unsqueeze(0))
+        return torch.cat(turned)
+
+    def ours() -> torch.Tensor:
+        return ssp_pretrain.turn(images, turns)
+
+    assert torch.equal(loop(), ours())
+    naive, own = medians(loop, ours, repeats=200)
+    return {"ratio": naive / own, "value": len(images) / own, "unit": "images/s", "target": ">= 3"}
+
+
+def moco_problem(size: int) -> tuple:
+    """Both encoders (ResNet-20, 8 BN groups), the queue, two views of 128 images, an optimiser and the settings."""
+    torch.manual_seed(0)
+    body = backbone("resnet20")
+    query = ssp_pretrain.split_batch_norm(Net(body, ProjectionHead(64, 64, 128)), 8)
+    key, queue = copy.deepcopy(query).requires_grad_(False), ssp_pretrain.Queue(size, 128, torch.Generator())
+    optimizer = torch.optim.SGD(query.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    views = torch.stack([torch.randn(128, 3, 32, 32).contiguous(memory_format=torch.channels_last) for _ in range(2)])
+    settings = argparse.Namespace(moco_momentum=0.99, temperature=0.1, precision="fp32", device="cpu")
+    return query, key, queue, optimizer, views, settings
+
+
+def moco_step(query, key, queue, optimizer, views, settings, seed: int = 0) -> torch.Tensor:
+    """A whole step on given views: order of the keys, logits, loss, backward, update, queue."""
+    order = torch.randperm(views.shape[1], generator=torch.Generator().manual_seed(seed))
+    losses, _, keys = ssp_pretrain.moco_step(query, query, key, queue, views, order, settings)
+    optimizer.zero_grad(set_to_none=True)
+    losses.mean().backward()
+    optimizer.step()
+    queue.enqueue(keys)
+    return losses.detach()
+
+
+def moco_step_overhead() -> dict:
+    """A MoCo step on two views / what it cannot do without: both encoders, the query's backward, EMA, optimiser."""
+    full, floor = moco_problem(4096), moco_problem(4096)
+    query, key, _, optimizer, views, settings = floor
+    pull = torch.randn(len(views[0]), 128)
+
+    def bare() -> None:
+        queries = query(views[0])
+        ssp_pretrain.momentum_update(key, query, settings.moco_momentum)
+        with torch.no_grad():
+            key(views[1])
+        optimizer.zero_grad(set_to_none=True)
+        queries.backward(pull)
+        optimizer.step()
+
+    losses = moco_step(*moco_problem(4096))
+    again = moco_problem(4096)
+    with torch.no_grad():
+        rows = torch.nn.functional.normalize(again[0](views[0]), dim=1)
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+        keys = ssp_pretrain.shuffled_keys(again[1], views[1], order)
+        scores = torch.cat([(rows * keys).sum(1, keepdim=True), rows @ again[2].keys.T], 1) / settings.temperature
+        expected = scores.logsumexp(1) - scores[:, 0]
+    torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-3)
+    whole, own = medians(lambda: moco_step(*full), bare, repeats=15)
+    return {"ratio": whole / own, "value": len(views[0]) / whole, "unit": "images/s", "target": "<= 1.15"}
+
+
+class QueueMemory(TorchDispatchMode):
+    """Adds up the bytes of what operations make of the queue, the logits of its K columns left out."""
+
+    def __init__(self, queue: torch.Tensor):
+        super().__init__()
+        self.own, self.columns, self.bytes = queue.untyped_storage().data_ptr(), len(queue), 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        reads = any(isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() == self.own for x in args)
+        if reads and isinstance(made, torch.Tensor) and made.untyped_storage().data_ptr() != self.own:
+            self.bytes += made.nbytes if made.shape[-1] != self.columns else 0
+        return made
+
+
+def moco_queue_clone_mb() -> dict:
+    """Megabytes that a step makes out of the queue at the published size, 65,536 keys of 128 (a clone: 33.6)."""
+    problem = moco_problem(65_536)
+    queue = problem[2].keys
+    with QueueMemory(queue) as naive:
+        queue.clone()
+    assert naive.bytes == queue.nbytes, "a clone would be seen"
+    before = queue.clone()
+    with QueueMemory(queue) as memory:
+        moco_step(*problem)
+    assert (before != queue).any(1).sum() == problem[4].shape[1], "the step must fill the queue"
+    value = memory.bytes / 1e6
+    return {"ratio": memory.bytes / naive.bytes, "value": value, "unit": "MB", "target": "value <= 1"}
+
+
 ROWS = {
     function.__name__: function
     for function in (
@@ -616,6 +727,9 @@ ROWS = {
         kcl_loss_vs_dense_masks,
         assignment_skip_share,
         tsc_step_overhead,
+        rotation_batch_vs_loop,
+        moco_step_overhead,
+        moco_queue_clone_mb,
     )
 }  # fmt: skip
 
