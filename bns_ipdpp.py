@@ -80,24 +80,27 @@ CIFAR100 = CIFAR10 | {
     "backbone": "resnet34", "batch_size": 512, "probe_warmup": 0.05, "probe_jitter_strength": 1.0, "probe_samples": 50,
     "num_samples": 50, "many_above": 100, "few_below": 20,
 }  # fmt: skip
-SMALL = CIFAR10 | {"imb_ratio": 100.0, "batch_size": 512, "num_samples": None, "many_above": 100, "few_below": 20}
+SMALL = CIFAR10 | {"imb_ratio": None, "batch_size": 512, "num_samples": None, "many_above": 100, "few_below": 20}
 LARGE = SMALL | {
-    "backbone": "resnet50", "imb_ratio": None, "epochs": 200, "jitter_strength": 1.0, "probe_jitter_strength": 1.0,
+    "backbone": "resnet50", "epochs": 200, "jitter_strength": 1.0, "probe_jitter_strength": 1.0,
     "finetune_batch_size": 256, "probe_batch_size": 256, "finetune_epochs": 50, "eval_every": 5,
 }  # fmt: skip
 GLYPHS = SMALL | {
-    "backbone": "resnet8", "batch_size": 128, "epochs": 100, "lr": 2e-3, "projection": 64, "projection_hidden": 128,
+    "backbone": "resnet8", "imb_ratio": 100.0, "batch_size": 128, "epochs": 100, "lr": 2e-3, "projection": 64, "projection_hidden": 128,
     "crop_min": 0.4, "flip": 0.0, "probe_samples": 40, "probe_lr": 2e-3, "finetune_lr": 1e-3, "num_samples": 40,
     "eval_every": 10,
 }  # fmt: skip
-DEFAULTS = {"glyphs_lt": GLYPHS, "cifar10_lt": CIFAR10, "cifar100_lt": CIFAR100, "small": SMALL, "large": LARGE}
+DEFAULTS = {
+    "glyphs_lt": GLYPHS, "cifar10_lt": CIFAR10, "cifar100_lt": CIFAR100, "svhn_lt": SMALL | {"imb_ratio": 100.0},
+    "small": SMALL, "large": LARGE,
+}  # fmt: skip
 RESAMPLE_SHARE = {"cifar100_lt": 0.2}  # of the fine-tuning epochs; 0.1 elsewhere
 
 CODE = {
     "subset_mode": "legacy", "dpp_scale": "n2", "p_view": "augmented", "fixed_order": True, "bns_local": True,
     "probe_bn": "train", "probe_data": "balanced",
 }  # fmt: skip
-RELEASED = {name: CODE for name in ("glyphs_lt", "cifar10_lt", "cifar100_lt", "small")}
+RELEASED = {name: CODE for name in DEFAULTS if name != "large"}
 
 # Percent. Averages of five trials; which epoch is not stated. (overall, many, medium, few) or overall alone.
 PAPER = {
@@ -328,13 +331,16 @@ def log_det(d: np.ndarray, u: np.ndarray, subset: np.ndarray) -> float:
 
 
 def log_tilt(d: np.ndarray, k: float) -> float:
-    """log theta with sum_i theta d_i / (1 + theta d_i) = k (kept inside 1/2 .. N - 1/2), by bisection."""
+    """log theta with sum_i theta d_i / (1 + theta d_i) about k (kept inside 1/2 .. N - 1/2), by bisection.
+
+    What is made of it is exact for any theta: it only has to be near.
+    """
     log_d = np.log(d[d > 0])
     if not len(log_d):
         return 0.0
     k = min(max(k, 0.5), len(log_d) - 0.5)
     low, high = -log_d.max() - 50, -log_d.min() + 50
-    for _ in range(64):
+    while high - low > 1e-3:
         middle = (low + high) / 2
         low, high = (middle, high) if expit(middle + log_d).sum() < k else (low, middle)
     return (low + high) / 2
@@ -443,11 +449,14 @@ def sample_uniform_rejection(d, u, k: int, rng: np.random.Generator, tries: int 
     return None
 
 
-def sample_bernoulli_rejection(d, u, k: int, rng: np.random.Generator, tries: int = 100_000) -> np.ndarray | None:
+def sample_bernoulli_rejection(
+    d, u, k: int, rng: np.random.Generator, tries: int = 100_000, log_theta: float | None = None
+) -> np.ndarray | None:
     """Exact draw: independent draws of odds theta d_i that happen to have size k, accepted with probability
     (1 + sum_Y u^2 / d) / its bound; None after `tries`. At scale n some 30 to 130 proposals. Needs d > 0, 0 < k < N.
     """
-    take, ratio = expit(log_tilt(d, k) + np.log(d)), u**2 / d
+    log_theta = log_tilt(d, k) if log_theta is None else log_theta
+    take, ratio = expit(log_theta + np.log(d)), u**2 / d
     bound = 1 + np.sort(ratio)[-k:].sum()
     block = 1 + int(math.sqrt(2 * math.pi * (take * (1 - take)).sum()))  # about one of the right size
     for _ in range(-(-tries // block)):
