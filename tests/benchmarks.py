@@ -23,9 +23,9 @@ import torch.nn.functional as F
 import torchvision.transforms as T
 import torchvision.transforms.functional as TF
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
-from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -33,16 +33,24 @@ from fake_tree import write_jpeg  # noqa: E402
 
 import common  # noqa: E402
 import fsgl  # noqa: E402
+import ssp_pretrain  # noqa: E402
 import tailcalibx  # noqa: E402
 import tsc  # noqa: E402
-from augment import SATURATION, Augment, Draws  # noqa: E402
+from augment import (  # noqa: E402
+    SATURATION,
+    Augment,
+    Draws,
+    rotation_labels,  # noqa: E402
+)
 from data_lt import ImageSet, Loader, long_tail_counts  # noqa: E402
 from decode import DecodedLoader, build_cache  # noqa: E402
 from file_lists import FileSet  # noqa: E402
-from models import FSGLHeads, Net, backbone  # noqa: E402
-import ssp_pretrain  # noqa: E402
-from augment import SATURATION, Augment, Draws, rotation_labels  # noqa: E402
-from models import Net, ProjectionHead, backbone  # noqa: E402
+from models import (  # noqa: E402
+    FSGLHeads,
+    Net,
+    ProjectionHead,  # noqa: E402
+    backbone,
+)
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 

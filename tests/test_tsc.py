@@ -846,6 +846,7 @@ def test_features_evaluation_init_and_compile(tmp_path, capsys):
     with pytest.raises(SystemExit):
         common.launch(tsc.main, tsc.parse_args(line("--eval", run["folder"] / "kcl.pt")))
     assert "only classifier.pt" in capsys.readouterr().err
+    start = ["--init-from", run["folder"] / "kcl.pt", "--backend", "moco", "--queue", "84"]
     net = tsc.build(args, tsc.projection(args))
     common.load_backbone(net.backbone, run["folder"] / "kcl.pt", args)
     seen = []
