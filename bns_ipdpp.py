@@ -87,7 +87,8 @@ LARGE = SMALL | {
 }  # fmt: skip
 GLYPHS = SMALL | {
     "backbone": "resnet8", "imb_ratio": 100.0, "batch_size": 128, "epochs": 100, "lr": 2e-3, "projection": 64,
-    "projection_hidden": 128, "crop_min": 0.4, "flip": 0.0, "probe_samples": 40, "probe_lr": 2e-3, "finetune_lr": 1e-3, "num_samples": 40,
+    "projection_hidden": 128, "crop_min": 0.4, "flip": 0.0, "probe_samples": 40,
+    "probe_lr": 2e-3, "finetune_lr": 1e-3, "num_samples": 40,
     "eval_every": 10,
 }  # fmt: skip
 DEFAULTS = {
