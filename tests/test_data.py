@@ -764,7 +764,7 @@ def test_bad_flags(tmp_path, capsys):
         (["show", "--subset-rule", "first"], "subset rule 'first': choose common or fsgl"),
         (["show", "--val-from", "dev"], "'dev': choose train or test"),
         (["show", "--data-seed", "-1"], "data seed -1"),
-        (["show", "--image-size", "224"], "image size 224", "larger images"),
+        (["show", "--image-size", "224"], "image size 224", "small images in memory"),
         (["show", "--imb-ratio", "400", "--png", tmp_path / "no" / "x.png"], f"cannot write {tmp_path}/no/x.png"),
         (["show", "--png", tmp_path], f"cannot write {tmp_path}"),
         (["export", "--out", tmp_path / "no" / "x.npz"], "cannot write", "No such file or directory"),
@@ -799,7 +799,7 @@ def test_bad_folders(tmp_path, capsys):
     Image.new("RGB", (16, 16)).save(picture)
     show(root, f"{picture}: 16x16 px among images of 20x20")
     Image.new("RGB", (80, 80)).save(picture)
-    show(root, f"{picture}: 80x80 px", "above 64 px", "--image-size S, S <= 64")
+    show(root, f"{picture}: 80x80 px", "at most 64 px", "--image-size S, S <= 64")
     assert lt.main(["show", "--dataset", str(root), "--image-size", "16"]) == 0
     capsys.readouterr()
     picture.write_bytes(whole)
