@@ -727,6 +727,9 @@ class Run:
         barrier()
 
 
+LONG_EPOCH = 60  # seconds of training after which an epoch is saved before it is evaluated, too
+
+
 class Stage:
     """The bookkeeping of one training stage; the loop itself stays in the script (see the top of this file)."""
 
@@ -808,13 +811,14 @@ class Stage:
         loader.set_epoch(self.epoch, self.step)
         self._images, self._steps = 0, len(loader)
         self._wait, self._bar, begin = 0.0, 0.0, time.perf_counter()
+        self._training = 0.0
         iterator = iter(loader)
         while True:
             asked = time.perf_counter()
             batch = next(iterator, None)
             self._wait += time.perf_counter() - asked
             if batch is None:
-                return
+                break
             yield batch
             self.step += 1
             self.passes += passes * loader.global_batch
@@ -822,6 +826,9 @@ class Stage:
             self._progress(begin)
             if self._must_stop():
                 self._save_and_exit()
+        self._training = time.perf_counter() - begin
+        if self._all_agree(self._training > LONG_EPOCH):  # a kill during the evaluation must not cost the training
+            self._save()
 
     def guard(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
         """Call between backward and optimizer.step: a non-finite loss ends the run and never reaches the weights.
@@ -882,8 +889,8 @@ class Stage:
         row |= {key: total / weight for key, (total, weight) in self.sums.items()} | metrics
         row["timing"] = {
             "seconds": round(seconds + self.seconds, 3),
-            "images_per_second": round(self._images / max(seconds, 1e-9), 1),
-            "data_wait_share": round(self._wait / max(seconds, 1e-9), 4),
+            "images_per_second": round(self._images / max(self._training, 1e-9), 1),  # without the evaluation
+            "data_wait_share": round(self._wait / max(self._training, 1e-9), 4),
         }
         self.run.rows.append(row)
         self.epoch, self.step, self.sums, self.seconds = self.epoch + 1, 0, {}, 0.0
@@ -924,17 +931,27 @@ class Stage:
 
     def _must_stop(self) -> bool:
         """Whether any rank was told to stop; all ranks agree on the step."""
+        return self._all_agree(bool(_stop_signal))
+
+    def _all_agree(self, flag: bool) -> bool:
+        """Whether `flag` is set on any rank."""
         if world_size() == 1:
-            return bool(_stop_signal)
-        flag = torch.tensor(float(bool(_stop_signal)), device=self.device)
+            return flag
+        flag = torch.tensor(float(flag), device=self.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag)
 
-    def _save_and_exit(self) -> None:
+    def _save(self) -> None:
+        """last.pt in the middle of an epoch."""
+        before = self.seconds
         self.seconds += time.perf_counter() - self._clock
         checkpoint = self._checkpoint()
+        self.seconds = before
         if is_main():
             save_checkpoint(self.run.folder / "last.pt", checkpoint, keep=self.run.folder / "previous.pt")
+
+    def _save_and_exit(self) -> None:
+        self._save()
         self.run.say(
             f"\n{self.name}: stopped and saved at epoch {self.epoch + 1}, step {self.step}; same command continues"
         )

@@ -345,7 +345,8 @@ def _checked_side(height: int, width: int, source: object) -> int:
     """The side of images that are used as they are: they must be square and small."""
     if height != width or height > MAX_SIZE:
         why = "not square" if height != width else f"and images in memory have at most {MAX_SIZE} px"
-        raise UserError(f"{source}: {width}x{height} px, {why}; give --image-size S, S <= {MAX_SIZE}")
+        raise UserError(f"{source}: {width}x{height} px, {why}; give --image-size S, S <= {MAX_SIZE} to shrink "
+                        f"them, or S above it to train from the files")  # fmt: skip
     return height
 
 
@@ -598,6 +599,9 @@ def load(
         raise UserError(f"subset rule {subset_rule!r}: choose common or fsgl")
     if val not in (None, "own", "train", "test"):
         raise UserError(f"validation set from {val!r}: choose train or test")
+    if dataset in LISTED and (data_seed or subset_rule != "common"):
+        flag = f"--data-seed {data_seed}" if data_seed else f"--subset-rule {subset_rule}"
+        raise UserError(f"{flag} makes no sense for {dataset}: its lists decide which images")
     if not 0 <= data_seed < 2**32:
         raise UserError(f"data seed {data_seed}: give a whole number 0..{2**32 - 1}")
     long_tail_counts(1, 1, 1.0 if imb_ratio is None else imb_ratio, imb_type)  # bad values end here, before any reading
@@ -906,10 +910,13 @@ def prepare(
 
         if not (isinstance(info, SetInfo) and info.name in LISTED):
             raise UserError(f"--cache makes no sense for {dataset}; it is for {', '.join(sorted(LISTED))}")
-        text = file_lists.prepare(dataset, root, **options)
+        listed = dataset in file_lists.PUBLIC
+        text = file_lists.prepare(dataset, root, **options | ({"skip_broken": skip_broken} if listed else {}))
         parts = file_lists.load_lists(dataset, root, options.get("imb_ratio"))
         splits = {part.split: part for part in parts if part is not None}
         return text + "\n" + decode.prepare_cache(splits, Path(root) / dataset, cache, skip_broken)
+    if skip_broken:
+        raise UserError("--skip-broken is for making a cache: give --cache 256, too")
     if isinstance(info, SetInfo) and info.name in LISTED:
         import file_lists
 

@@ -87,6 +87,8 @@ def resize_short(image: Image.Image, side: int) -> Image.Image:
     """Short side to `side` pixels, the long one rounded down (torchvision's Resize)."""
     width, height = image.size
     short = min(width, height)
+    if max(width, height) > 100 * short:  # resized whole, a sliver would take gigabytes
+        raise ValueError(f"{width}x{height} px is more than 100 times as long as wide")
     if short == side:
         return image
     return image.resize((int(side * width / short), int(side * height / short)), Image.Resampling.BILINEAR)
@@ -195,8 +197,13 @@ def as_it_is(batch):
 
 def quiet_when_abandoned(worker: int) -> None:
     """In a worker: a main process killed in the middle of taking a batch is not this worker's error to tell."""
-    usual = threading.excepthook
-    threading.excepthook = lambda raised: None if issubclass(raised.exc_type, (OSError, EOFError)) else usual(raised)
+    in_thread, in_main = (
+        threading.excepthook,
+        sys.excepthook,
+    )  # multiprocessing's server of file handles calls the second
+    gone = (OSError, EOFError)
+    threading.excepthook = lambda raised: None if issubclass(raised.exc_type, gone) else in_thread(raised)
+    sys.excepthook = lambda kind, *rest: None if issubclass(kind, gone) else in_main(kind, *rest)
 
 
 def close_at_exit(loader: weakref.ref) -> None:
@@ -231,6 +238,11 @@ class DecodedLoader(Loader):
         if resize < size:
             raise UserError(f"resize {resize}: smaller than the {size} px that are cut from it")
         source = Files(dataset) if cache is None else CachedSet(cache).match(dataset)
+        if cache is not None and source.side < resize:
+            raise UserError(
+                f"cache {cache} has a short side of {source.side} px, {size} px images need {resize}: "
+                f"make it with `python data_lt.py prepare --cache {resize}`, or give a smaller --image-size"
+            )
         stop = multiprocessing.RawValue(ctypes.c_bool, False)  # without a lock, which a killed worker could hold
         resize = None if windows else resize
         self.reader = Reader(source, self.labels, augment, self.views, self.seed, resize, skip_broken, stop)
@@ -379,7 +391,8 @@ class CachedSet:
 
     def __init__(self, path: str | Path):
         self.file, index, log, _ = cache_parts(path)
-        again = "make it with `python data_lt.py prepare --cache 256`"
+        side = Path(path).parent.name.removeprefix("cache")
+        again = f"make it with `python data_lt.py prepare --cache {side if side.isdigit() else 256}`"
         if not index.exists():
             raise UserError(f"cache {path} {'is unfinished' if log.exists() else 'does not exist'}: {again}")
         try:

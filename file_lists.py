@@ -116,10 +116,15 @@ def _at(source: Path, position: int) -> str:
 
 
 def _file_set(
-    source: Path, root: Path, paths: list[str], labels: list[int], num_classes: int | None, classes: list[str] | None
-) -> FileSet:
-    """The checks that lists and JSON share: paths distinct and inside the root, labels 0..C-1 without gaps."""
+    source: Path, root: Path, paths: list[str], labels: list[int], num_classes: int | None, classes: list[str] | None,
+    most: int | None = None,
+) -> FileSet:  # fmt: skip
+    """The checks that lists and JSON share: paths distinct and inside the root, labels 0..C-1 without gaps.
+
+    most: the classes of the public list, where `num_classes` and `classes` leave C to the labels.
+    """
     size = num_classes if classes is None else len(classes)
+    bound = size or most
     first: dict[str, int] = {}
     for k, (path, label) in enumerate(zip(paths, labels, strict=True)):
         if path.startswith("/") or "./" in path or "//" in path or path.endswith(".."):
@@ -128,8 +133,8 @@ def _file_set(
                 raise UserError(f"{_at(source, k)}: {path} lies outside {root}; paths must be relative to it")
         if first.setdefault(path, k) != k:
             raise UserError(f"{_at(source, k)}: {path} stands at {_at(source, first[path])} already; remove one")
-        if label < 0 or (size is not None and label >= size):
-            raise UserError(f"{_at(source, k)}: label {label}; expected 0..{'C-1' if size is None else size - 1}")
+        if label < 0 or (bound is not None and label >= bound):
+            raise UserError(f"{_at(source, k)}: label {label}; expected 0..{'C-1' if bound is None else bound - 1}")
     if not labels:
         raise UserError(f"{source}: no image in it; expected lines `relative/path label`")
     present, size = set(labels), max(labels) + 1 if size is None else size
@@ -146,12 +151,14 @@ def _file_set(
 
 
 def read_list(
-    path: str | Path, root: str | Path, num_classes: int | None = None, classes: list[str] | None = None
-) -> FileSet:
+    path: str | Path, root: str | Path, num_classes: int | None = None, classes: list[str] | None = None,
+    most: int | None = None,
+) -> FileSet:  # fmt: skip
     """A list of lines `relative/path label`. Class names: `classes`, else the folders of the images, else the labels.
 
-    Every label 0..C-1 must occur, C being len(classes), `num_classes` or the largest label + 1. UserError that names
-    file and line: no number, a label beyond C, a path outside the root or twice. The images are not looked for.
+    Every label 0..C-1 must occur, C being len(classes), `num_classes` or the largest label + 1 (at most `most`).
+    UserError that names file and line: no number, a label beyond C, a path outside the root or twice. The images are
+    not looked for.
     """
     source, paths, labels = Path(path), [], []
     try:
@@ -167,10 +174,10 @@ def read_list(
             raise UserError(f"{_at(source, k)}: label {parts[1][:40]!r} is no whole number 0..999999999")
         paths.append(parts[0])
         labels.append(int(parts[1]))
-    return _file_set(source, Path(root), paths, labels, num_classes, classes)
+    return _file_set(source, Path(root), paths, labels, num_classes, classes, most)
 
 
-def read_json(path: str | Path, root: str | Path) -> FileSet:
+def read_json(path: str | Path, root: str | Path, most: int | None = None) -> FileSet:
     """iNaturalist's official JSON: images (id, file_name) and annotations (image_id, category_id), one an image."""
     source = Path(path)
     try:
@@ -181,11 +188,12 @@ def read_json(path: str | Path, root: str | Path) -> FileSet:
     except (OSError, ValueError, KeyError, TypeError) as error:
         why = f"no JSON with images and annotations ({type(error).__name__}: {error})"
         raise UserError(f"{source}: {why}; fetch it anew") from error
-    return _file_set(source, Path(root), paths, labels, num_classes=None, classes=None)
+    return _file_set(source, Path(root), paths, labels, num_classes=None, classes=None, most=most)
 
 
-def _read(source: Path, root: Path) -> FileSet:
-    return (read_json if source.suffix == ".json" else read_list)(source, root)
+def _read(dataset: str, source: Path, root: Path) -> FileSet:
+    most = PUBLIC[dataset]["train"].classes if dataset in PUBLIC else None
+    return (read_json if source.suffix == ".json" else read_list)(source, root, most=most)
 
 
 def _sources(dataset: str, root: Path, ratio: float | None) -> dict[str, Path]:
@@ -256,7 +264,7 @@ def load_lists(
                 make = f"python data_lt.py prepare --dataset {dataset}"
                 make += f" --imb-ratio {sources['train'].stem[8:]}" if dataset == "mini_imagenet_lt" else ""
                 raise UserError(f"{dataset}: {source} is missing; `{make}` puts it there; {expected}")
-        sets = {split: _read(source, root) for split, source in sources.items()}
+        sets = {split: _read(dataset, source, root) for split, source in sources.items()}
         _join(sources, sets, dataset == "mini_imagenet_lt")
     else:
         sets = _load_folders(Path(dataset))
@@ -309,10 +317,11 @@ def fetch_list(info: PublicList, target: Path, base: str | None = None) -> None:
     raise UserError(f"{target} is missing and the download failed ({'; '.join(failed)}); put the file there from {url}")
 
 
-def check_images(files: FileSet, source: Path, full: bool = False) -> int:
-    """Look for the images on disk: one of every class and a seeded sample, or all; the number looked for.
+def check_images(files: FileSet, source: Path, full: bool = False, skip_broken: bool = False) -> tuple[int, str]:
+    """Look for the images on disk: one of every class and a seeded sample, or all; how many, and what was wrong.
 
-    UserError names the first that is missing or empty, with line and class, and how many there are.
+    UserError names the first that is missing or empty, with line and class, and how many there are; with
+    `skip_broken` it is the text returned, else "".
     """
     order = np.random.RandomState(0).permutation(len(files))
     heads = order[np.unique(files.labels.numpy()[order], return_index=True)[1]]
@@ -330,18 +339,23 @@ def check_images(files: FileSet, source: Path, full: bool = False) -> int:
         path, name = files.root / files.paths[bad[0][0]], files.classes[files.labels[bad[0][0]]]
         flat = path.parent.parent / path.name
         hint = f"; {flat} must move into its class folder" if flat.exists() else ""
+        hint = "; paths are written with /" if "\\" in files.paths[bad[0][0]] else hint
         why = f"{'is missing' if bad[0][1] else 'is empty'} (class {name}; {len(bad)} of {len(chosen)} looked for)"
-        raise UserError(f"{_at(source, bad[0][0])}: {path} {why}{hint}")
-    return len(chosen)
+        wrong = f"{_at(source, bad[0][0])}: {path} {why}{hint}"
+        if not skip_broken:
+            raise UserError(wrong)
+        return len(chosen), wrong
+    return len(chosen), ""
 
 
 def prepare(
     dataset: str, data_root: str | Path = "data", *, imb_ratio: float | None = None, data_seed: int = 0,
-    full: bool = False, trust_list: bool = False, base: str | None = None,
+    full: bool = False, trust_list: bool = False, skip_broken: bool = False, base: str | None = None,
 ) -> str:  # fmt: skip
     """Fetch the lists of a set or take those that lie there, verify them and look for the images; a text that says so.
 
-    `trust_list` goes on with a list that differs from the public one. mini_imagenet_lt: see `make_mini`.
+    `trust_list` goes on with a list that differs from the public one, `skip_broken` where images are missing.
+    mini_imagenet_lt: see `make_mini`.
     """
     root = Path(data_root) / dataset
     if dataset == "mini_imagenet_lt":
@@ -359,17 +373,24 @@ def prepare(
     for split, source in sources.items():
         if not source.exists():
             fetch_list(PUBLIC[dataset][split], source, base)
-        sets[split] = _read(source, root)
+        sets[split] = _read(dataset, source, root)
         wrong = difference(sets[split], source, PUBLIC[dataset][split])
         if wrong and not trust_list:
             raise UserError(f"{wrong}; remove it to fetch it anew, or go on with --trust-list")
         lines += [f"note: {wrong}; trusted"] if wrong else []
     _join(sources, sets, disjoint=False)
-    looked = sum(check_images(sets[split], source, full) for split, source in sources.items())
+    checked = [check_images(sets[split], source, full, skip_broken) for split, source in sources.items()]
+    looked, missing = sum(number for number, _ in checked), [f"note: {wrong}" for _, wrong in checked if wrong]
+    own = {path: split for split, files in reversed(sets.items()) for path in files.paths}
+    for split, files in sets.items():
+        shared = [path for path in files.paths if own[path] != split]
+        if shared:
+            lines.append(f"note: {len(shared)} images of {split} stand in {own[shared[0]]} too, the first: {shared[0]}")
     parts = ", ".join(f"{split} {len(files):,}" for split, files in sets.items())
     counts, how = sets["train"].counts(), "" if full else " (a sample; --full looks for all)"
     lines.append(f"{dataset}: {len(counts):,} classes, {max(counts):,} to {min(counts):,} training images; {parts}")
-    return "\n".join([*lines, f"looked for {looked:,} of {sum(map(len, sets.values())):,} images{how}: all there"])
+    found = f"looked for {looked:,} of {sum(map(len, sets.values())):,} images{how}"
+    return "\n".join([*lines, *missing, found if missing else f"{found}: all there"])
 
 
 # --- mini-ImageNet-LT

@@ -115,3 +115,57 @@ def test_lists_that_cannot_be_right(tree, call, tmp_path):
 def test_flags_for_large_sets_are_refused_on_small_ones(tree, call):
     refused(call(tree, "--cache", 80, dataset="glyphs_lt"), "--cache makes no sense for --dataset glyphs_lt")
     refused(call(tree, "--skip-broken", dataset="glyphs_lt"), "--skip-broken makes no sense for --dataset glyphs_lt")
+
+
+def test_flags_that_decide_nothing_on_lists_are_refused(tree, call):
+    refused(call(tree, "--data-seed", 1), "--data-seed 1 makes no sense for imagenet_lt")
+    refused(call(tree, "--subset-rule", "fsgl"), "--subset-rule fsgl makes no sense for imagenet_lt")
+
+
+def test_a_cache_of_too_small_images_is_refused(tree, call, tmp_path):
+    own = tmp_path / "data"
+    shutil.copytree(tree, own)
+    prepare(own, "--cache", 48)
+    refused(call(own, "--cache", 48), "has a short side of 48 px, 64 px images need 73", "prepare --cache 73")
+    refused(call(own, "--cache", 50), "prepare --cache 50")
+
+
+def test_prepare_goes_on_without_an_image_where_told_to(tree, call, tmp_path, capsys):
+    own = tmp_path / "data"
+    shutil.copytree(tree, own)
+    listing = own / "imagenet_lt" / "ImageNet_LT_train.txt"
+    first = listing.read_text().splitlines()[3].split()[0]
+    (own / "imagenet_lt" / first).unlink()
+    line = ["prepare", "--dataset", "imagenet_lt", "--data-root", str(own), "--trust-list"]
+    assert data_lt.main([*line, "--cache", "80"]) == 2 and "is missing" in capsys.readouterr().err
+    assert data_lt.main([*line, "--skip-broken"]) == 2 and "give --cache 256, too" in capsys.readouterr().err
+    assert data_lt.main([*line, "--cache", "80", "--skip-broken"]) == 0
+    said = capsys.readouterr().out
+    assert f"note: {listing}:4:" in said and "1 unreadable images replaced" in said and "all there" not in said
+
+
+def test_a_training_list_with_a_label_beyond_the_set_and_lists_that_overlap(tree, tmp_path, capsys, monkeypatch):
+    own = tmp_path / "data"
+    shutil.copytree(tree, own)
+    listing = own / "imagenet_lt" / "ImageNet_LT_train.txt"
+    lines = listing.read_text()
+    line = ["prepare", "--dataset", "imagenet_lt", "--data-root", str(own), "--trust-list"]
+    listing.write_text(lines.replace(" 3\n", " 1000\n", 1))
+    row = lines.splitlines().index(next(row for row in lines.splitlines() if row.endswith(" 3"))) + 1
+    assert data_lt.main(line) == 2 and f"{listing}:{row}: label 1000; expected 0..999" in capsys.readouterr().err
+    twin = lines.splitlines()[0]
+    listing.write_text(lines)
+    with open(own / "imagenet_lt" / "ImageNet_LT_test.txt", "a") as file:
+        file.write(f"{twin}\n")
+    assert data_lt.main(line) == 0
+    assert f"note: 1 images of test stand in train too, the first: {twin.split()[0]}" in capsys.readouterr().out
+
+
+def test_a_sliver_is_an_unreadable_image(tree, call, tmp_path):
+    from PIL import Image
+
+    own = tmp_path / "data"
+    shutil.copytree(tree, own)
+    name = (own / "imagenet_lt" / "ImageNet_LT_test.txt").read_text().split()[0]
+    Image.new("RGB", (9000, 3)).save(own / "imagenet_lt" / name)
+    refused(call(own), name, "9000x3 px is more than 100 times as long as wide", "--skip-broken")
