@@ -1,5 +1,5 @@
 """What every method script shares: arguments, 1..N ranks, the run folder with its checkpoints, learning-rate schedules,
-evaluation on a balanced test set, and `python common.py run|tables|figures`.
+evaluation on a balanced test set, and `python common.py run|tables|figures|compare|export`.
 
 A script reads
 
@@ -141,6 +141,7 @@ def batch_mean(values: Tensor, global_batch: int) -> Tensor:
 # Flags that say where and how a run is done, not what it computes: they may differ when a run continues.
 NEUTRAL = frozenset(
     "out data_root fresh resume_from eval quiet log workers device save_features recipe skip_broken".split()
+    + ["command_line"]
 )
 KNOWN_SETS = "glyphs_lt cifar10_lt cifar100_lt svhn_lt mini_imagenet_lt imagenet_lt inat18".split()
 
@@ -156,7 +157,9 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         try:
-            return super().parse_known_args(args, namespace)
+            found, rest = super().parse_known_args(args, namespace)
+            found.command_line = list(sys.argv[1:] if args is None else args)  # for args.json and `export`
+            return found, rest
         except UnicodeDecodeError:
             self.error("an @file of flags is not text in UTF-8")
 
@@ -677,7 +680,7 @@ class Run:
 
     @property
     def passes(self) -> int:
-        """Images that went forward and backward in all stages so far."""
+        """Images that went forward and backward in all stages so far; a frozen backbone's forward passes count 0."""
         return sum({row["stage"]: row["passes"] for row in self.rows}.values())
 
     def outcome(self, stage: str, figures: dict, classes: list[str], counts: list[int]) -> dict:
@@ -688,10 +691,11 @@ class Run:
         rows = [row for row in self.rows if row["stage"] == stage]
         best = max((row for row in rows if "test" in row), key=lambda row: row["test"]["overall"])
         return {
-            "headline": {k: v for k, v in figures.items() if k not in ("per_class", "confusion")},
+            "headline": {k: v for k, v in figures.items() if k not in ("per_class", "confusion", "reliability")},
             "best_on_test": {"overall": best["test"]["overall"], "epoch": best["epoch"]},
             "classes": classes, "counts": counts, "per_class": figures["per_class"],
-            "confusion": figures.get("confusion"), "image_passes": self.passes, "epochs": rows[-1]["epoch"] + 1,
+            "confusion": figures.get("confusion"), "reliability": figures["reliability"], "image_passes": self.passes,
+            "epochs": rows[-1]["epoch"] + 1,
         }  # fmt: skip
 
     def finish(self, **result) -> dict:
@@ -806,7 +810,8 @@ class Stage:
     def batches(self, loader, passes: int = 1):
         """Yield the batches of this epoch that are still to be done; a stop signal saves after the step and exits.
 
-        passes: how often a step sends an item forward and backward (views, SAM), for the count of image passes.
+        passes: how often a step sends an item forward and backward (views, SAM; 0 where the backbone is frozen), for
+        the count of image passes.
         """
         loader.set_epoch(self.epoch, self.step)
         self._images, self._steps = 0, len(loader)
@@ -1106,7 +1111,8 @@ def report(
     class [C]; confidence, nll, topk_hits: [N], optional. O(N + C); numpy, torch or lists.
     many, medium, few: mean recall of the group's classes that have test images (weighting "image": correct / all of the
     group's images). macro_f1: over the classes that occur in labels or predictions. worst_class: lowest recall.
-    ece: 15 equal bins of confidence (Guo et al. 2017). confusion (up to 200 classes): rows are the true class.
+    ece: 15 equal bins of confidence (Guo et al. 2017), which `reliability` lists. confusion (up to 200 classes): rows
+    are the true class.
     """
     labels, predictions, counts = (_array(a).astype(np.int64, copy=False) for a in (labels, predictions, counts))
     size, items = len(counts), len(labels)
@@ -1138,6 +1144,7 @@ def report(
     figures["harmonic_mean"] = _ratio(recall.size, (1.0 / recall).sum()) if recall.all() else 0.0
     figures["worst_class"] = float(recall.min()) if recall.size else None
     figures["ece"] = None if confidence is None else _calibration_error(_array(confidence), hit)
+    figures["reliability"] = None if confidence is None else _reliability(_array(confidence), hit)
     figures["top5"] = None if topk_hits is None else _ratio(_array(topk_hits).sum(), items)
     loss = None if nll is None or not items else float(_array(nll).astype(np.float64, copy=False).mean())
     figures["loss"] = loss if loss is not None and np.isfinite(loss) else None
@@ -1152,9 +1159,23 @@ def _calibration_error(confidence: np.ndarray, hit: np.ndarray, bins: int = 15) 
     """Expected calibration error: |accuracy - mean confidence| of bins ((b - 1) / bins, b / bins], by their size."""
     if not confidence.size or not np.isfinite(confidence).all():
         return None
-    index = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
+    index = _confidence_bins(confidence, bins)
     gap = np.bincount(index, hit, minlength=bins) - np.bincount(index, confidence, minlength=bins)
     return float(np.abs(gap).sum() / confidence.size)
+
+
+def _confidence_bins(confidence: np.ndarray, bins: int) -> np.ndarray:
+    return np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
+
+
+def _reliability(confidence: np.ndarray, hit: np.ndarray, bins: int = 15) -> dict[str, list] | None:
+    """The bins behind `ece`: number of predictions, their mean confidence and accuracy (0 in an empty bin)."""
+    if not confidence.size or not np.isfinite(confidence).all():
+        return None
+    index = _confidence_bins(confidence, bins)
+    count = np.bincount(index, minlength=bins)
+    sums = {"confidence": np.bincount(index, confidence, minlength=bins), "accuracy": np.bincount(index, hit, bins)}
+    return {"count": count.tolist()} | {key: (total / np.maximum(count, 1)).tolist() for key, total in sums.items()}
 
 
 def topk_hits(logits: Tensor, labels: Tensor, k: int) -> Tensor:
@@ -1289,7 +1310,7 @@ def figures(args, net: nn.Module, loader, counts: Sequence[int], **options) -> d
 
 def logged(full: dict) -> dict:
     """What metrics.jsonl keeps of a report: no confusion matrix, recalls of up to 200 classes."""
-    left_out = {"confusion"} | ({"per_class"} if len(full["per_class"]) > 200 else set())
+    left_out = {"confusion", "reliability"} | ({"per_class"} if len(full["per_class"]) > 200 else set())
     return {key: value for key, value in full.items() if key not in left_out}
 
 
@@ -1312,6 +1333,6 @@ def class_similarity(features: Tensor, labels: Tensor, num_classes: int) -> dict
 
 
 if __name__ == "__main__":
-    from tables import main_cli  # run, tables, figures
+    from tables import main_cli  # run, tables, figures, compare, export
 
     sys.exit(main_cli(sys.argv[1:]))

@@ -95,7 +95,7 @@ GLYPHS = CIFAR10 | {  # our own values; evenly mixed letters are not learned in 
     "backbone": "resnet8", "pad": 2, "flip": 0.0, "projection_dim": 64, "batch_size": 32, "lr": 0.05,
     "contrast_weight": 1.0, "label_weighting": 1.0, "mix_alpha": 0.2, "eval_every": 10,
 }  # fmt: skip
-GLYPH_EPOCHS = {"ce": 200, "glmc": 100, "glmc_sam": 50, "fsgl": 50}  # as many image passes in each
+GLYPH_EPOCHS = {"ce": 200, "glmc": 100, "glmc_sam": 100, "fsgl": 100}  # a step of the last two costs twice glmc's
 DEFAULTS = {
     "glyphs_lt": GLYPHS, "cifar10_lt": CIFAR10, "cifar100_lt": CIFAR10 | {"fcc": 1.0},
     "svhn_lt": CIFAR10 | {"flip": 0.0}, "mini_imagenet_lt": IMAGENET | {"imb_ratio": 100.0}, "imagenet_lt": IMAGENET,

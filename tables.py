@@ -1,4 +1,5 @@
-"""`python common.py run|tables|figures`: run the cells of all tables; make RESULTS.md and pictures of their results."""
+"""`python common.py run|tables|figures|compare|export`: run the cells of all tables, make RESULTS.md and pictures of
+their results, set two runs side by side, write the weights of a run in half precision."""
 
 import hashlib
 import io
@@ -19,7 +20,20 @@ from pathlib import Path
 
 import torch
 
-from common import GROUPS, KNOWN_SETS, ROOT, Parser, RunError, UserError, is_main, number, write_atomic, write_json
+from common import (
+    GROUPS,
+    KNOWN_SETS,
+    ROOT,
+    Parser,
+    RunError,
+    UserError,
+    is_main,
+    load_checkpoint,
+    number,
+    save_checkpoint,
+    write_atomic,
+    write_json,
+)
 
 
 @dataclass(frozen=True)
@@ -85,9 +99,11 @@ def read_cells(text: str, seeds: int = 1, only: str | None = None) -> list[Cell]
     return list(cells.values())
 
 
-def why_not(cell: Cell, data_root: Path, cifar: bool) -> str | None:
+def why_not(cell: Cell, data_root: Path, cifar: bool, more: bool = True) -> str | None:
     """Why this machine does not run the cell; None when it does."""
     name = cell.dataset
+    if cell.table.startswith("more ") and not more:
+        return "beyond the first twelve minutes (--more runs it)"
     if name.startswith(("cifar", "svhn")) and name in KNOWN_SETS:
         here = cifar or torch.cuda.is_available()
         return None if here else "there is no GPU here (--cifar runs it on the CPU)"
@@ -211,7 +227,22 @@ def read_results(folders: Iterable[Path]) -> tuple[list[dict], int]:
             if key in results:
                 print(f"skipped {path}: another folder has this run already", file=sys.stderr)
             results.setdefault(key, result)
+        for record in sorted((folder / "cells").glob("*.json")):  # the tables that a result was made for
+            try:
+                cell = json.loads(record.read_text())
+                paths = {str((folder / path).resolve()) for path in cell["results"]}
+                table = str(cell["table"])
+            except (OSError, ValueError, LookupError, TypeError):
+                continue
+            for key, result in results.items():
+                if str(_place(folder, key).resolve()) in paths:
+                    result.setdefault("made_for", []).append(table)
     return [results[key] for key in sorted(results)], bad
+
+
+def _place(folder: Path, key: tuple[str, str, str, int]) -> Path:
+    script, dataset, variant, seed = key
+    return folder / script / dataset / variant / f"seed{seed}" / "result.json"
 
 
 def _check_result(result: dict) -> None:
@@ -331,6 +362,50 @@ def _table_lines(seeds: list[dict], table: dict) -> list[str]:
     ]
 
 
+def _comparison_lines(runs: Iterable[list[dict]]) -> list[str]:
+    """Runs of the cells of a table `comparison ...`, ranked: same images, same backbone, as many image passes."""
+    tables: dict[tuple, list[list[dict]]] = {}
+    for seeds in runs:
+        names = {name for result in seeds for name in result.get("made_for", []) if name.startswith("comparison")}
+        for name in names:
+            tables.setdefault((name.partition(":")[0], seeds[0]["dataset"]), []).append(seeds)
+    lines = []
+    for (_, dataset), members in sorted(tables.items()):
+        labels = {id(seeds): _label(seeds) for seeds in members}
+        members.sort(key=lambda seeds: -(_mean_std(_percent(seeds, "headline", "overall"))[0] or 0.0))
+        passes = [result.get("image_passes") or 0 for seeds in members for result in seeds]
+        alike = max(passes) <= 1.01 * min(passes)
+        data = {result.get("data") for seeds in members for result in seeds}
+        backbones = {result["args"].get("backbone") for seeds in members for result in seeds if result.get("args")}
+        said = [
+            "same training images" if len(data) == 1 else "NOT the same training images",
+            f"backbone {_unique(sorted(map(str, backbones)))}",
+            "as many forward + backward image passes (within 1 %)"
+            if alike
+            else "image passes DIFFER, see their column",
+        ]
+        head = ["method", "overall", *GROUPS, "worst class", "macro-F1", "ECE", "image passes", "seconds"]
+        rows = [head]
+        for seeds in members:
+            row = [labels[id(seeds)], _cell(_percent(seeds, "headline", "overall"))]
+            for name in (*GROUPS, "worst_class", "macro_f1", "ece"):
+                row.append(_cell(_percent(seeds, "headline", name), "n/a" if name in GROUPS else "-", runs=len(seeds)))
+            rows.append([*row, *_costs(seeds)[1:]])
+        own = (
+            "Each method has its own augmentation, optimiser and stages; ranked by overall accuracy of the last epoch."
+        )
+        lines += [f"## Comparison: {dataset}", "", f"{'; '.join(said)}. {own}", "", *_markdown(rows)]
+    return lines
+
+
+def _label(seeds: list[dict]) -> str:
+    """`TSC` of a cell `comparison, letters: TSC`, else script and variant."""
+    for name in seeds[0].get("made_for", []):
+        if name.startswith("comparison") and ":" in name:
+            return name.partition(":")[2].strip()
+    return f"{seeds[0]['script']} {seeds[0]['variant']}"
+
+
 def write_tables(results: Sequence[dict], path: Path) -> None:
     """Write all results as Markdown: for each script a headline table, then its own tables, averaged over seeds."""
     lines = [
@@ -342,6 +417,7 @@ def write_tables(results: Sequence[dict], path: Path) -> None:
     ]
     groups = _by_run(results)
     lines += [] if groups else ["No finished run yet."]
+    lines += _comparison_lines(groups.values())
     head = "run|ours|paper|released|many|medium|few|macro-F1|ECE|best on test|epochs|image passes|seconds".split("|")
     for script in dict.fromkeys(key[0] for key in groups):
         runs = [seeds for key, seeds in groups.items() if key[0] == script]
@@ -434,6 +510,12 @@ def write_figures(results: Sequence[dict], folder: Path) -> list[Path]:
                 picture(_draw_confusion, (6.4, 5.6), [*name, "confusion"], counted, seeds[0].get("classes"), title)
             if counted := [result for result in seeds if result.get("headline") and result.get("per_class")]:
                 recalls.setdefault(name[:2], []).append(counted)
+                if any(name.startswith("comparison") for result in counted for name in result.get("made_for", [])):
+                    recalls.setdefault(("comparison", name[1]), []).append(counted)
+        for (script, dataset), runs in list(recalls.items()):
+            if known := [seeds for seeds in runs if all(result.get("reliability") for result in seeds)]:
+                title = f"{script}, {dataset}: reliability"
+                picture(_draw_reliability, (7.2, 4.4), [script, dataset, "reliability"], known, title)
         for name, runs in recalls.items():
             title = f"{', '.join(name)}: recall against class size"
             picture(_draw_recall, (7.2, 4.4), [*name, "recall"], runs, title)
@@ -498,9 +580,34 @@ def _draw_recall(axes, runs: list[list[dict]], title: str) -> None:
             bins.setdefault(near, []).append(c)
         means = [[_mean_std(result["per_class"][c] for c in bins[near])[0] for near in bins] for result in seeds]
         percent = [[None if value is None else 100 * value for value in row] for row in means]
-        _line(axes, list(bins), percent, seeds[0]["variant"], index)
+        _line(axes, list(bins), percent, _run_name(seeds, title), index)
         every += bins
     _finish(axes, every, "training images of the class", "recall (%)", title)
+
+
+def _run_name(seeds: list[dict], title: str) -> str:
+    return _label(seeds) if title.startswith("comparison") else seeds[0]["variant"]
+
+
+def _draw_reliability(axes, runs: list[list[dict]], title: str) -> None:
+    """Accuracy against confidence in 15 bins, one line a run, all its seeds together; on the diagonal it is honest."""
+    axes.plot([0, 100], [0, 100], color="black", linewidth=0.8)
+    for index, seeds in enumerate(runs):
+        count, confidence, hits = [0.0] * 15, [0.0] * 15, [0.0] * 15
+        for bins in (result["reliability"] for result in seeds):
+            for b, n in enumerate(bins["count"]):
+                count[b] += n
+                confidence[b] += n * bins["confidence"][b]
+                hits[b] += n * bins["accuracy"][b]
+        filled = [b for b in range(15) if count[b]]
+        ece = [100 * result["headline"]["ece"] for result in seeds]
+        label = f"{_run_name(seeds, title)} (ECE {_cell(ece, runs=len(seeds))})"
+        x, y = ([100 * part[b] / count[b] for b in filled] for part in (confidence, hits))
+        axes.plot(x, y, color=f"C{index % 10}", label=textwrap.fill(label, 34), marker="o", markersize=3, linewidth=1.4)
+    axes.set(xlabel="confidence (%)", ylabel="accuracy (%)")
+    axes.set_title(title, fontsize=10, wrap=True)
+    axes.grid(alpha=0.3, linewidth=0.6)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False)
 
 
 def _draw_confusion(axes, counted: list[list[list[int]]], names: Sequence[str] | None, title: str) -> None:
@@ -522,7 +629,7 @@ def _draw_confusion(axes, counted: list[list[list[int]]], names: Sequence[str] |
 
 
 def main_cli(argv: Sequence[str]) -> int:
-    """`python common.py run|tables|figures`; the exit code: 0 fine, 1 something failed, 2 bad input."""
+    """`python common.py run|tables|figures|compare|export`; the exit code: 0 fine, 1 something failed, 2 bad input."""
     parser = Parser(prog="common.py", description="Run the cells of tables; make tables and figures of their results.")
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="run the cells, then write tables and figures", allow_abbrev=False)
@@ -534,16 +641,33 @@ def main_cli(argv: Sequence[str]) -> int:
     add("--jobs", type=number(int, 1), help="cells at a time (default: one a GPU, else cores / threads + 1)")
     add("--threads", type=number(int, 1), default=1, help="threads of a cell (default: 1); moves last digits")
     add("--cifar", action="store_true", help="run CIFAR and SVHN cells without a GPU too")
+    add(
+        "--more",
+        action="store_true",
+        help="run the lines `more ...` of the embedded set too (--only does, where they fit)",
+    )
     for flag, standard in (("data-root", "data"), ("out", "runs"), ("results", "RESULTS.md"), ("figures", "figures")):
         add(f"--{flag}", type=Path, default=Path(standard), help=f"default: {standard}")
     for name, standard in (("tables", "RESULTS.md"), ("figures", "figures")):
         add = commands.add_parser(name, help=f"make {standard} of result.json files", allow_abbrev=False).add_argument
         add("--runs", type=Path, nargs="+", default=[Path("runs")], help="folders of runs (default: runs)")
         add("--out", type=Path, default=Path(standard), help=f"where to write (default: {standard})")
+    add = commands.add_parser("compare", help="two runs side by side", allow_abbrev=False).add_argument
+    add("folders", type=Path, nargs=2, metavar="DIR", help="run folders (all seeds below them), or folders of runs")
+    add = commands.add_parser("export", help="weights of a run in half precision", allow_abbrev=False).add_argument
+    add("run", type=Path, metavar="RUN", help="run folder .../seed<k> with its result.json")
+    add("--out", type=Path, required=True, metavar="FILE", help="file to write, .pt")
+    add("--data-root", type=Path, default=Path("data"), help="where the test set lies (default: data)")
     args = parser.parse_args(argv)
     try:
         if args.command == "run":
             return _run_command(args)
+        if args.command == "compare":
+            print("\n".join(compare(*args.folders)))
+            return 0
+        if args.command == "export":
+            print(export(args.run, args.out, args.data_root))
+            return 0
         results, bad = read_results(args.runs)
         if args.command == "tables":
             write_tables(results, args.out)
@@ -563,7 +687,8 @@ def _run_command(args) -> int:
         raise UserError("no lines: name a file, or send `table | script and arguments | seeds` lines to standard input")
     text = sys.stdin.read() if args.cells == "-" else Path(args.cells).read_text()
     cells = read_cells(text, args.seeds, args.only)
-    skipped = {cell: why for cell in cells if (why := why_not(cell, args.data_root, args.cifar))}
+    more = args.more or args.only is not None
+    skipped = {cell: why for cell in cells if (why := why_not(cell, args.data_root, args.cifar, more))}
     done = [cell for cell in cells if cell not in skipped and _finished(cell, args.out)]
     todo = [cell for cell in cells if cell not in skipped and cell not in done]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -590,3 +715,115 @@ def _run_command(args) -> int:
     for cell in failed:
         print(f"failed: {cell} (log: {args.out / 'cells' / cell.key}.log)")
     return 1 if failed or bad else 0
+
+
+# --- two runs side by side ------------------------------------------------------------------------------------------
+
+FIGURES = ("overall", *GROUPS, "macro_f1", "harmonic_mean", "worst_class", "ece")
+
+
+def compare(one: Path, other: Path) -> list[str]:
+    """Lines of a table for every pair of runs: means over the seeds, and the paired difference with its standard error.
+
+    Where each folder holds one run (script, data set, variant) these two are the pair; else the runs that both have.
+    The difference is that of seeds which both have: mean of (other - one) and s.d. / sqrt(number of seeds).
+    """
+    found = []
+    for folder in (one, other):
+        groups = _by_run(r for r in read_results([folder])[0] if r.get("headline"))
+        if not groups:
+            raise UserError(f"{folder}: no result.json with a headline below it")
+        found.append(groups)
+    a, b = found
+    pairs = [(key, key) for key in a if key in b] if len(a) > 1 or len(b) > 1 else [(*a, *b)]
+    if not pairs:
+        raise UserError(f"{one} and {other} have no run (script, data set, variant) in common")
+    lines = []
+    for left, right in pairs:
+        first, second = ({result["seed"]: result for result in runs} for runs in (a[left], b[right]))
+        seeds = sorted(set(first) & set(second))
+        if not seeds:
+            raise UserError(
+                f"no seed in common: {_unique(sorted(first))} in {one}, {_unique(sorted(second))} in {other}"
+            )
+        x, y = ([runs[seed] for seed in seeds] for runs in (first, second))
+        lines += [f"A: {', '.join(left)} ({one})", f"B: {', '.join(right)} ({other})", f"seeds {_unique(seeds)}"]
+        lines += ["note: A and B were trained on different images"] * (x[0].get("data") != y[0].get("data"))
+        lines += [f"note: {name} has seed(s) {_unique(sorted(set(own) - set(seeds)))} alone"
+                  for name, own in (("A", first), ("B", second)) if set(own) - set(seeds)]  # fmt: skip
+        rows = [["percent", "A", "B", "B - A", "standard error"]]
+        for name in FIGURES:
+            values = _percent(x, "headline", name), _percent(y, "headline", name)
+            both = [v - u for u, v in zip(*values, strict=True) if None not in (u, v)]
+            mean, std, count = _mean_std(both)
+            error = f"{std / math.sqrt(count):.2f}" if count > 1 else "-"
+            rows.append(
+                [name, *(_cell(v, runs=len(v)) for v in values), "-" if mean is None else f"{mean:+.2f}", error]
+            )
+        costs = [_costs(runs)[1:] for runs in (x, y)]
+        rows += [[name, costs[0][k], costs[1][k], "", ""] for k, name in enumerate(("image passes", "seconds"))]
+        lines += ["", *_markdown(rows)]
+    return lines
+
+
+# --- weights of a run -----------------------------------------------------------------------------------------------
+
+LEFT_OUT = {"--fresh": 0, "--resume-from": 1, "--init-from": 1, "--eval": 1, "--save-features": 1, "--gpus": 1,
+            "--out": 1, "--data-root": 1, "--log": 1, "--log-to": 1, "--quiet": 0, "--device": 1}  # fmt: skip
+
+
+def export(run: Path, out: Path, data_root: Path) -> str:
+    """Write the network of a finished run in half precision with what one needs to know of it, and evaluate that file.
+
+    run: its folder, with result.json, args.json and the checkpoint of the last stage. The file is a checkpoint without
+    optimiser, for `--eval` and `--init-from`; `exported` in it holds the figures of full and of half precision.
+    """
+    try:
+        result = json.loads((run / "result.json").read_text())
+        words = json.loads((run / "args.json").read_text())["command_line"]
+        rows = (run / "metrics.jsonl").read_text().splitlines()
+        stage, full = json.loads(rows[-1])["stage"], result["headline"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{run} is no folder of a finished run ({type(error).__name__}: {error})") from None
+    if full is None:
+        raise UserError(f"{run}: its result has no headline, there is no one network to export")
+    if out.exists():
+        raise UserError(f"{out} exists; choose another name")
+    source = run / f"{stage}_best.pt" if result["args"].get("select") == "val" else run / f"{stage}.pt"
+    checkpoint = load_checkpoint(source)
+    state = checkpoint["state"].get("model")
+    if state is None:
+        raise UserError(f"{source} holds no network under the name model")
+    half = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
+    kept = ("kind", "script", "args", "data", "stage", "epoch", "info")
+    exported = {"variant": result["variant"], "seed": result["seed"], "full": full["overall"], "half": None}
+    small = {key: checkpoint[key] for key in kept} | {"state": {"model": half}, "exported": exported}
+    save_checkpoint(out, small)
+    flags = _without(words, LEFT_OUT)
+    command = [sys.executable, str(ROOT / f"{result['script']}.py"), *flags, "--eval", str(out)]
+    extra = ["--data-root", str(data_root), "--log", "none"]
+    done = subprocess.run([*command, *extra], capture_output=True, text=True)
+    said = re.search(r"overall (\d+\.\d+) ?%", done.stdout)
+    if done.returncode or not said:
+        out.unlink()
+        why = (done.stderr or done.stdout).strip().splitlines()
+        raise UserError(f"{out} cannot be evaluated: {why[-1] if why else 'no output'}")
+    save_checkpoint(out, small | {"exported": exported | {"half": float(said[1]) / 100}})
+    return "\n".join([
+        f"wrote {out}: {out.stat().st_size / 1e6:.2f} MB, {result['script']} {result['variant']}, stage {stage}",
+        f"overall {100 * full['overall']:.2f} % in full precision, {said[1]} % of this file:",
+        f"python {shlex.join([Path(command[1]).name, *command[2:]])}",
+    ])  # fmt: skip
+
+
+def _without(words: Sequence[str], left_out: dict[str, int]) -> list[str]:
+    """A command line without these flags and as many values of each."""
+    kept, skip = [], 0
+    for word in words:
+        if skip:
+            skip -= 1
+        elif word.partition("=")[0] in left_out:
+            skip = 0 if "=" in word else left_out[word]
+        else:
+            kept.append(word)
+    return kept

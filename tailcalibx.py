@@ -723,7 +723,7 @@ def train_on_images(run: common.Run, args, name: str, net: Net, splits: data_lt.
             net.backbone.train(not frozen or args.frozen_bn_train)
             for teacher in teachers:
                 teacher.train(args.frozen_bn_train)
-            for views, labels, _ in stage.batches(loader):
+            for views, labels, _ in stage.batches(loader, 0 if frozen else 1):
                 optimizer.zero_grad(set_to_none=True)
                 parts, total = math.ceil(loader.global_batch / args.batch_size), 0.0
                 for x, y in zip(views[0].tensor_split(parts), labels.tensor_split(parts), strict=True):
@@ -1273,7 +1273,8 @@ def main(args) -> None:
     if source is not None:
         rows = [row for row in run.rows if row["stage"] == stages[-1]]
         outcome["feature_passes"] = rows[-1]["passes"]  # real and generated, through the head alone
-        outcome["image_passes"] += source.image_passes - rows[-1]["passes"]
+        outcome["image_passes"] -= rows[-1]["passes"]
+        outcome["frozen_passes"] = source.image_passes  # images through the frozen backbone, forward only
         tables, lines = classwise(source, full["per_class"])
         if common.is_main():
             common.write_atomic(

@@ -909,7 +909,7 @@ def pretrain(run: common.Run, args, name: str, epochs: int, state: Pretraining, 
         options["unbiased"] = args.unbiased
     for epoch in stage.epochs():
         net.train()
-        for views, labels, _ in stage.batches(loader):
+        for views, labels, _ in stage.batches(loader, 1 if moco else 2):
             step = stage.step
             lr = common.set_lr(optimizer, pretrain_lr(args, epoch + step / len(loader), epochs, first))
             n, begin, end = loader.share(step)
@@ -1057,7 +1057,7 @@ def train_classifier(run: common.Run, args, splits: data_lt.Splits, backbone: nn
         if args.lin_bn == "eval":
             net.backbone.eval()
         weighted = args.reweight == "cb" or (args.reweight == "drw" and epoch >= deferred)
-        for views, labels, _ in stage.batches(loader):
+        for views, labels, _ in stage.batches(loader, 0):
             with common.autocast(args):
                 logits = replica(views[0])  # [b, C]
             logits = logits.float()

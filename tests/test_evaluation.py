@@ -187,6 +187,9 @@ def test_calibration_error_by_hand_and_by_loops():
     # two items at 0.9 (one right), one at 0.55 (right): 2/3 |0.5 - 0.9| + 1/3 |1 - 0.55|
     figures = common.report([0, 0, 0], [0, 1, 0], [5, 5], confidence=[0.9, 0.9, 0.55])
     assert figures["ece"] == pytest.approx(2 / 3 * 0.4 + 1 / 3 * 0.45)
+    bins = {key: np.array(values) for key, values in figures["reliability"].items()}
+    gap = np.abs(bins["accuracy"] - bins["confidence"]) * bins["count"]
+    assert bins["count"].sum() == 3 and len(bins["count"]) == 15 and gap.sum() / 3 == pytest.approx(figures["ece"])
     rng = np.random.default_rng(0)
     confidence = np.concatenate([rng.random(500), [0.0, 1.0]])
     labels, predictions = rng.integers(0, 3, (2, len(confidence)))

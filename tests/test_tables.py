@@ -11,7 +11,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
+import common
 import tables
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -520,3 +522,84 @@ def test_lint_errors_fail_the_tests_too(checkout):
     (checkout / "tests" / "test_one.py").write_text("import os\ndef test_one(): pass\n")
     done = shell(checkout / "tests" / "run.sh")
     assert done.returncode == 1 and "1 passed" in done.stdout and "F401" in done.stdout
+
+
+# --- comparison, compare, export ------------------------------------------------------------------------------------
+
+
+def test_lines_of_more_run_only_when_asked_for(desk, capsys):
+    lines = "a | FAKE | 0\nmore b | FAKE --accuracy 7 | 0\n"
+    assert desk(lines) == 0 and len(desk.starts()) == 1
+    assert "skipped: more b" in capsys.readouterr().out
+    assert desk(lines, "--more") == 0 and len(desk.starts()) == 2
+    assert desk("more c | FAKE --accuracy 8 | 0\n", "--only", "more c") == 0 and len(desk.starts()) == 3
+
+
+def test_the_cells_of_a_comparison_are_ranked(desk):
+    lines = "comparison, letters: worse | FAKE --accuracy 40 | 0,1\ncomparison, letters: better | FAKE | 0,1\n"
+    assert desk(lines + "other | FAKE --accuracy 90 | 0\n", "--seeds", "2") == 0
+    text = (desk.path / "RESULTS.md").read_text()
+    part = text[text.index("## Comparison: glyphs_lt") : text.index("## fake")]
+    rows = [line.split(" | ")[:2] for line in part.splitlines() if line.startswith("| ")][2:]
+    assert rows == [["| better", "50.5 ± 0.7 (2 seeds)"], ["| worse", "40.5 ± 0.7 (2 seeds)"]]
+
+
+def test_a_comparison_says_what_is_not_the_same(tmp_path):
+    for k, (passes, data, backbone) in enumerate(((1000, "a", "resnet8"), (1010, "a", "resnet8"), (2000, "b", "vgg"))):
+        one = result(0, variant=f"v{k}", image_passes=passes, data=data, args={"backbone": backbone})
+        (path,) = put(tmp_path, one)
+        (tmp_path / "cells").mkdir(exist_ok=True)
+        record = {"table": "comparison, x", "results": [str(path.relative_to(tmp_path))]}
+        (tmp_path / "cells" / f"{k}.json").write_text(json.dumps(record))
+        text = make_tables(tmp_path)[1]
+        told = "same training images; backbone resnet8; as many forward + backward image passes (within 1 %)" in text
+        assert told == (k < 2)
+    assert "NOT the same training images; backbone resnet8, vgg; image passes DIFFER" in text
+    assert "| tsc v2 | 70.0 (1 seed) |" in text
+
+
+def test_two_runs_are_compared_seed_by_seed(tmp_path, capsys):
+    def run(folder: str, seeds: dict, variant: str) -> None:
+        for seed, overall in seeds.items():
+            put(tmp_path / folder, result(seed, variant=variant, headline={"overall": overall, "few": None}))
+
+    run("a", {0: 0.5, 1: 0.6, 2: 0.7}, "kcl")
+    run("b", {0: 0.52, 1: 0.61, 3: 0.9}, "tsc")
+    assert tables.main_cli(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    text = capsys.readouterr().out
+    assert "| overall | 55.0 ± 7.1 | 56.5 ± 6.4 | +1.50 | 0.50 |" in text and "| few | - | - | - | - |" in text
+    assert "seeds 0, 1\n" in text and "note: A has seed(s) 2 alone" in text and "note: B has seed(s) 3 alone" in text
+    run("b", {0: 0.4, 2: 0.5}, "kcl")  # two runs there: only the one that both have
+    assert tables.main_cli(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    text = capsys.readouterr().out
+    assert "| overall | 60.0 ± 14.1 | 45.0 ± 7.1 | -15.00 | 5.00 |" in text and "tsc, cifar10_lt_ir100, tsc" not in text
+    run("c", {7: 0.4}, "kcl")
+    (tmp_path / "d").mkdir()
+    for other, words in (("c", "no seed in common: 0, 1, 2"), ("d", "no result.json"), ("e", "is not a folder")):
+        assert tables.main_cli(["compare", str(tmp_path / "a"), str(tmp_path / other)]) == 2
+        said = capsys.readouterr().err
+        assert words in said and said.count("\n") == 1
+
+
+def test_exported_weights_give_the_figure_again(tmp_path, capsys):
+    script = [sys.executable, str(common.ROOT / "fsgl.py")]
+    flags = ["--variant", "ce", "--epochs", "2", "--device", "cpu", "--log", "none", "--quiet", "--seed", "3"]
+    subprocess.run([*script, *flags, "--out", str(tmp_path)], check=True, capture_output=True)
+    folder, out = tmp_path / "fsgl" / "glyphs_lt_ir100" / "ce_epochs2" / "seed3", tmp_path / "ce.pt"
+    whole = json.loads((folder / "result.json").read_text())["headline"]["overall"]
+    assert tables.main_cli(["export", str(folder), "--out", str(out)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    saved = common.load_checkpoint(out)
+    state = saved["state"]["model"]
+    assert {value.dtype for value in state.values()} == {torch.float16, torch.int64} and list(saved["state"]) == [
+        "model"
+    ]
+    assert out.stat().st_size < 0.6 * (folder / "train.pt").stat().st_size
+    assert saved["exported"]["full"] == whole and abs(saved["exported"]["half"] - whole) < 0.02
+    command = said[-1].split()[1:]
+    assert command[:3] == ["fsgl.py", "--variant", "ce"] and "--eval" in command and "--out" not in command
+    again = subprocess.run([*script, *command[1:], "--log", "none"], capture_output=True, text=True, cwd=tmp_path)
+    assert again.returncode == 0 and f"overall {100 * saved['exported']['half']:.2f}%" in again.stdout, again.stderr
+    assert tables.main_cli(["export", str(folder), "--out", str(out)]) == 2 and "exists" in capsys.readouterr().err
+    assert tables.main_cli(["export", str(tmp_path), "--out", str(tmp_path / "x.pt")]) == 2
+    assert "is no folder of a finished run" in capsys.readouterr().err and not (tmp_path / "x.pt").exists()
