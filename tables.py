@@ -59,9 +59,19 @@ class Cell:
         return "glyphs_lt"
 
 
+def expand(text: str) -> list[str]:
+    """`a {b,c}` as [`a b`, `a c`]; every pair of braces with a comma in it, the last one changes fastest."""
+    found = re.search(r"\{([^{}]*,[^{}]*)\}", text)
+    if not found:
+        return [text]
+    before, after = text[: found.start()], text[found.end() :]
+    return [full for part in found[1].split(",") for full in expand(f"{before}{part}{after}")]
+
+
 def read_cells(text: str, seeds: int = 1, only: str | None = None) -> list[Cell]:
     """Cells of lines `table | script and arguments | seeds`, the first `seeds` of each line's, each cell once.
 
+    `{a,b}` in the arguments stands for a line with a and one with b.
     only: regular expression that must be found in `table | script and arguments`. Empty lines and # comments are
     skipped; UserError for a line that cannot be run.
     """
@@ -77,23 +87,24 @@ def read_cells(text: str, seeds: int = 1, only: str | None = None) -> list[Cell]
         table, *rest = (field.strip() for field in line.split("|"))
         if len(rest) != 2 or not table:
             raise UserError(f"line {place}: needs `table | script and arguments | seeds`, got: {line}")
-        try:
-            words = shlex.split(rest[0])
-        except ValueError as error:
-            raise UserError(f"line {place}: {error}: {rest[0]}") from None
-        words = words[1:] if words[:1] in (["python"], ["python3"]) else words
-        if not words or not words[0].endswith(".py") or not (ROOT / words[0]).is_file():
-            raise UserError(f"line {place}: no script {words[0] if words else ''!r} in {ROOT}")
-        for word in words[1:]:
-            if word.split("=")[0] in ("--seed", "--out", "--data-root"):
-                raise UserError(f"line {place}: {word.split('=')[0]} is set by the run itself, take it out: {rest[0]}")
-        if not re.fullmatch(r"\d+(\s*,\s*\d+)*", rest[1]):
-            raise UserError(f"line {place}: seeds are whole numbers with commas between them, got {rest[1]!r}")
-        if not pattern.search(f"{table} | {shlex.join(words)}"):
-            continue
-        kept = True
-        for seed in list(dict.fromkeys(map(int, rest[1].split(","))))[:seeds]:
-            cells.setdefault((tuple(words), seed), Cell(table, tuple(words), seed))
+        for call in expand(rest[0]):
+            try:
+                words = shlex.split(call)
+            except ValueError as error:
+                raise UserError(f"line {place}: {error}: {call}") from None
+            words = words[1:] if words[:1] in (["python"], ["python3"]) else words
+            if not words or not words[0].endswith(".py") or not (ROOT / words[0]).is_file():
+                raise UserError(f"line {place}: no script {words[0] if words else ''!r} in {ROOT}")
+            for word in words[1:]:
+                if word.split("=")[0] in ("--seed", "--out", "--data-root"):
+                    raise UserError(f"line {place}: {word.split('=')[0]} is set by the run itself, take it out: {call}")
+            if not re.fullmatch(r"\d+(\s*,\s*\d+)*", rest[1]):
+                raise UserError(f"line {place}: seeds are whole numbers with commas between them, got {rest[1]!r}")
+            if not pattern.search(f"{table} | {shlex.join(words)}"):
+                continue
+            kept = True
+            for seed in list(dict.fromkeys(map(int, rest[1].split(","))))[:seeds]:
+                cells.setdefault((tuple(words), seed), Cell(table, tuple(words), seed))
     if only and not kept:
         raise UserError(f"--only {only!r} fits no line")
     return list(cells.values())
@@ -699,8 +710,12 @@ def _run_command(args) -> int:
         print(f"  run: {cell}")
     for cell in done:
         print(f"  finished before: {cell}")
-    for cell, why in skipped.items():
-        print(f"  skipped: {cell}: {why}")
+    if args.dry_run:
+        for cell, why in skipped.items():
+            print(f"  skipped: {cell}: {why}")
+    else:
+        for why in dict.fromkeys(skipped.values()):
+            print(f"  skipped: {list(skipped.values()).count(why)} cell(s): {why}")
     sys.stdout.flush()
     if args.dry_run:
         return 0

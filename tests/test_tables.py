@@ -1,5 +1,6 @@
 """`python common.py run|tables|figures`, and the shell scripts that find an interpreter for it."""
 
+import importlib
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ import common
 import tables
 
 ROOT = Path(__file__).resolve().parent.parent
+METHODS = [ROOT / f"{name}.py" for name in "toy_similarity ssp_pretrain tsc bns_ipdpp fsgl tailcalibx".split()]
 
 # A method script of the runner's contract: takes seed and folders, leaves result.json, names it; can fail or hang.
 SCRIPT = """
@@ -527,10 +529,28 @@ def test_lint_errors_fail_the_tests_too(checkout):
 # --- comparison, compare, export ------------------------------------------------------------------------------------
 
 
+def test_braces_stand_for_several_lines(desk, capsys):
+    assert tables.expand("a {b,c} {d,}") == ["a b d", "a b ", "a c d", "a c "] and tables.expand("{x}") == ["{x}"]
+    assert desk("a | FAKE --accuracy {1,2} {,--hang} | 0,1\n", "--dry-run", "--seeds", "2") == 0
+    assert "will run 8 cell(s)" in capsys.readouterr().out
+
+
+def test_every_line_of_run_all_is_accepted_by_its_script():
+    text = (ROOT / "run_all.sh").read_text()
+    cells = tables.read_cells(text[text.index("<<'CELLS'") + 9 : text.rindex("CELLS")], 9)
+    assert len(cells) > 500 and {cell.words[0] for cell in cells} == {path.name for path in METHODS}
+    modules = {path.name: importlib.import_module(path.stem) for path in METHODS}
+    for cell in cells:
+        args = modules[cell.words[0]].parse_args([*cell.words[1:], "--seed", str(cell.seed), "--device", "cpu"])
+        assert args.seed == cell.seed, cell
+    names = {str(cell.table) for cell in cells}
+    assert {"letters, verification", "comparison, letters: TSC", "CIFAR-LT, SSP"} <= names
+
+
 def test_lines_of_more_run_only_when_asked_for(desk, capsys):
     lines = "a | FAKE | 0\nmore b | FAKE --accuracy 7 | 0\n"
     assert desk(lines) == 0 and len(desk.starts()) == 1
-    assert "skipped: more b" in capsys.readouterr().out
+    assert "skipped: 1 cell(s): beyond the first twelve minutes" in capsys.readouterr().out
     assert desk(lines, "--more") == 0 and len(desk.starts()) == 2
     assert desk("more c | FAKE --accuracy 8 | 0\n", "--only", "more c") == 0 and len(desk.starts()) == 3
 
