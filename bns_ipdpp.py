@@ -144,13 +144,7 @@ def parse_args(argv: list[str] | None = None):
     number, switch = common.number, argparse.BooleanOptionalAction
     positive = number(float, 0, open_low=True)
     add = parser.add_argument_group("stages").add_argument
-    add(
-        "--stages",
-        type=stage_list,
-        default="pretrain,finetune",
-        metavar="S,S",
-        help="pretrain,probe,finetune or a part",
-    )
+    add("--stages", type=stage_list, default="pretrain,finetune", metavar="S,S", help="of pretrain,probe,finetune")
     add("--weight-decay", type=number(float, 0), help="AdamW, on weights, not on biases and BN (default: 0.05)")
     add("--crop-min", type=number(float, 0, 1, open_low=True), help="smallest share of the area that a crop keeps")
     add("--flip", type=number(float, 0, 1), help="probability of a horizontal flip (default: 0.5, letters 0)")
@@ -780,6 +774,8 @@ def train_classifier(run: common.Run, args, splits: data_lt.Splits, name: str, e
                 loader = data_lt.make_loader(args, train.select(positions), batch_size, augment=augment, seed=seed)
             if epoch == 0 and stage.step == 0:
                 run.say(f"{name}: {len(positions)} of {len(train)} images, {epochs} epochs of {len(loader)} steps")
+                if name == "finetune" and args.subset_mode != "all" and max(counts) <= args.num_samples:
+                    run.say(f"no class has more than --num-samples {args.num_samples} images: nothing is left out")
             net.train()
             if name == "probe" and args.probe_bn == "eval" or name == "finetune" and frozen:
                 net.backbone.eval()
