@@ -295,7 +295,8 @@ def true_log_p(logits: Tensor, labels: Tensor) -> Tensor:
 
 # --- equations: k-DPP of a diagonal-plus-rank-one kernel ------------------------------------------------------------
 # One class of N images, float64 numpy arrays [N]. S_ij = p_i p_j / c off the diagonal, every row sums to 1; c is N
-# ("n", paper) or N^2 ("n2", released code). P(Y) = det S_Y / Z_k over subsets Y of size k.
+# ("n", equation 16 of the paper) or N^2 ("n2", released code). P(Y) = det S_Y / Z_k over subsets Y of size k. That S is
+# a diagonal plus one outer product, and what follows from it, is derived here; all normalisers are natural logarithms.
 
 
 def kernel_parts(log_p: np.ndarray, scale: str = "n") -> tuple[np.ndarray, np.ndarray]:
@@ -313,12 +314,12 @@ def kernel_parts(log_p: np.ndarray, scale: str = "n") -> tuple[np.ndarray, np.nd
 
 
 def kernel_matrix(d: np.ndarray, u: np.ndarray) -> np.ndarray:
-    """S itself, [N, N]: for looking at it, the samplers never make it."""
+    """S itself, [N, N], from d and u [N]: for looking at it, the samplers never make it."""
     return np.diag(d) + np.outer(u, u)
 
 
 def log_det(d: np.ndarray, u: np.ndarray, subset: np.ndarray) -> float:
-    """log det S_Y = sum log d + log(1 + sum u^2 / d) over Y, in O(k); subset: distinct positions."""
+    """log det S_Y = sum log d + log(1 + sum u^2 / d) over Y, in O(k); -inf where it is 0. subset: distinct."""
     d, u = d[subset], u[subset]
     with np.errstate(divide="ignore"):
         log_d, log_u2 = np.log(d), 2 * np.log(u)
@@ -449,8 +450,8 @@ def inclusion_probabilities(tables: Tables) -> np.ndarray:
 def sample_uniform_rejection(d, u, k: int, rng: np.random.Generator, tries: int = 10_000) -> np.ndarray | None:
     """Exact draw: uniform k-subsets, each accepted with probability det S_Y / its bound; None after `tries`.
 
-    At scale n2 about one try (fewer than 2.8 expected); useless at scale n, where acceptance falls like exp(-k).
-    Needs d > 0 and 0 < k < N.
+    d, u [N]: `kernel_parts`; the draw is int64 [k] in no order. At scale n2 about one try (fewer than 2.8 expected);
+    useless at scale n, where acceptance falls like exp(-k). Needs d > 0 and 0 < k < N.
     """
     log_d, ratio = np.log(d), u**2 / d
     bound = np.sort(log_d)[-k:].sum() + math.log1p(np.sort(ratio)[-k:].sum())
@@ -466,6 +467,8 @@ def sample_bernoulli_rejection(
 ) -> np.ndarray | None:
     """Exact draw: independent draws of odds theta d_i that happen to have size k, accepted with probability
     (1 + sum_Y u^2 / d) / its bound; None after `tries`. At scale n some 30 to 130 proposals. Needs d > 0, 0 < k < N.
+
+    d, u [N]: `kernel_parts`; the draw is int64 [k], ascending. log_theta: any; `log_tilt(d, k)` is the quick one.
     """
     log_theta = log_tilt(d, k) if log_theta is None else log_theta
     take, ratio = expit(log_theta + np.log(d)), u**2 / d

@@ -735,6 +735,9 @@ def test_subsets_of_every_mode_and_every_flag_of_finetuning(tmp_path, monkeypatc
     ):  # fmt: skip
         _, draws, calls, _ = finetune(*flags)
         assert {call[3:] for call in calls} == {expected} and torch.bincount(draws[0][1]).tolist() == kept
+    with monkeypatch.context() as patch, pytest.raises(common.RunError, match="class 0 before epoch 1: too small"):
+        patch.setattr(bns, "sample_kdpp", lambda *_: (_ for _ in ()).throw(ValueError("too small")))
+        finetune()
     with pytest.raises(common.RunError, match="diverged"):
         monkeypatch.setattr(bns, "true_log_p", lambda logits, labels: logits[:, 0] * math.nan)
         finetune()
