@@ -319,7 +319,7 @@ def kernel_matrix(d: np.ndarray, u: np.ndarray) -> np.ndarray:
 
 
 def log_det(d: np.ndarray, u: np.ndarray, subset: np.ndarray) -> float:
-    """log det S_Y = sum log d + log(1 + sum u^2 / d) over Y, in O(k); -inf where it is 0. subset: distinct."""
+    """log det S_Y = sum log d + log(1 + sum u^2 / d) over the distinct positions Y, in O(k); -inf where it is 0."""
     d, u = d[subset], u[subset]
     with np.errstate(divide="ignore"):
         log_d, log_u2 = np.log(d), 2 * np.log(u)
