@@ -118,6 +118,8 @@ PAPER = {
     },
     # With backbones and settings that are not public: quoted, never set beside a figure of ours.
     "other sets": {"imagenet_lt": 51.7, "inat18": 74.0},
+    "others there": {"DisA": (49.4, 69.8), "SBCL": (47.1, 70.4)},
+    "DisA, cifar10_lt by ratio": {10: 82.4, 200: 67.2},
     "probes of others, cifar10_lt": {"KCL": [61.0, 82.1, 55.5, 29.4], "TSC": [63.8, 84.8, 47.7, 39.7],
                                      "SBCL": [64.7, 80.1, 68.1, 36.6]},
     "probes of others, cifar100_lt": {"KCL": 40.4, "TSC": 41.4, "SBCL": 44.2},
@@ -142,13 +144,7 @@ def parse_args(argv: list[str] | None = None):
     number, switch = common.number, argparse.BooleanOptionalAction
     positive = number(float, 0, open_low=True)
     add = parser.add_argument_group("stages").add_argument
-    add(
-        "--stages",
-        type=stage_list,
-        default="pretrain,finetune",
-        metavar="S,S",
-        help="pretrain,probe,finetune or a part",
-    )
+    add("--stages", type=stage_list, default="pretrain,finetune", metavar="S,S", help="of pretrain,probe,finetune")
     add("--weight-decay", type=number(float, 0), help="AdamW, on weights, not on biases and BN (default: 0.05)")
     add("--crop-min", type=number(float, 0, 1, open_low=True), help="smallest share of the area that a crop keeps")
     add("--flip", type=number(float, 0, 1), help="probability of a horizontal flip (default: 0.5, letters 0)")
@@ -219,7 +215,7 @@ def parse_args(argv: list[str] | None = None):
     common.resolve(
         parser, args, DEFAULTS, lambda: data_lt.peek_image_size(args.dataset, args.data_root, args.image_size), RELEASED
     )
-    if args.few_below > args.many_above:
+    if args.few_below > args.many_above + 1:
         parser.error(f"--few-below {args.few_below} is above --many-above {args.many_above}: the groups overlap")
     for lr, batch in (("lr", "batch_size"), ("probe_lr", "probe_batch_size"), ("finetune_lr", "finetune_batch_size")):
         if getattr(args, lr) is None:
@@ -263,8 +259,8 @@ def bns_loss(
         y = torch.cat([labels, labels if labels2 is None else labels2])
         own, rows, row_labels = torch.arange(len(z), device=z.device), z, y
         if not local:
+            own = own + common.rank() * len(z)
             rows, row_labels = common.gather_with_gradient(z), common.gather_with_gradient(y)
-            own = own + (common.rank() * len(z) if common.world_size() > 1 else 0)
         pos, neg = bns_sums(z, rows, y, row_labels, own, temperature)
         return -F.logsigmoid(pos) - F.logsigmoid(-neg)
 
@@ -299,7 +295,8 @@ def true_log_p(logits: Tensor, labels: Tensor) -> Tensor:
 
 # --- equations: k-DPP of a diagonal-plus-rank-one kernel ------------------------------------------------------------
 # One class of N images, float64 numpy arrays [N]. S_ij = p_i p_j / c off the diagonal, every row sums to 1; c is N
-# ("n", paper) or N^2 ("n2", released code). P(Y) = det S_Y / Z_k over subsets Y of size k.
+# ("n", equation 16 of the paper) or N^2 ("n2", released code). P(Y) = det S_Y / Z_k over subsets Y of size k. That S is
+# a diagonal plus one outer product, and what follows from it, is derived here; all normalisers are natural logarithms.
 
 
 def kernel_parts(log_p: np.ndarray, scale: str = "n") -> tuple[np.ndarray, np.ndarray]:
@@ -311,18 +308,18 @@ def kernel_parts(log_p: np.ndarray, scale: str = "n") -> tuple[np.ndarray, np.nd
     if not (log_p <= 0).all():
         raise ValueError("log p must be numbers of at most 0")
     n, p, q = len(log_p), np.exp(log_p), -np.expm1(log_p)
-    if scale == "n" or n == 1:
-        return q + p * q.mean(), p / math.sqrt(n)
+    if scale == "n" or n <= 1:
+        return q + p * (q.sum() / max(n, 1)), p / math.sqrt(max(n, 1))
     return 1 - p * p.mean() / n, p / n
 
 
 def kernel_matrix(d: np.ndarray, u: np.ndarray) -> np.ndarray:
-    """S itself, [N, N]: for looking at it, the samplers never make it."""
+    """S itself, [N, N], from d and u [N]: for looking at it, the samplers never make it."""
     return np.diag(d) + np.outer(u, u)
 
 
 def log_det(d: np.ndarray, u: np.ndarray, subset: np.ndarray) -> float:
-    """log det S_Y = sum log d + log(1 + sum u^2 / d) over Y, in O(k); subset: distinct positions."""
+    """log det S_Y = sum log d + log(1 + sum u^2 / d) over the distinct positions Y, in O(k); -inf where it is 0."""
     d, u = d[subset], u[subset]
     with np.errstate(divide="ignore"):
         log_d, log_u2 = np.log(d), 2 * np.log(u)
@@ -363,8 +360,10 @@ def kdpp_tables(d: np.ndarray, u: np.ndarray, k: int) -> Tables:
 
     det S_Y sums over the members that may be "marked" (weight u_i^2 in place of d_i), at most one of them. Elementary
     symmetric polynomials of 5000 numbers leave float64, so items are first tilted into independent Bernoulli draws of
-    mean size k: the tables hold probabilities, no term is negative, nothing overflows. 0 <= k <= N.
+    mean size k: the tables hold probabilities, no term is negative, nothing overflows. ValueError unless 0 <= k <= N.
     """
+    if not 0 <= k <= len(d):
+        raise ValueError(f"there is no subset of {k} of {len(d)} items")
     log_theta = log_tilt(d, k)
     with np.errstate(divide="ignore"):
         x, log_u2 = log_theta + np.log(d), 2 * np.log(u)
@@ -374,6 +373,7 @@ def kdpp_tables(d: np.ndarray, u: np.ndarray, k: int) -> Tables:
 
 
 def _fill(skip: np.ndarray, take: np.ndarray, mark: np.ndarray, k: int) -> np.ndarray:
+    """The tables f: item n is left out, taken, or taken as the marked one where none is marked yet."""
     f = np.zeros((len(skip) + 1, 2, k + 1))
     f[0, 0, 0] = 1
     for n, (b, a, m) in enumerate(zip(skip.tolist(), take.tolist(), mark.tolist(), strict=True)):
@@ -397,13 +397,24 @@ def log_normalisers(tables: Tables) -> tuple[np.ndarray, np.ndarray]:
 
 
 def log_prob(d: np.ndarray, u: np.ndarray, subset: np.ndarray, tables: Tables | None = None) -> float:
-    """log P(Y) of a subset under the k-DPP of its size."""
+    """log P(Y) of a subset (distinct positions) under the k-DPP of its size; tables: those of its size, if at hand."""
     tables = tables or kdpp_tables(d, u, len(subset))
+    if len(subset) != tables.k or len(np.unique(subset)) != tables.k:
+        raise ValueError(f"a subset of {tables.k} distinct positions is needed, got {len(np.unique(subset))}")
     return log_det(d, u, subset) - float(log_normalisers(tables)[1][-1])
 
 
+def total_weight(tables: Tables) -> float:
+    """Z_k in the units of the tables; ValueError where it is 0 and there is no k-DPP."""
+    total = float(tables.f[-1, :, tables.k].sum())
+    if not total > 0:
+        raise ValueError(f"no subset of {tables.k} items has a positive determinant: the k-DPP is not defined")
+    return total
+
+
 def sample_table(tables: Tables, rng: np.random.Generator) -> np.ndarray:
-    """One exact draw from the tables, in O(N): int64 [k], descending."""
+    """One exact draw from the tables, in O(N): int64 [k], descending. ValueError where Z_k = 0."""
+    total_weight(tables)
     f, skip, take = tables.f, tables.skip.tolist(), tables.take.tolist()
     draws, j, unmarked, chosen = rng.random(len(skip)).tolist(), tables.k, True, []
     for n in range(len(skip), 0, -1):
@@ -424,22 +435,23 @@ def sample_table(tables: Tables, rng: np.random.Generator) -> np.ndarray:
 
 
 def inclusion_probabilities(tables: Tables) -> np.ndarray:
-    """Exact P(i in Y), [N], in O(N k): the prefix tables against the same tables from the other end."""
-    k, f = tables.k, tables.f
-    back = _fill(tables.skip[::-1], tables.take[::-1], tables.mark[::-1], k)
+    """Exact P(i in Y), [N], in O(N k): the prefix tables against the same tables from the other end. ValueError where
+    Z_k = 0."""
+    k, f, total = tables.k, tables.f, total_weight(tables)
     if k == 0:
         return np.zeros(len(tables.skip))
+    back = _fill(tables.skip[::-1], tables.take[::-1], tables.mark[::-1], k)
     f, g = f[:-1, :, :k], back[-2::-1, :, k - 1 :: -1]  # of item n: what lies before it, what lies after it
     plain = np.einsum("nj,nj->n", f[:, 0], g[:, 0])
     one_marked = np.einsum("nj,nj->n", f[:, 1], g[:, 0]) + np.einsum("nj,nj->n", f[:, 0], g[:, 1])
-    return ((tables.take + tables.mark) * plain + tables.take * one_marked) / tables.f[-1, :, k].sum()
+    return ((tables.take + tables.mark) * plain + tables.take * one_marked) / total
 
 
 def sample_uniform_rejection(d, u, k: int, rng: np.random.Generator, tries: int = 10_000) -> np.ndarray | None:
     """Exact draw: uniform k-subsets, each accepted with probability det S_Y / its bound; None after `tries`.
 
-    At scale n2 about one try (fewer than 2.8 expected); useless at scale n, where acceptance falls like exp(-k).
-    Needs d > 0 and 0 < k < N.
+    d, u [N]: `kernel_parts`; the draw is int64 [k] in no order. At scale n2 about one try (fewer than 2.8 expected);
+    useless at scale n, where acceptance falls like exp(-k). Needs d > 0 and 0 < k < N.
     """
     log_d, ratio = np.log(d), u**2 / d
     bound = np.sort(log_d)[-k:].sum() + math.log1p(np.sort(ratio)[-k:].sum())
@@ -455,6 +467,8 @@ def sample_bernoulli_rejection(
 ) -> np.ndarray | None:
     """Exact draw: independent draws of odds theta d_i that happen to have size k, accepted with probability
     (1 + sum_Y u^2 / d) / its bound; None after `tries`. At scale n some 30 to 130 proposals. Needs d > 0, 0 < k < N.
+
+    d, u [N]: `kernel_parts`; the draw is int64 [k], ascending. log_theta: any; `log_tilt(d, k)` is the quick one.
     """
     log_theta = log_tilt(d, k) if log_theta is None else log_theta
     take, ratio = expit(log_theta + np.log(d)), u**2 / d
@@ -493,19 +507,22 @@ def dppy_process(d: np.ndarray, u: np.ndarray, k: int):
 def sample_kdpp(
     log_p: np.ndarray, k: int, rng: np.random.Generator, scale: str = "n", sampler: str = "table"
 ) -> np.ndarray:
-    """Ascending positions of min(k, N) images of a class, drawn from its k-DPP.
+    """Ascending positions, int64, of min(k, N) images of a class, drawn from its k-DPP.
+
+    log_p: log p(i) [N]; ValueError when one is above 0 or not a number, or dppy cannot be trusted with the class.
 
     sampler: "table", "rejection" (the one for the scale; the table when it finds nothing, which leaves the draw exact)
     or "dppy". Where Z_k = 0 (all p exactly 1 at scale n, k >= 2) the draw is uniform, with a warning.
     """
     n = len(log_p)
-    if np.isnan(log_p).any():
-        raise ValueError("a probability is not a number")
+    if k < 0:
+        raise ValueError(f"there is no subset of {k} items")
+    d, u = kernel_parts(log_p, scale)
     if n <= k or k == 0:
         return np.arange(min(n, k))
-    d, u = kernel_parts(log_p, scale)
-    if d.max() < 1e-150:  # the marks u^2 / d would leave float64
-        warnings.warn(f"all {n} images have p = 1: the k-DPP is not defined, {k} are drawn uniformly", stacklevel=2)
+    if d.max() < 1e-150:  # the marks u^2 / d would leave float64; a single one of equal images is drawn uniformly
+        if k > 1:
+            warnings.warn(f"all {n} images have p = 1: the k-DPP is not defined, {k} are drawn uniformly", stacklevel=2)
         return np.sort(rng.choice(n, k, replace=False))
     subset = None
     if sampler == "dppy":
@@ -622,8 +639,11 @@ def pretrain(run: common.Run, args, splits: data_lt.Splits, encoder: nn.Module) 
 
 def collect(args, net: nn.Module, function, loader, width: int) -> Tensor:
     """function(images, labels) [b, width] of every item of an evaluation loader, float32 [N, width] on the CPU of all
-    ranks; the network in eval mode, no autocast."""
+    ranks; the network in eval mode with the BN statistics of rank 0, which checkpoints hold; no autocast."""
     net.eval()
+    if common.world_size() > 1:
+        for buffer in net.buffers():
+            dist.broadcast(buffer, 0)
     out = torch.zeros(len(loader.dataset), width, device=args.device)
     with torch.inference_mode():
         for views, labels, rows in loader:
@@ -678,7 +698,10 @@ class Subset:
                     within = np.sort(rng.choice(len(pools[c]), k, replace=False))
                 else:
                     log_p = self.log_p[pools[c]].double().numpy()
-                    within = sample_kdpp(log_p, k, rng, args.dpp_scale, args.dpp_sampler)
+                    try:
+                        within = sample_kdpp(log_p, k, rng, args.dpp_scale, args.dpp_sampler)
+                    except ValueError as error:  # of dppy: saturated probabilities
+                        raise common.RunError(f"class {train.classes[c]} before epoch {epoch + 1}: {error}") from None
                 pools[c] = pools[c][within]
         self.epoch, self.positions = epoch, torch.from_numpy(np.concatenate(pools))
 
@@ -688,7 +711,8 @@ class Subset:
         if args.p_view == "augmented":
             seed = common.derive_seed(args.seed, "p-view")
             augment = make_augment(args, size, args.finetune_jitter_strength)
-            loader = data_lt.make_loader(args, dataset, 1000, augment=augment, sampler="sequential", seed=seed)
+            batch = 1000 if isinstance(dataset, data_lt.ImageSet) else 250
+            loader = data_lt.make_loader(args, dataset, batch, augment=augment, sampler="sequential", seed=seed)
             loader.set_epoch(epoch)
         else:
             loader = data_lt.evaluation_loader(args, dataset, PLAIN, size)
@@ -753,6 +777,8 @@ def train_classifier(run: common.Run, args, splits: data_lt.Splits, name: str, e
                 loader = data_lt.make_loader(args, train.select(positions), batch_size, augment=augment, seed=seed)
             if epoch == 0 and stage.step == 0:
                 run.say(f"{name}: {len(positions)} of {len(train)} images, {epochs} epochs of {len(loader)} steps")
+                if name == "finetune" and args.subset_mode != "all" and max(counts) <= args.num_samples:
+                    run.say(f"no class has more than --num-samples {args.num_samples} images: nothing is left out")
             net.train()
             if name == "probe" and args.probe_bn == "eval" or name == "finetune" and frozen:
                 net.backbone.eval()

@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fake_tree import write_jpeg  # noqa: E402
 
+import bns_ipdpp  # noqa: E402
 import common  # noqa: E402
 import fsgl  # noqa: E402
 import ssp_pretrain  # noqa: E402
@@ -717,6 +718,115 @@ def moco_queue_clone_mb() -> dict:
     return {"ratio": memory.bytes / naive.bytes, "value": value, "unit": "MB", "target": "value <= 1"}
 
 
+def bns_problem(b: int, dim: int = 128) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Projections [b, dim] of two views, and labels of a long-tailed batch of ten classes."""
+    rng = torch.Generator().manual_seed(0)
+    z1, z2 = torch.randn(2, b, dim, generator=rng).unbind()
+    shares = torch.tensor(long_tail_counts(5000, 10, 100), dtype=torch.float)
+    return z1.requires_grad_(), z2.requires_grad_(), torch.multinomial(shares, b, True, generator=rng)
+
+
+def bns_loss_broadcast(z1, z2, labels, temperature=0.5) -> torch.Tensor:
+    """The balanced-negative loss over cosines of broadcast rows: temporaries of [2b, 2b, D]."""
+    z, y = torch.cat([z1, z2]), torch.cat([labels, labels])
+    e = torch.exp(F.cosine_similarity(z[:, None], z[None], dim=2) / temperature)
+    same = (y[:, None] == y).float()
+    positive = same - torch.eye(len(z))
+    pos = (e * positive).sum(1) / positive.sum(1).clamp(min=1)
+    return (F.softplus(-pos) + F.softplus((e * (1 - same)).mean(1))).mean()
+
+
+def bns_loss_vs_broadcast() -> dict:
+    """Balanced-negative loss and its gradients at B = D = 128: cosines by broadcasting, as released / one product."""
+    z1, z2, labels = bns_problem(128)
+
+    def run(loss: Callable) -> tuple:
+        value = loss(z1, z2, labels).mean()
+        return value.detach(), *torch.autograd.grad(value, (z1, z2))
+
+    for ours, theirs in zip(run(bns_ipdpp.bns_loss), run(bns_loss_broadcast), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-7)
+    naive, own = medians(lambda: run(bns_loss_broadcast), lambda: run(bns_ipdpp.bns_loss), repeats=7)
+    return {"ratio": naive / own, "value": 1e3 * own, "unit": "ms", "target": ">= 50"}
+
+
+def bns_loss_memory() -> dict:
+    """Peak memory of the loss and its gradients at B = 1024, D = 128, in a process of its own, above what it is given:
+    in matrices of 2B x 2B in float32 (16.8 MB); ratio: against one such temporary of [2B, 2B, D]."""
+    if "--child" not in sys.argv:
+        line = [sys.executable, __file__, "--only", "bns_loss_memory", "--child"]
+        return json.loads(subprocess.run(line, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    bns_ipdpp.bns_loss(*bns_problem(8)).mean().backward()  # threads, libraries
+    z1, z2, labels = bns_problem(1024)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = memory_in_use()
+    loss = bns_ipdpp.bns_loss(z1, z2, labels).mean()
+    loss.backward()
+    matrices = (memory_in_use("VmHWM") - before) / (4 * 2048**2 / 2**20)
+    assert bool(loss.isfinite()) and bool(z1.grad.any())
+    row = {"ratio": matrices / 128, "value": matrices, "unit": "matrices of 2B x 2B", "target": "value <= 8"}
+    print(json.dumps(row))
+    return row
+
+
+def log_probabilities(n: int) -> np.ndarray:
+    """log p(i) of n images, most of them near 1."""
+    return np.log(np.random.default_rng(0).beta(6, 1.2, n))
+
+
+def kdpp_table_draw(log_p: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
+    """A draw from nothing but log p(i): kernel, tables, subset."""
+    return bns_ipdpp.sample_table(bns_ipdpp.kdpp_tables(*bns_ipdpp.kernel_parts(log_p), k), rng)
+
+
+def kdpp_table_vs_dppy() -> dict:
+    """One exact k-DPP draw of 100 of 1000, kernel and all: dppy (eigenvectors, polynomials) / our tables."""
+    from dppy.finite_dpps import FiniteDPP, elementary_symmetric_polynomials
+
+    log_p, k, rng, state = log_probabilities(1000), 100, np.random.default_rng(1), np.random.RandomState(1)
+    d, u = bns_ipdpp.kernel_parts(log_p)
+    spectrum = np.linalg.eigvalsh(bns_ipdpp.kernel_matrix(d, u))
+    expected = np.log(elementary_symmetric_polynomials(spectrum, k)[k, -1])
+    np.testing.assert_allclose(bns_ipdpp.log_normalisers(bns_ipdpp.kdpp_tables(d, u, k))[1][-1], expected, rtol=1e-9)
+
+    def dppy() -> list:
+        kernel = bns_ipdpp.kernel_matrix(*bns_ipdpp.kernel_parts(log_p))
+        return FiniteDPP("likelihood", L=kernel).sample_exact_k_dpp(k, random_state=state)
+
+    def ours() -> np.ndarray:
+        return kdpp_table_draw(log_p, k, rng)
+
+    assert len(set(dppy())) == len(set(ours().tolist())) == k
+    naive, own = medians(dppy, ours, repeats=5)
+    return {"ratio": naive / own, "value": 1 / own, "unit": "draws/s", "target": ">= 20"}
+
+
+def kdpp_table_5000_500() -> dict:
+    """Seconds of one exact draw of 500 of 5000 images from log p(i), scale N; ratio: against one more draw from the
+    same tables."""
+    log_p, rng = log_probabilities(5000), np.random.default_rng(1)
+    tables = bns_ipdpp.kdpp_tables(*bns_ipdpp.kernel_parts(log_p), 500)
+    inclusion = bns_ipdpp.inclusion_probabilities(tables)
+    assert abs(inclusion.sum() - 500) < 1e-6 and len(set(kdpp_table_draw(log_p, 500, rng).tolist())) == 500
+    first, again = medians(
+        lambda: kdpp_table_draw(log_p, 500, rng), lambda: bns_ipdpp.sample_table(tables, rng), repeats=9
+    )
+    return {"ratio": first / again, "value": first, "unit": "s", "target": "value <= 0.2"}
+
+
+def kdpp_rejection_5000_500() -> dict:
+    """Milliseconds of one exact draw of 500 of 5000 images from log p(i) by rejection, scale N^2; ratio: the tables'
+    time / this."""
+    log_p, rng = log_probabilities(5000), np.random.default_rng(1)
+
+    def draw() -> np.ndarray:
+        return bns_ipdpp.sample_uniform_rejection(*bns_ipdpp.kernel_parts(log_p, "n2"), 500, rng)
+
+    assert all(len(set(draw().tolist())) == 500 for _ in range(20))
+    table, own = medians(lambda: kdpp_table_draw(log_p, 500, rng), draw, repeats=9)
+    return {"ratio": table / own, "value": 1e3 * own, "unit": "ms", "target": "value <= 10"}
+
+
 ROWS = {
     function.__name__: function
     for function in (
@@ -738,6 +848,11 @@ ROWS = {
         rotation_batch_vs_loop,
         moco_step_overhead,
         moco_queue_clone_mb,
+        bns_loss_vs_broadcast,
+        bns_loss_memory,
+        kdpp_table_vs_dppy,
+        kdpp_table_5000_500,
+        kdpp_rejection_5000_500,
     )
 }  # fmt: skip
 

@@ -181,6 +181,15 @@ def p_value(seen: np.ndarray, probability: np.ndarray) -> float:
     return stats.chisquare(observed[keep], expected[keep]).pvalue if keep.sum() > 1 else 1.0
 
 
+def check_frequencies(seen: np.ndarray, expected: np.ndarray, draws: int) -> None:
+    """How often each image was drawn, against its inclusion probability."""
+    random = np.abs(expected - 0.5) < 0.5 - 1e-9
+    assert np.array_equal(seen[~random], draws * expected[~random].round()), "certain to be in, or to be out"
+    inner = expected[random]
+    z = (seen[random] - draws * inner) / np.sqrt(draws * inner * (1 - inner))
+    assert not len(z) or np.abs(z).max() < 6 and stats.chi2.sf((z**2).sum(), len(z)) > 1e-6
+
+
 SAMPLERS = {
     "table": lambda d, u, k, rng: (lambda tables: lambda: bns.sample_table(tables, rng))(bns.kdpp_tables(d, u, k)),
     "uniform": lambda d, u, k, rng: lambda: bns.sample_uniform_rejection(d, u, k, rng),
@@ -249,22 +258,38 @@ def test_kdpp_against_long_arithmetic_and_inclusion_frequencies(golden):
         rng, draws, seen = np.random.default_rng(1), 2000, np.zeros(len(d))
         for _ in range(draws):
             seen[bns.sample_table(tables, rng)] += 1
-        z = (seen - draws * inclusion) / np.sqrt(draws * inclusion * (1 - inclusion))
-        assert np.abs(z).max() < 5 and (z**2).mean() < 1.6, (case, scale)
+        check_frequencies(seen, inclusion, draws)
 
 
 def test_samplers_agree_with_dppy_at_eight_images():
     pytest.importorskip("dppy")
     rng, k = np.random.default_rng(0), 3
-    d, u = bns.kernel_parts(np.log(rng.beta(2, 1, 8)), "n")
+    log_p = np.log(rng.beta(2, 1, 8))
     subsets = np.array(list(itertools.combinations(range(8), k)))
-    process, state = bns.dppy_process(d, u, k), np.random.RandomState(5)
-    theirs = counts_of(subsets, lambda: np.array(process.sample_exact_k_dpp(k, random_state=state)), 4000)
-    ours = counts_of(subsets, SAMPLERS["table"](d, u, k, rng), 50_000)
-    assert p_value(theirs, np.exp([bns.log_prob(d, u, subset) for subset in subsets])) > 1e-4
-    assert stats.chi2_contingency(np.stack([ours, theirs])).pvalue > 1e-4
-    draw = bns.sample_kdpp(np.log(rng.beta(2, 1, 8)), k, rng, "n", "dppy")
+    for scale in ("n", "n2"):
+        d, u = bns.kernel_parts(log_p, scale)
+        process, state = bns.dppy_process(d, u, k), np.random.RandomState(5)
+        theirs = counts_of(subsets, lambda: np.array(process.sample_exact_k_dpp(k, random_state=state)), 3000)  # noqa: B023
+        assert p_value(theirs, np.exp([bns.log_prob(d, u, subset) for subset in subsets])) > 1e-4
+        for name, sampler in SAMPLERS.items():
+            ours = counts_of(subsets, sampler(d, u, k, rng), 10_000)
+            assert stats.chi2_contingency(np.stack([ours, theirs])).pvalue > 1e-4, (name, scale)
+    draw = bns.sample_kdpp(log_p, k, rng, "n", "dppy")
     assert len(set(draw.tolist())) == k and (np.diff(draw) > 0).all()
+
+
+def test_every_sampler_includes_each_of_200_images_as_often_as_it_should():
+    rng, k, draws = np.random.default_rng(3), 20, 3000
+    log_p = np.log(rng.beta(2, 0.7, 200))
+    for scale, other in (("n", "bernoulli"), ("n2", "uniform")):
+        d, u = bns.kernel_parts(log_p, scale)
+        expected = bns.inclusion_probabilities(bns.kdpp_tables(d, u, k))
+        for name in ("table", other):
+            seen, draw = np.zeros(len(d)), SAMPLERS[name](d, u, k, rng)
+            for _ in range(draws):
+                seen[draw()] += 1
+            check_frequencies(seen, expected, draws)
+        assert expected.std() * 200 / k > (0.1 if scale == "n" else 0), "scale n is not uniform here"
 
 
 @pytest.mark.parametrize("scale", ["n", "n2"])
@@ -297,6 +322,19 @@ def test_edges_of_the_sampler():
         inclusion = bns.inclusion_probabilities(tables)
         assert inclusion.sum() == pytest.approx(k) and len(bns.sample_table(tables, rng)) == k
         assert k not in (0, 4) or inclusion == pytest.approx(k / 4)
+    parts = bns.kernel_parts(log_p)
+    for k in (-1, 5):
+        with pytest.raises(ValueError, match=f"no subset of {k} of 4"):
+            bns.kdpp_tables(*parts, k)
+    for subset in ([0, 0], [0]):
+        with pytest.raises(ValueError, match="2 distinct"):
+            bns.log_prob(*parts, np.array(subset), bns.kdpp_tables(*parts, 2))
+    impossible = bns.kdpp_tables(*bns.kernel_parts(np.zeros(5)), 2)
+    for function in (lambda: bns.sample_table(impossible, rng), lambda: bns.inclusion_probabilities(impossible)):
+        with pytest.raises(ValueError, match="not defined"):
+            function()
+    with pytest.raises(ValueError):
+        bns.sample_kdpp(log_p, -1, rng)
     d, u = bns.kernel_parts(np.log([0.3]), "n2")
     assert d + u**2 == pytest.approx(1) and bns.log_det(d, u, np.array([0])) == pytest.approx(0)
     assert bns.log_det(d, u, np.array([], int)) == 0
@@ -306,6 +344,7 @@ def test_edges_of_the_sampler():
         warnings.simplefilter("error")
         assert len(bns.sample_kdpp(np.zeros(40), 10, rng, "n2")) == 10
         assert len(bns.sample_kdpp(np.append(np.zeros(39), -1e-7), 10, rng)) == 10
+        assert len(bns.sample_kdpp(np.zeros(40), 1, rng)) == 1
     assert bns.log_det(*bns.kernel_parts(np.zeros(5)), np.array([1, 2])) == -math.inf
     for bad in ([0.1, -1.0], [math.nan, -1.0]):
         with pytest.raises(ValueError):
@@ -385,30 +424,6 @@ def loss_and_gradients(name: str, part: slice | None = None):
     if common.world_size() > 1:
         dist.all_reduce(loss)
     return float(loss), [p.grad.clone() for p in net.parameters()]
-
-
-def rank_entry(rank: int, world: int, folder: str):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    try:
-        torch.save({name: loss_and_gradients(name) for name in LOSSES}, f"{folder}/rank{rank}.pt")
-    finally:
-        dist.destroy_process_group()
-
-
-def test_two_ranks_equal_one_in_loss_and_gradients(tmp_path):
-    mp.spawn(rank_entry, (2, str(tmp_path)), nprocs=2)
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
-    for name in LOSSES:
-        expected, wanted = loss_and_gradients(name)
-        if "local" in name:  # each rank for itself: the mean of two half batches, not the whole one
-            whole, halves = expected, [loss_and_gradients(name, part) for part in (slice(0, 4), slice(4, 8))]
-            expected = sum(half[0] for half in halves) / 2
-            wanted = [(a + b) / 2 for a, b in zip(halves[0][1], halves[1][1], strict=True)]
-            assert abs(expected - whole) > 1e-3
-        for loss, gradients in (rank[name] for rank in ranks):
-            assert loss == pytest.approx(expected, rel=1e-12)
-            for ours, other in zip(gradients, wanted, strict=True):
-                torch.testing.assert_close(ours, other, rtol=1e-9, atol=1e-12)
 
 
 # --- arguments ------------------------------------------------------------------------------------------------------
@@ -550,7 +565,7 @@ def run_here(monkeypatch, out, dataset, *flags, stages="pretrain,finetune", stop
         try:
             bns.main(args)
         finally:
-            for run in runs:
+            for run in runs if common.is_main() else []:
                 run.lock.close()  # as the end of the process would
     return runs[0].folder
 
@@ -685,15 +700,15 @@ def test_subsets_of_every_mode_and_every_flag_of_finetuning(tmp_path, monkeypatc
     assert {(len(log_p), k, scale, sampler) for log_p, k, _, scale, sampler in calls} == {
         (n, 8, "n", "table") for n in counts if n > 8
     }
-    seen = {"": base}
+    seen = {"": (base, draws)}
     for flags in (
         "--finetune-epochs 4", "--finetune-batch-size 8", "--finetune-lr 0.01", "--finetune-warmup 0.5",
         "--crop-min 0.5",
         "--finetune-jitter-strength 0.3", "--weight-decay 0", "--seed 1", "--num-samples 6", "--resample-every 0",
         "--p-view augmented", "--freeze-encoder", "--subset-mode uniform", "--subset-mode legacy", "--subset-mode all",
     ):  # fmt: skip
-        seen[flags], draws, calls, other = finetune(*flags.split())
-        last = draws[-1][2]
+        rows, draws, calls, other = finetune(*flags.split())
+        seen[flags], last = (rows, draws), draws[-1][2]
         if "num-samples" in flags:
             assert torch.bincount(draws[0][1]).tolist() == [min(n, 6) for n in counts]
         if "resample" in flags:
@@ -712,14 +727,17 @@ def test_subsets_of_every_mode_and_every_flag_of_finetuning(tmp_path, monkeypatc
         start = common.load_checkpoint(encoder)["state"]["model"]
         same = [torch.equal(v, start[k]) for k, v in other["model"].items() if k.startswith("backbone.")]
         assert all(same) if "freeze" in flags else not all(same)
-    values = [json.dumps(rows) for rows in seen.values()]
-    assert len(set(values)) == len(values), "two settings gave the same figures"
+    values = [json.dumps([rows, [log_p.nansum().item() for *_, log_p in draws]]) for rows, draws in seen.values()]
+    assert len(set(values)) == len(values), "two settings gave the same figures and the same p(i)"
     for flags, expected in (
         (["--dpp-scale", "n2"], ("n2", "table")), (["--dpp-sampler", "rejection"], ("n", "rejection")),
         (["--dpp-sampler", "dppy"], ("n", "dppy")),
     ):  # fmt: skip
         _, draws, calls, _ = finetune(*flags)
         assert {call[3:] for call in calls} == {expected} and torch.bincount(draws[0][1]).tolist() == kept
+    with monkeypatch.context() as patch, pytest.raises(common.RunError, match="class 0 before epoch 1: too small"):
+        patch.setattr(bns, "sample_kdpp", lambda *_: (_ for _ in ()).throw(ValueError("too small")))
+        finetune()
     with pytest.raises(common.RunError, match="diverged"):
         monkeypatch.setattr(bns, "true_log_p", lambda logits, labels: logits[:, 0] * math.nan)
         finetune()
@@ -788,7 +806,7 @@ def test_validation_features_and_a_step_schedule(tmp_path, monkeypatch, tiny):
     assert ours == pytest.approx(expected, abs=1e-15) and ours[0] == 0
 
 
-def test_the_command_line_with_pictures_and_evaluation(tmp_path, tiny):
+def test_the_command_line_with_pictures_and_evaluation(tmp_path, monkeypatch, tiny, capsys):
     flags = [*SMALL, *PROBE, *FINETUNE, "--stages", "pretrain,probe,finetune"]
     done = commands.run("bns_ipdpp.py", "--dataset", tiny, *flags, out=tmp_path / "a")
     folder = commands.folder(tmp_path / "a")
@@ -798,11 +816,18 @@ def test_the_command_line_with_pictures_and_evaluation(tmp_path, tiny):
     assert [row["name"] for row in groups["rows"]] == ["probe", "finetune"] and len(kdpp["columns"]) == 6
     overall = result["headline"]["overall"]
     assert groups["rows"][1]["values"][0] == pytest.approx(100 * overall) and "n/a" in done.stdout
-    again = commands.run("bns_ipdpp.py", "--dataset", tiny, *flags, out=tmp_path / "a")
-    assert again.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
+
+    def say(*line) -> str:
+        args = bns.parse_args([*map(str, line), "--device", "cpu", "--out", str(tmp_path / "a"), "--log", "none"])
+        common._choose_device(args, False)
+        bns.main(args)
+        return capsys.readouterr().out
+
+    monkeypatch.setattr(sys, "argv", ["bns_ipdpp.py"])
+    assert say("--dataset", tiny, *flags).splitlines()[-1] == done.stdout.splitlines()[-1], "finished: only shown"
     look = ["--dataset", tiny, "--imb-ratio", "4", "--backbone", "resnet8"]
-    done = commands.run("bns_ipdpp.py", *look, "--eval", folder / "finetune.pt", out=tmp_path / "a")
-    assert f"overall {100 * overall:.2f}%" in done.stdout and "> 100 / < 20" in done.stdout
+    said = say(*look, "--eval", folder / "finetune.pt")
+    assert f"finetune, epoch 3: overall {100 * overall:.2f}%" in said and "> 100 / < 20" in said
     done = commands.run("bns_ipdpp.py", "--eval", folder / "pretrain.pt", *look, out=tmp_path / "a", code=2)
     assert "stage pretrain" in done.stderr
 
@@ -826,17 +851,67 @@ def test_evaluation_of_a_probe_and_own_groups(tmp_path, monkeypatch, tiny, encod
         bns.main(args)
 
 
-def test_two_local_ranks_end_to_end(tmp_path, tiny):
-    flags = [*SMALL, *PROBE, *FINETUNE, "--stages", "pretrain,probe,finetune", "--gpus", "2"]
-    commands.run("bns_ipdpp.py", "--dataset", tiny, *flags, out=tmp_path)
-    folder, result = commands.folder(tmp_path), commands.result(tmp_path)
-    assert "gpus2" in folder.parent.name and sum(map(sum, result["confusion"])) == 100
-    state = state_of(folder, "finetune")
-    counts = result["counts"]
-    labels = np.repeat(np.arange(10), counts)[state["subset"]["positions"]]
-    assert np.bincount(labels).tolist() == [min(n, 8) for n in counts]
-    done = commands.run("bns_ipdpp.py", "--dataset", tiny, *flags, "--batch-size", "17", out=tmp_path, code=2)
-    assert "does not divide among 2 ranks" in done.stderr
+P_IMAGES = 7
+
+
+def p_of_images() -> torch.Tensor:
+    """log p(i) of a few images, where the second rank has other BN statistics than the first, whose count."""
+    torch.manual_seed(1)
+    net = models.Net(models.backbone("resnet8", width=4), torch.nn.Linear(16, 3))
+    if common.rank():
+        for buffer in net.buffers():
+            buffer.add_(1)
+    images = torch.randint(0, 256, (P_IMAGES, 3, 16, 16), dtype=torch.uint8)
+    labels = torch.arange(P_IMAGES) % 3
+    dataset = data_lt.ImageSet(images, labels, torch.arange(P_IMAGES), list("abc"))
+    args = bns.parse_args(["--dataset", "glyphs_lt", "--device", "cpu"])
+    return bns.Subset.evaluate_p(args, net, dataset, 16, 0)
+
+
+def rank_entry(rank: int, world: int, folder: str, dataset: str):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    try:
+        torch.save({name: loss_and_gradients(name) for name in LOSSES}, f"{folder}/rank{rank}.pt")
+        torch.save(p_of_images(), f"{folder}/p{rank}.pt")
+        with pytest.MonkeyPatch.context() as patch:
+            flags = {"stages": "pretrain,probe,finetune"}
+            run_here(patch, f"{folder}/a", dataset, "--eval-every", "3", **flags)
+            for place in (("pretrain", 1, 2), ("probe", 0, 1), ("finetune", 0, 3), ("finetune", 2, 0)):
+                with pytest.raises(SystemExit):
+                    run_here(patch, f"{folder}/b", dataset, "--eval-every", "3", **flags, stop=place)
+            run_here(patch, f"{folder}/b", dataset, "--eval-every", "3", **flags)
+            with pytest.raises(common.UserError, match="does not divide among 2 ranks"):
+                run_here(patch, f"{folder}/c", dataset, "--batch-size", "17", stages="pretrain")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_two_ranks_equal_one_and_continue_bit_equal(tmp_path, tiny):
+    mp.spawn(rank_entry, (2, str(tmp_path), tiny), nprocs=2)
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    for name in LOSSES:
+        expected, wanted = loss_and_gradients(name)
+        if "local" in name:  # each rank for itself: the mean of two half batches, not the whole one
+            whole, halves = expected, [loss_and_gradients(name, part) for part in (slice(0, 4), slice(4, 8))]
+            expected = sum(half[0] for half in halves) / 2
+            wanted = [(a + b) / 2 for a, b in zip(halves[0][1], halves[1][1], strict=True)]
+            assert abs(expected - whole) > 1e-3
+        for loss, gradients in (rank[name] for rank in ranks):
+            assert loss == pytest.approx(expected, rel=1e-12)
+            for ours, other in zip(gradients, wanted, strict=True):
+                torch.testing.assert_close(ours, other, rtol=1e-9, atol=1e-12)
+    for rank in range(2):
+        torch.testing.assert_close(torch.load(tmp_path / f"p{rank}.pt", weights_only=True), p_of_images())
+
+    straight, again = (commands.folder(tmp_path / name) for name in "ab")
+    assert plain_rows(again) == plain_rows(straight)
+    for stage in ("pretrain", "probe", "finetune"):
+        assert_equal_states(state_of(again, stage), state_of(straight, stage))
+    result = commands.result(tmp_path / "a")
+    positions = state_of(straight, "finetune")["subset"]["positions"]
+    labels = np.repeat(np.arange(10), result["counts"])[positions]
+    assert np.bincount(labels).tolist() == [min(n, 8) for n in result["counts"]]
+    assert sum(map(sum, result["confusion"])) == 100, "every test image once"
 
 
 def test_large_images_from_files(tmp_path, monkeypatch):
