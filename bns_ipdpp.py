@@ -617,7 +617,7 @@ def pretrain(run: common.Run, args, splits: data_lt.Splits, encoder: nn.Module) 
     replica = common.distribute(TwoPasses(torch.compile(net) if args.compile else net))
     net.train()
     for epoch in stage.epochs():
-        for views, labels, _ in stage.batches(loader):
+        for views, labels, _ in stage.batches(loader, 2):
             t = epoch + stage.step / len(loader)
             lr = common.set_lr(optimizer, common.warmup_cosine_lr(args.lr, t, args.epochs, args.warmup * args.epochs))
             with common.autocast(args):
@@ -782,7 +782,7 @@ def train_classifier(run: common.Run, args, splits: data_lt.Splits, name: str, e
             net.train()
             if name == "probe" and args.probe_bn == "eval" or name == "finetune" and frozen:
                 net.backbone.eval()
-            for views, labels, _ in stage.batches(loader):
+            for views, labels, _ in stage.batches(loader, 0 if frozen else 1):
                 t = epoch + stage.step / len(loader)
                 lr = common.set_lr(optimizer, common.warmup_cosine_lr(peak, t, epochs, warmup * epochs))
                 with common.autocast(args):

@@ -812,7 +812,7 @@ def fit(run: common.Run, args, name: str, net: models.Net, splits, train=None, l
                 weight = torch.tensor(weight, dtype=torch.float32, device=args.device)
             net.train()
             net.backbone.train(kind != "classifier" or args.bn_train)
-            for views, labels, rows in stage.batches(loader):
+            for views, labels, rows in stage.batches(loader, 0 if kind == "classifier" else 1):
                 with common.autocast(args):
                     logits = replica(views[0])  # [b, C]
                 values, mass = loss_terms(args, logits.float(), labels, weight, margins)
