@@ -337,7 +337,7 @@ def _tell_and_exit(error: Exception) -> None:
     code = 2 if isinstance(error, UserError) else 1
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if not is_main():
-        time.sleep(10)  # when rank 0 has left as well, the launcher ends us before this is over
+        time.sleep(30)  # when rank 0 has left as well, the launcher ends us before this is over
     sys.stdout.flush()
     where = f" (rank {rank()})" if rank() else ""
     print(f"{Path(sys.argv[0]).name}: error{where}: {error}", file=sys.stderr, flush=True)

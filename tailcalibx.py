@@ -142,10 +142,10 @@ def presets(args, stages: tuple[str, ...]) -> tuple[dict, dict]:
         {
             "glyphs_lt": GLYPHS | extra | {"clf_lr": rate},
             "small": SMALL | extra | {"clf_lr": rate},
-            "large": LARGE | large | {"clf_lr": 0.01},
+            **dict.fromkeys(("large", "imagenet_lt", "inat18"), LARGE | large | {"clf_lr": 0.01}),
             "mini_imagenet_lt": LARGE | large | {"clf_lr": 0.01, "imb_ratio": 100.0},
         },
-        {"small": released | seeds, "large": released, "mini_imagenet_lt": released},
+        {"small": released | seeds} | dict.fromkeys(("large", "imagenet_lt", "inat18", "mini_imagenet_lt"), released),
     )
 
 

@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 def pytest_addoption(parser):
     parser.addoption("--golden", default=str(ROOT / "tests" / "golden"), help="folder with the golden .npz files")
+    parser.addoption("--slow", action="store_true", help="the long forms of the tests on faults, too")
 
 
 def pytest_configure(config):

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint and every test: `bash tests/run.sh [pytest arguments]`, e.g. `-k golden` or `--golden DIR`.
+# Lint and every test: `bash tests/run.sh [pytest arguments]`, e.g. `-k golden`, `--golden DIR` or `--slow`.
 set -euo pipefail
 . "$(dirname -- "${BASH_SOURCE[0]}")/../env.sh" requirements.txt tests/requirements.txt
 lint=0 code=0

@@ -1,0 +1,248 @@
+"""What goes wrong outside, for every script alike: processes killed, disks full, files damaged, numbers not finite.
+
+Each run is a process forked from a server that has torch and the scripts loaded, so a run of two seconds costs two.
+`--slow` kills ten times instead of once and takes down the decoding workers of every script.
+"""
+
+import contextlib
+import importlib
+import io
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import fake_tree
+import numpy as np
+import pytest
+import torch
+
+import common
+import data_lt
+
+SMALL = {
+    "toy_similarity": "--experiment sweep2 --epochs 2 --batch-size 16 --points 2",
+    "ssp_pretrain": "--epochs 1 --batch-size 20 --train-epochs 2 --train-batch-size 20",
+    "tsc": "--epochs 2 --batch-size 20 --dim 8 --classifier-epochs 1 --classifier-batch-size 20 --diagnostics-every 9",
+    "bns_ipdpp": "--epochs 1 --batch-size 20 --projection 8 --projection-hidden 8 --finetune-epochs 2 "
+    "--finetune-batch-size 20 --num-samples 5 --resample-every 1",
+    "fsgl": "--epochs 2 --batch-size 20 --projection-dim 8",
+    "tailcalibx": "--epochs 2 --batch-size 20 --clf-epochs 2",
+}  # fmt: skip
+LARGE = {
+    "ssp_pretrain": "--ssp none --train-epochs 1 --train-batch-size 8",
+    "tsc": "--method kcl --epochs 1 --batch-size 8 --queue 16 --dim 8 --classifier-epochs 1 --classifier-batch-size 8",
+    "bns_ipdpp": "--stages pretrain --epochs 1 --batch-size 8 --projection 8 --projection-hidden 8",
+    "fsgl": "--variant ce --epochs 1 --batch-size 8",
+    "tailcalibx": "--pipeline ce --epochs 1 --batch-size 8 --accumulate 1",
+}
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["torch", "numpy", "common", "data_lt", "decode", "tables", *SMALL])
+
+
+def child(script: str, words: list[str], said: str, prepare: str | None) -> None:
+    """In the forked process: run the script as its command line would; `prepare` names a function of this file."""
+    torch.set_num_threads(1)
+    output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    sys.stdout, sys.stderr = (io.TextIOWrapper(os.fdopen(os.dup(n), "wb", 0), write_through=True) for n in (1, 2))
+    sys.argv = [f"{script}.py", *words]
+    if prepare:
+        globals()[prepare]()
+    module = importlib.import_module(script)
+    common.launch(module.main, module.parse_args(words))
+
+
+def no_space() -> None:
+    """Files end at 20 kB, as on a disk that is full."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+
+def poisoned() -> None:
+    """The second training batch holds numbers that are none."""
+    whole = data_lt.Loader.__iter__
+
+    def batches(self):
+        for step, (views, labels, rows) in enumerate(whole(self)):
+            yield (views * float("nan") if step == 1 and self.sampler != "sequential" else views), labels, rows
+
+    data_lt.Loader.__iter__ = batches
+
+
+class Desk:
+    """Runs of one script on one set into one folder; what they said is the text of the last that ended."""
+
+    def __init__(self, script: str, out: Path, *flags):
+        self.script, self.out, self.count = script, out, 0
+        out.mkdir(parents=True, exist_ok=True)
+        self.words = [*map(str, flags), "--out", str(out), "--device", "cpu", "--log-to", "none", "--quiet"]
+
+    def start(self, *more: str, prepare: str | None = None):
+        self.count += 1
+        said = self.out / f"said{self.count}.txt"
+        process = SERVER.Process(target=child, args=(self.script, [*self.words, *more], str(said), prepare))
+        process.said = said
+        process.start()
+        return process
+
+    def run(self, *more: str, code: int = 0, prepare: str | None = None) -> str:
+        """Run to the end; what was said, where it should fail the one line that says why."""
+        process = self.start(*more, prepare=prepare)
+        process.join(200)
+        text = process.said.read_text()
+        assert process.exitcode == code, (process.exitcode, text[-3000:])
+        if code:
+            assert "Traceback" not in text and len(text.strip().splitlines()) == 1, text
+        return text
+
+    @property
+    def folder(self) -> Path:
+        return next(self.out.glob("*/*/*/seed*/args.json")).parent
+
+    def result(self) -> dict:
+        full = json.loads((self.folder / "result.json").read_text())
+        return {key: value for key, value in full.items() if key not in ("timing", "machine")}
+
+    def rows(self) -> int:
+        with contextlib.suppress(StopIteration, OSError):
+            return len((self.folder / "metrics.jsonl").read_text().splitlines())
+        return 0
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    """The first letters of each kind, 10 to 4 to train on and 5 to test."""
+    path, arrays = tmp_path_factory.mktemp("faults") / "tiny.npz", {}
+    for split, part in zip(("train", "test"), data_lt.load_pool("glyphs_lt"), strict=False):
+        keep = [torch.where(part.labels == c)[0][: 5 if split == "test" else 10 - 2 * (c % 4)] for c in range(10)]
+        arrays[f"x_{split}"] = part.images[torch.cat(keep)].permute(0, 2, 3, 1).numpy()
+        arrays[f"y_{split}"] = part.labels[torch.cat(keep)].numpy()
+    np.savez(path, **arrays)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("tree")
+    fake_tree.make_imagenet_lt(root, num_classes=4, n_max=8, ratio=2)
+    return root
+
+
+def on_letters(script: str, tiny: Path, out: Path) -> Desk:
+    return Desk(script, out, "--dataset", tiny, "--backbone", "resnet8", *SMALL[script].split())
+
+
+def on_tree(script: str, tree: Path, out: Path, *flags) -> Desk:
+    flags = ("--backbone", "resnet10", "--image-size", 64, *LARGE[script].split(), *flags)
+    return Desk(script, out, "--dataset", "imagenet_lt", "--data-root", tree, *flags)
+
+
+@pytest.mark.parametrize("script", SMALL)
+def test_a_run_that_meets_everything_ends_as_if_nothing_had_been(script, tiny, tmp_path, pytestconfig):
+    whole = on_letters(script, tiny, tmp_path / "whole")
+    began = time.monotonic()
+    whole.run()
+    seconds, epochs = time.monotonic() - began, whole.rows()
+    assert epochs >= 2
+    desk, dice = on_letters(script, tiny, tmp_path / "desk"), random.Random(script)
+    for _ in range(10 if pytestconfig.getoption("--slow") else 1):  # killed wherever it is
+        process = desk.start()
+        process.join(dice.uniform(0.2, 1.0) * seconds)
+        process.kill()
+        process.join()
+    if not (desk.out.glob("*/*/*/seed*/result.json") and desk.rows() == epochs):
+        process = desk.start()  # one that has saved something, and is then killed
+        done = desk.rows()
+        while process.is_alive() and desk.rows() <= done:
+            time.sleep(0.005)
+        second = desk.start()  # another process on the same folder
+        second.join(100)
+        if process.is_alive():
+            process.kill()
+            assert second.exitcode in (0, 2), second.said.read_text()
+            if second.exitcode == 2:
+                assert "another process" in second.said.read_text() or "lock" in second.said.read_text()
+        process.join()
+    if not (desk.folder / "result.json").exists():
+        said = desk.run(code=1, prepare="no_space")
+        assert "intact" in said or "cannot write" in said, said
+        last, previous = desk.folder / "last.pt", desk.folder / "previous.pt"
+        if last.exists() and previous.exists() and not list(desk.folder.glob("[!lp]*.pt")):
+            content = last.read_bytes()
+            last.write_bytes(content[: len(content) // 2])
+            assert "previous.pt" in desk.run(code=2)
+            last.write_bytes(content)
+    desk.run()
+    assert desk.result() == whole.result()
+    states = [
+        {p.name: p for p in one.folder.glob("*.pt") if p.stem not in ("last", "previous")} for one in (whole, desk)
+    ]
+    assert states[0].keys() == states[1].keys()
+    for name, path in states[0].items():
+        ours, theirs = (common.load_checkpoint(p)["state"].get("model", {}) for p in (path, states[1][name]))
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
+
+
+@pytest.mark.parametrize("script", SMALL)
+def test_a_number_that_is_none_ends_the_run_and_reaches_no_checkpoint(script, tiny, tmp_path):
+    desk = on_letters(script, tiny, tmp_path)
+    assert "not finite" in desk.run(code=1, prepare="poisoned")
+    for path in desk.folder.glob("*.pt"):
+        state = common.load_checkpoint(path)["state"]["model"]
+        assert all(torch.isfinite(value).all() for value in state.values() if value.is_floating_point())
+
+
+@pytest.mark.parametrize("script", SMALL)
+@pytest.mark.parametrize("label", [-1, 99])
+def test_a_label_outside_the_classes_is_told_before_anything_is_trained(script, label, tiny, tmp_path):
+    with np.load(tiny) as file:
+        arrays = dict(file)
+    arrays["y_test"] = arrays["y_test"].copy()
+    arrays["y_test"][3] = label
+    np.savez(tmp_path / "odd.npz", **arrays)
+    desk = on_letters(script, tmp_path / "odd.npz", tmp_path / "out")
+    assert "odd.npz" in desk.run(code=2) and not list(desk.out.glob("*/*/*/seed*"))
+
+
+@pytest.mark.parametrize("script", LARGE)
+def test_a_truncated_jpeg_and_a_folder_that_is_gone_are_named(script, tree, tmp_path):
+    shutil.copytree(tree, tmp_path / "data")
+    root = tmp_path / "data" / "imagenet_lt"
+    name = (root / "ImageNet_LT_train.txt").read_text().split()[0]
+    content = (root / name).read_bytes()
+    (root / name).write_bytes(content[: len(content) // 3])
+    desk = on_tree(script, tmp_path / "data", tmp_path / "out", "--workers", 0)
+    said = desk.run(code=2)
+    assert name in said and "unreadable image of class" in said and "--skip-broken" in said
+    shutil.move((root / name).parent, root / "elsewhere")
+    said = desk.run("--fresh", code=2)
+    assert f"train/{name.split('/')[1]}/" in said and "No such file" in said
+
+
+@pytest.mark.parametrize("script", LARGE)
+def test_a_killed_decoding_worker_is_one_line(script, tree, tmp_path, pytestconfig):
+    if script != "fsgl" and not pytestconfig.getoption("--slow"):
+        pytest.skip("one script stands for all; --slow takes every one")
+    flags = [flag for flag in LARGE[script].split()]
+    desk = on_tree(script, tree, tmp_path, "--workers", 1)
+    for name in ("--epochs", "--train-epochs"):
+        if name in flags:
+            desk.words += [name, "500"]
+    process = desk.start()
+    while desk.rows() < 1:
+        assert process.is_alive(), process.said.read_text()
+        time.sleep(0.01)
+    worker = max(map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()))
+    os.kill(worker, signal.SIGKILL)
+    process.join(100)
+    said = process.said.read_text().strip()
+    assert process.exitcode == 1 and f"decoding worker {worker} was killed by signal 9" in said, said
+    assert "\n" not in said and "Traceback" not in said
+    common.load_checkpoint(desk.folder / "last.pt")
