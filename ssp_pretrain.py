@@ -55,6 +55,7 @@ Where this differs from the papers and their code:
 
 from __future__ import annotations
 
+import copy
 import sys
 import warnings
 from dataclasses import dataclass
@@ -727,9 +728,7 @@ def pretrain_moco(run: common.Run, args, splits) -> models.Net:
     if args.bn_splits % ranks:
         raise common.UserError(f"--bn-splits {args.bn_splits} groups do not spread evenly over {ranks} ranks")
     net = split_batch_norm(build(args, "projection", args.projection_dim), args.bn_splits // ranks)
-    momentum = split_batch_norm(build(args, "projection", args.projection_dim), args.bn_splits // ranks)
-    momentum.load_state_dict(net.state_dict())
-    momentum.requires_grad_(False)
+    momentum = copy.deepcopy(net).requires_grad_(False)
     queue = Queue(args.queue, args.projection_dim, common.generator(args.seed, "queue")).to(args.device)
     optimizer, scaler = sgd(args, net.parameters(), args.lr, args.weight_decay), common.grad_scaler(args)
     loader = data_lt.make_loader(

@@ -1,6 +1,7 @@
 """ssp_pretrain.py: equations against golden vectors and by hand, every stage end to end, ranks, flags, bad input."""
 
 import argparse
+import contextlib
 import copy
 import gc
 import itertools
@@ -151,22 +152,21 @@ def test_turned_images(golden):
 
 @pytest.mark.golden("unified_perspective_ssp_schedules")
 def test_schedules_by_name(golden):
-    golden.waive("moco_epochs|cos_T|cos_base_lr", "lengths and rates are those of the arrays")
-    base, epochs = golden.scalar("base_lr"), golden["epochs"].tolist()
     close = dict(rtol=1e-12, atol=1e-12)
+    base, epochs = golden.scalar("base_lr"), golden["epochs"].tolist()
     for bug, key in ((True, "step_published"), (False, "step_fixed")):
         np.testing.assert_allclose([ssp.schedule("step", base, e, 200, bug) for e in epochs], golden[key], **close)
-    for name, key, shift in (
-        ("cosine", "moco_cos", False),
-        ("milestones", "moco_step", False),
-        ("cosine", "cos_used", True),
-    ):
-        expected = golden[key]
-        rate = golden.scalar("cos_base_lr") if shift else base
-        if name == "milestones" and len(expected) != 200:
-            continue
-        ours = [ssp.schedule(name, rate, e, len(expected), shift=shift) for e in range(len(expected))]
-        np.testing.assert_allclose(ours, expected, **close)
+    total, start = golden.scalar("moco_epochs"), golden["moco_cos"][0]  # neither has a warm-up: they begin at the rate
+    ours = [ssp.schedule("cosine", start, e, total) for e in range(total)]
+    np.testing.assert_allclose(ours, golden["moco_cos"], **close)
+    if total == 200:  # 120 and 160: fractions of the run here, whatever its length
+        ours = [ssp.schedule("milestones", golden["moco_step"][0], e, total) for e in range(total)]
+        np.testing.assert_allclose(ours, golden["moco_step"], **close)
+    else:
+        golden.waive("moco_step", "the schedule of another length: tested with the schedules")
+    total, base = golden.scalar("cos_T"), golden.scalar("cos_base_lr")
+    ours = [ssp.schedule("cosine", base, e, total, shift=True) for e in range(total)]
+    np.testing.assert_allclose(ours, golden["cos_used"], **close)
 
 
 @pytest.mark.golden("unified_perspective_ssp_pseudo")
@@ -178,7 +178,8 @@ def test_pseudo_labelled_pool(golden):
     asked = data_lt.unlabeled_counts(counts, factor=golden.scalar("unl_imb_factor"))
     assert asked == golden["unlabeled_counts"].tolist()
     rng = np.random.RandomState(golden.scalar("rand_number"))
-    with pytest.warns(UserWarning):
+    sizes = np.bincount(hidden, minlength=size)
+    with pytest.warns(UserWarning) if (asked > sizes).any() else contextlib.nullcontext():
         chosen, extra = data_lt.subset_semi_supervised(targets, counts, hidden, asked, rng)
     np.testing.assert_array_equal(chosen, golden["labeled_index"])
     np.testing.assert_array_equal(extra, golden["unlabeled_index"])
@@ -383,7 +384,9 @@ def tiny(tmp_path_factory):
         arrays[f"x_{split}"] = F.avg_pool2d(dataset.images[keep].float(), 2).byte().permute(0, 2, 3, 1).numpy()
         arrays[f"y_{split}"] = dataset.labels[keep].numpy()
     np.savez(path, **arrays)
-    return str(path)
+    gc.freeze()  # `run` collects garbage after every stop: not that of the imports
+    yield str(path)
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
