@@ -93,7 +93,8 @@ IMAGENET = CIFAR | {
 TRAIN = {
     "glyphs_lt": CIFAR | {
         "backbone": "resnet8", "pad": 2, "flip": 0.0, "train_batch_size": 64, "train_schedule": "cosine",
-        "classifier_epochs": 40, "classifier_batch_size": 64, "semi_batch_size": 64, "eval_every": 20,
+        "classifier_epochs": 40, "classifier_batch_size": 64, "semi_epochs": 50, "semi_batch_size": 64,
+        "eval_every": 20,
     },
     "small": CIFAR,
     "imagenet_lt": IMAGENET, "mini_imagenet_lt": IMAGENET, "large": IMAGENET,
@@ -163,6 +164,8 @@ PAPER = {
                       ("cifar100_lt", 10): 58.06, ("cifar100_lt", 50): 47.09, ("cifar100_lt", 100): 43.06,
                       ("imagenet_lt", None): 47.6, ("inat18", None): 65.9},
         "cRT+SSP": {("imagenet_lt", None): 51.3, ("inat18", None): 68.1},
+    },
+    "YX, by public leaderboards": {
         "LDAM+SSP+DRW": {("cifar10_lt", 10): 88.5, ("cifar100_lt", 100): 43.43, ("cifar100_lt", 10): 58.91},
     },
     # YX README: labelled ratio 50, CE on it and five times as many unlabelled images, by the ratio of the latter.
@@ -253,6 +256,8 @@ def parse_args(argv: list[str] | None = None):
     _check_flags(parser, args, given_ssp, standard_ssp == "moco")
     if args.depth:
         args.backbone, args.depth = f"resnet{args.depth}", None
+    if args.rs_exact:  # draws: not the visits that are the default for image files
+        args.class_aware = 0
     group = {name: "large" if name in LARGE else name for name in TRAIN}
     presets = {name: preset | PRETRAIN[args.ssp][group[name]] for name, preset in TRAIN.items()}
     args = common.resolve(parser, args, presets, lambda: size, RELEASED)
@@ -276,6 +281,8 @@ def _check_flags(parser, args, given_ssp: str | None, large: bool) -> None:
     second = args.two_stage or alone == "classifier"
     rules = {args.rule} if alone != "classifier" else set()
     rules |= {args.classifier_rule or ("resample" if large else "reweight")} if second else set()
+    aware = large and not args.rs_exact if args.class_aware is None else args.class_aware > 0
+    drawn = "resample" in rules and not aware
     for flag, given, fits, where in (
         *((name, getattr(args, name), pretraining, "without a stage pretrain") for name in PRETRAIN_FLAGS[:5]),
         *((name, getattr(args, name), pretraining and args.ssp == "moco", "without MoCo pre-training")
@@ -285,8 +292,15 @@ def _check_flags(parser, args, given_ssp: str | None, large: bool) -> None:
         ("ldam_margin", args.ldam_margin, args.loss == "ldam", f"with --loss {args.loss}"),
         ("ldam_scale", args.ldam_scale, args.loss == "ldam", f"with --loss {args.loss}"),
         ("drw_epoch", args.drw_epoch, args.rule == "drw", f"with --rule {args.rule}"),
+        ("beta", args.beta, bool(rules & {"reweight", "drw"}) or drawn and not args.rs_exact,
+         "where nothing is weighted or drawn by the effective number"),
         ("rs_exact", args.rs_exact, "resample" in rules, "without re-sampling"),
         ("class_aware", args.class_aware, "resample" in rules, "without re-sampling"),
+        *((f"train_{key}", getattr(args, f"train_{key}"), alone in ("all", "train", "eval"), f"with --stage {alone}")
+          for key in ("epochs", "batch_size", "lr")),
+        *((f"train_{key}", getattr(args, f"train_{key}"), alone not in ("pretrain", "pseudo"), f"with --stage {alone}")
+          for key in ("weight_decay", "schedule")),
+        ("bn_train", args.bn_train, second, "without --two-stage"),
         ("two_stage", args.two_stage, alone == "all", f"with --stage {alone}"),
         ("compare", args.compare, alone == "all" and (args.ssp != "none" or args.init_from), "without SSP to compare"),
         ("equal_passes", args.equal_passes, args.compare and pretraining, "without --compare and pre-training"),
@@ -624,7 +638,7 @@ def load_unlabeled(args, splits) -> tuple[data_lt.ImageSet, bool]:
     if len(pool) < 5 * labeled.sum():
         warn(f"{len(pool)} unlabelled images, five times the labelled ones is {5 * labeled.sum()}: profile scaled down")
     for warning in caught:
-        warn(str(warning.message))
+        warn(f"{warning.message}: all there are of these")
     return pool.select(chosen), known
 
 
@@ -945,8 +959,10 @@ def published(args, ssp: bool) -> dict | None:
         if cells and depth < (1 if source == "LL Table 1" else 4):
             value = float(cells.split()[COLUMNS.index(place)].split("/")[depth])
             return {"overall": value, "source": source}
-    value = PAPER["YX README"].get(name, {}).get(place) if args.backbone == "resnet32" else None
-    return value and {"overall": value, "source": "YX README"}
+    for source in ("YX README", "YX, by public leaderboards") if args.backbone == "resnet32" else ():
+        if value := PAPER[source].get(name, {}).get(place):
+            return {"overall": value, "source": source}
+    return None
 
 
 def similarity(scores: common.Scores, num_classes: int) -> dict | None:

@@ -488,6 +488,8 @@ def tiny_run(tiny, *flags, out, code=None):
     words = list(map(str, flags))
     if "--ssp" in words and words[words.index("--ssp") + 1] == "none" or "--init-from" in words or "semi" in words:
         standard = {key: value for key, value in standard.items() if key not in ("--batch-size", "--epochs")}
+    if "--stage" in words and words[words.index("--stage") + 1] != "train":
+        standard = {key: value for key, value in standard.items() if not key.startswith("--train-")}
     kept = [str(word) for pair in standard.items() if pair[0] not in words for word in pair]
     return run("--dataset", tiny, *kept, *words, out=out, code=code)
 
@@ -792,6 +794,10 @@ def test_flags_do_what_they_say(capsys):
     assert ssp.sampling(parsed(*resample, "--rs-exact"), "resample") == {"sampler": "class_balanced"}
     found = ssp.sampling(parsed(*resample, "--class-aware", 2), "resample")
     assert found == {"sampler": "class_aware", "samples_per_class": 2, "drop_last": True}
+    files = parsed(*resample, "--rs-exact", "--dataset", "imagenet_lt")
+    assert ssp.sampling(files, "resample") == {"sampler": "class_balanced"}, "not the visits that are the default there"
+    files = parsed(*resample, "--dataset", "imagenet_lt")
+    assert ssp.sampling(files, "resample")["samples_per_class"] == 4
     assert ssp.sampling(parsed(), "none") == ssp.sampling(parsed("--rule", "drw"), "drw") == {"sampler": "instance"}
 
     for flags, head in ((["--loss", "ldam"], models.NormalisedLinear), ([], nn.Linear)):
@@ -873,6 +879,12 @@ BAD = [
     (["--ldam-scale", 2], "--ldam-scale has no meaning"),
     (["--drw-epoch", 2], "--drw-epoch has no meaning"),
     (["--rs-exact"], "without re-sampling"),
+    (["--beta", 0.9], "--beta has no meaning"),
+    (["--beta", 0.9, "--rule", "resample", "--rs-exact"], "--beta has no meaning"),
+    (["--beta", 0.9, "--rule", "resample", "--dataset", "imagenet_lt"], "--beta has no meaning"),
+    (["--bn-train"], "--bn-train has no meaning without --two-stage"),
+    (["--stage", "pretrain", "--train-lr", 0.2], "--train-lr has no meaning with --stage pretrain"),
+    (["--stage", "classifier", "--init-from", "x.pt", "--train-epochs", 2], "--train-epochs has no meaning"),
     (["--rs-exact", "--class-aware", 4, "--rule", "resample"], "contradict"),
     (["--stage", "pretrain", "--ssp", "none"], "--stage pretrain needs"),
     (["--stage", "pretrain", "--rule", "drw"], "need labels"),
@@ -892,7 +904,7 @@ BAD = [
     (["--two-stage", "--stage", "train", "--ssp", "none"], "--two-stage has no meaning"),
     (["--depth", 20, "--backbone", "resnet8"], "contradict"),
     (["--depth", 21], "--depth"),
-    (["--beta", 1], "--beta 1"),
+    (["--beta", 1, "--rule", "drw"], "--beta 1"),
     (["--recipe", "released", "--dataset", "glyphs_lt"], "nothing was released"),
     (["--save-features", "val"], "--select val"),
     (["--unlabeled-source", "missing.npz", "--ssp", "none"], "missing.npz"),
