@@ -349,11 +349,14 @@ def turn(x: Tensor, turns: Tensor) -> Tensor:
     """Images [B, 3, S, S] turned counter-clockwise by 90 turns_i degrees; turns int64 [B] on the CPU, in 0..3.
 
     Grouped by angle: four rotations whatever B is, and the sizes of the groups are known without asking the device.
+    Taken as [B, S, S, 3], which is how channels-last images lie in memory, so that a group is copied image by image.
     """
-    order = turns.argsort(stable=True)
-    groups = x.index_select(0, to_device(order, x.device)).split(torch.bincount(turns, minlength=4).tolist())
-    turned = torch.cat([group.rot90(angle, (2, 3)) for angle, group in enumerate(groups)])
-    return turned.index_select(0, to_device(order.argsort(), x.device)).contiguous(memory_format=torch.channels_last)
+    sizes, order = torch.bincount(turns, minlength=4).tolist(), to_device(turns.argsort(stable=True), x.device)
+    x = x.permute(0, 2, 3, 1)
+    turned = torch.empty_like(x)
+    for angle, rows in enumerate(order.split(sizes)):
+        turned.index_copy_(0, rows, x.index_select(0, rows).rot90(angle, (1, 2)))
+    return turned.permute(0, 3, 1, 2)
 
 
 def ce_terms(logits: Tensor, labels: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
