@@ -876,7 +876,9 @@ def fill_backbone(backbone: nn.Module, args, fingerprint: str) -> None:
         if not (args.force_init and "was not written by these scripts" in str(error)):
             raise
         state = torch.load(path, map_location="cpu", weights_only=True)
-        state = state.get("state_dict", state)
+        state = state.get("state_dict", state) if isinstance(state, dict) else None
+        if not isinstance(state, dict):
+            raise common.UserError(f"{path} holds no tensors by name, nor a state_dict of them") from None
         state = {key.removeprefix("module."): value for key, value in state.items()}
         if any(key.startswith("encoder_q.") for key in state):
             state = {key[10:]: value for key, value in state.items() if key.startswith("encoder_q.")}
@@ -915,13 +917,15 @@ def read_pseudo(args, splits, unlabeled) -> tuple[Tensor, Tensor]:
             labels, confidence, indices = (torch.from_numpy(file[key]) for key in ("labels", "confidence", "indices"))
     except Exception as error:
         raise common.UserError(f"--pseudo-labels {path}: not made by --stage pseudo ({error})") from None
-    if not torch.equal(indices, unlabeled.indices) or labels.max() >= splits.num_classes:
+    if not torch.equal(indices, unlabeled.indices) or not labels.shape == confidence.shape == indices.shape:
         raise common.UserError(f"--pseudo-labels {path} belongs to other images than --unlabeled-source")
+    if labels.dtype != torch.int64 or labels.min() < 0 or labels.max() >= splits.num_classes:
+        raise common.UserError(f"--pseudo-labels {path}: labels must be int64 in 0..{splits.num_classes - 1}")
     return labels, confidence
 
 
 def pooled_set(args, splits, unlabeled, known: bool, pseudo: Tensor, confidence: Tensor):
-    kept = torch.where((confidence >= args.conf_threshold) & (pseudo >= 0))[0]
+    kept = torch.where(confidence >= args.conf_threshold)[0]
     if not len(kept):
         raise common.UserError(f"--conf-threshold {args.conf_threshold:g} leaves none of {len(pseudo)} pseudo-labels")
     chosen = unlabeled.select(kept)

@@ -586,6 +586,9 @@ def test_weights_are_handed_over_whole_or_not_at_all(tmp_path, tiny, pretrained,
     torch.save({"arch": "x", "state_dict": moco}, tmp_path / "foreign.pth.tar")
     words = ["--stage", "train", "--init-from", tmp_path / "foreign.pth.tar"]
     tiny_run(tiny, *words, out=tmp_path / "f0", code=2)
+    for wrong in ([1], {"state_dict": 5}):
+        torch.save(wrong, tmp_path / "wrong.pt")
+        tiny_run(tiny, *words[:3], tmp_path / "wrong.pt", "--force-init", out=tmp_path / "f2", code=2)
     found = tiny_run(tiny, *words, "--force-init", out=tmp_path / "f1")
     assert same(state(found, "train"), torch.load(trained, weights_only=True)["state"])
 
@@ -665,6 +668,14 @@ def test_semi_supervised_stages(tmp_path, tiny, monkeypatch, capsys):
         assert f"{name}.npz" in capsys.readouterr().err
     flags[-1] = tmp_path / "x.npz"
     tiny_run(tiny, *flags, "--imb-ratio-unlabeled", 3, out=tmp_path / "bad", code=2)
+    for name, arrays in (("float", {"labels": labels / 2}), ("short", {"labels": labels[:3]}), ("moved", {
+            "indices": indices + 1}), ("large", {"labels": labels + 10}), ("low", {"labels": labels - 10}),
+            ("wide", {"confidence": confidence[:, None]})):  # fmt: skip
+        whole = {"labels": labels, "confidence": confidence, "indices": indices} | arrays
+        np.savez(tmp_path / f"pseudo_{name}.npz", **whole)
+        capsys.readouterr()
+        tiny_run(tiny, *single[:3], tmp_path / f"pseudo_{name}.npz", *single[4:], out=tmp_path / "bad", code=2)
+        assert f"pseudo_{name}.npz" in capsys.readouterr().err
 
 
 # --- image files ----------------------------------------------------------------------------------------------------
