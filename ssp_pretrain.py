@@ -55,6 +55,7 @@ Where this differs from the papers and their code:
 
 from __future__ import annotations
 
+import copy
 import sys
 import warnings
 from dataclasses import dataclass
@@ -92,7 +93,8 @@ IMAGENET = CIFAR | {
 TRAIN = {
     "glyphs_lt": CIFAR | {
         "backbone": "resnet8", "pad": 2, "flip": 0.0, "train_batch_size": 64, "train_schedule": "cosine",
-        "classifier_epochs": 40, "classifier_batch_size": 64, "semi_batch_size": 64, "eval_every": 20,
+        "classifier_epochs": 40, "classifier_batch_size": 64, "semi_epochs": 50, "semi_batch_size": 64,
+        "eval_every": 20,
     },
     "small": CIFAR,
     "imagenet_lt": IMAGENET, "mini_imagenet_lt": IMAGENET, "large": IMAGENET,
@@ -162,6 +164,8 @@ PAPER = {
                       ("cifar100_lt", 10): 58.06, ("cifar100_lt", 50): 47.09, ("cifar100_lt", 100): 43.06,
                       ("imagenet_lt", None): 47.6, ("inat18", None): 65.9},
         "cRT+SSP": {("imagenet_lt", None): 51.3, ("inat18", None): 68.1},
+    },
+    "YX, by public leaderboards": {
         "LDAM+SSP+DRW": {("cifar10_lt", 10): 88.5, ("cifar100_lt", 100): 43.43, ("cifar100_lt", 10): 58.91},
     },
     # YX README: labelled ratio 50, CE on it and five times as many unlabelled images, by the ratio of the latter.
@@ -252,6 +256,8 @@ def parse_args(argv: list[str] | None = None):
     _check_flags(parser, args, given_ssp, standard_ssp == "moco")
     if args.depth:
         args.backbone, args.depth = f"resnet{args.depth}", None
+    if args.rs_exact:  # draws: not the visits that are the default for image files
+        args.class_aware = 0
     group = {name: "large" if name in LARGE else name for name in TRAIN}
     presets = {name: preset | PRETRAIN[args.ssp][group[name]] for name, preset in TRAIN.items()}
     args = common.resolve(parser, args, presets, lambda: size, RELEASED)
@@ -275,6 +281,8 @@ def _check_flags(parser, args, given_ssp: str | None, large: bool) -> None:
     second = args.two_stage or alone == "classifier"
     rules = {args.rule} if alone != "classifier" else set()
     rules |= {args.classifier_rule or ("resample" if large else "reweight")} if second else set()
+    aware = large and not args.rs_exact if args.class_aware is None else args.class_aware > 0
+    drawn = "resample" in rules and not aware
     for flag, given, fits, where in (
         *((name, getattr(args, name), pretraining, "without a stage pretrain") for name in PRETRAIN_FLAGS[:5]),
         *((name, getattr(args, name), pretraining and args.ssp == "moco", "without MoCo pre-training")
@@ -284,8 +292,15 @@ def _check_flags(parser, args, given_ssp: str | None, large: bool) -> None:
         ("ldam_margin", args.ldam_margin, args.loss == "ldam", f"with --loss {args.loss}"),
         ("ldam_scale", args.ldam_scale, args.loss == "ldam", f"with --loss {args.loss}"),
         ("drw_epoch", args.drw_epoch, args.rule == "drw", f"with --rule {args.rule}"),
+        ("beta", args.beta, bool(rules & {"reweight", "drw"}) or drawn and not args.rs_exact,
+         "where nothing is weighted or drawn by the effective number"),
         ("rs_exact", args.rs_exact, "resample" in rules, "without re-sampling"),
         ("class_aware", args.class_aware, "resample" in rules, "without re-sampling"),
+        *((f"train_{key}", getattr(args, f"train_{key}"), alone in ("all", "train", "eval"), f"with --stage {alone}")
+          for key in ("epochs", "batch_size", "lr")),
+        *((f"train_{key}", getattr(args, f"train_{key}"), alone not in ("pretrain", "pseudo"), f"with --stage {alone}")
+          for key in ("weight_decay", "schedule")),
+        ("bn_train", args.bn_train, second, "without --two-stage"),
         ("two_stage", args.two_stage, alone == "all", f"with --stage {alone}"),
         ("compare", args.compare, alone == "all" and (args.ssp != "none" or args.init_from), "without SSP to compare"),
         ("equal_passes", args.equal_passes, args.compare and pretraining, "without --compare and pre-training"),
@@ -334,11 +349,14 @@ def turn(x: Tensor, turns: Tensor) -> Tensor:
     """Images [B, 3, S, S] turned counter-clockwise by 90 turns_i degrees; turns int64 [B] on the CPU, in 0..3.
 
     Grouped by angle: four rotations whatever B is, and the sizes of the groups are known without asking the device.
+    Taken as [B, S, S, 3], which is how channels-last images lie in memory, so that a group is copied image by image.
     """
-    order = turns.argsort(stable=True)
-    groups = x.index_select(0, to_device(order, x.device)).split(torch.bincount(turns, minlength=4).tolist())
-    turned = torch.cat([group.rot90(angle, (2, 3)) for angle, group in enumerate(groups)])
-    return turned.index_select(0, to_device(order.argsort(), x.device)).contiguous(memory_format=torch.channels_last)
+    sizes, order = torch.bincount(turns, minlength=4).tolist(), to_device(turns.argsort(stable=True), x.device)
+    x = x.permute(0, 2, 3, 1)
+    turned = torch.empty_like(x)
+    for angle, rows in enumerate(order.split(sizes)):
+        turned.index_copy_(0, rows, x.index_select(0, rows).rot90(angle, (1, 2)))
+    return turned.permute(0, 3, 1, 2)
 
 
 def ce_terms(logits: Tensor, labels: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -623,7 +641,7 @@ def load_unlabeled(args, splits) -> tuple[data_lt.ImageSet, bool]:
     if len(pool) < 5 * labeled.sum():
         warn(f"{len(pool)} unlabelled images, five times the labelled ones is {5 * labeled.sum()}: profile scaled down")
     for warning in caught:
-        warn(str(warning.message))
+        warn(f"{warning.message}: all there are of these")
     return pool.select(chosen), known
 
 
@@ -727,9 +745,7 @@ def pretrain_moco(run: common.Run, args, splits) -> models.Net:
     if args.bn_splits % ranks:
         raise common.UserError(f"--bn-splits {args.bn_splits} groups do not spread evenly over {ranks} ranks")
     net = split_batch_norm(build(args, "projection", args.projection_dim), args.bn_splits // ranks)
-    momentum = split_batch_norm(build(args, "projection", args.projection_dim), args.bn_splits // ranks)
-    momentum.load_state_dict(net.state_dict())
-    momentum.requires_grad_(False)
+    momentum = copy.deepcopy(net).requires_grad_(False)
     queue = Queue(args.queue, args.projection_dim, common.generator(args.seed, "queue")).to(args.device)
     optimizer, scaler = sgd(args, net.parameters(), args.lr, args.weight_decay), common.grad_scaler(args)
     loader = data_lt.make_loader(
@@ -860,7 +876,9 @@ def fill_backbone(backbone: nn.Module, args, fingerprint: str) -> None:
         if not (args.force_init and "was not written by these scripts" in str(error)):
             raise
         state = torch.load(path, map_location="cpu", weights_only=True)
-        state = state.get("state_dict", state)
+        state = state.get("state_dict", state) if isinstance(state, dict) else None
+        if not isinstance(state, dict):
+            raise common.UserError(f"{path} holds no tensors by name, nor a state_dict of them") from None
         state = {key.removeprefix("module."): value for key, value in state.items()}
         if any(key.startswith("encoder_q.") for key in state):
             state = {key[10:]: value for key, value in state.items() if key.startswith("encoder_q.")}
@@ -899,13 +917,15 @@ def read_pseudo(args, splits, unlabeled) -> tuple[Tensor, Tensor]:
             labels, confidence, indices = (torch.from_numpy(file[key]) for key in ("labels", "confidence", "indices"))
     except Exception as error:
         raise common.UserError(f"--pseudo-labels {path}: not made by --stage pseudo ({error})") from None
-    if not torch.equal(indices, unlabeled.indices) or labels.max() >= splits.num_classes:
+    if not torch.equal(indices, unlabeled.indices) or not labels.shape == confidence.shape == indices.shape:
         raise common.UserError(f"--pseudo-labels {path} belongs to other images than --unlabeled-source")
+    if labels.dtype != torch.int64 or labels.min() < 0 or labels.max() >= splits.num_classes:
+        raise common.UserError(f"--pseudo-labels {path}: labels must be int64 in 0..{splits.num_classes - 1}")
     return labels, confidence
 
 
 def pooled_set(args, splits, unlabeled, known: bool, pseudo: Tensor, confidence: Tensor):
-    kept = torch.where((confidence >= args.conf_threshold) & (pseudo >= 0))[0]
+    kept = torch.where(confidence >= args.conf_threshold)[0]
     if not len(kept):
         raise common.UserError(f"--conf-threshold {args.conf_threshold:g} leaves none of {len(pseudo)} pseudo-labels")
     chosen = unlabeled.select(kept)
@@ -946,8 +966,10 @@ def published(args, ssp: bool) -> dict | None:
         if cells and depth < (1 if source == "LL Table 1" else 4):
             value = float(cells.split()[COLUMNS.index(place)].split("/")[depth])
             return {"overall": value, "source": source}
-    value = PAPER["YX README"].get(name, {}).get(place) if args.backbone == "resnet32" else None
-    return value and {"overall": value, "source": "YX README"}
+    for source in ("YX README", "YX, by public leaderboards") if args.backbone == "resnet32" else ():
+        if value := PAPER[source].get(name, {}).get(place):
+            return {"overall": value, "source": source}
+    return None
 
 
 def similarity(scores: common.Scores, num_classes: int) -> dict | None:
