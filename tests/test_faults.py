@@ -49,6 +49,7 @@ SERVER.set_forkserver_preload(["torch", "numpy", "common", "data_lt", "decode", 
 def child(script: str, words: list[str], said: str, prepare: str | None) -> None:
     """In the forked process: run the script as its command line would; `prepare` names a function of this file."""
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of decoding workers, as in a process of its own
     output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(output, stream)
