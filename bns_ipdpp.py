@@ -88,7 +88,7 @@ LARGE = SMALL | {
 GLYPHS = SMALL | {  # short pre-training: in 1,200 steps its loss did not find the letters, cross-entropy does
     "backbone": "resnet8", "imb_ratio": 100.0, "batch_size": 32, "epochs": 20, "lr": 5e-3, "jitter_strength": 1.0,
     "projection": 64, "projection_hidden": 128, "crop_min": 0.7, "flip": 0.0, "probe_samples": 40, "probe_lr": 2e-3,
-    "finetune_epochs": 700, "finetune_batch_size": 32, "finetune_lr": 5e-3, "finetune_jitter_strength": 0.25,
+    "finetune_epochs": 592, "finetune_batch_size": 32, "finetune_lr": 5e-3, "finetune_jitter_strength": 0.25,
     "num_samples": 40, "eval_every": 20,
 }  # fmt: skip
 DEFAULTS = {

@@ -4,6 +4,7 @@ Each run is a process forked from a server that has torch and the scripts loaded
 `--slow` kills ten times instead of once and takes down the decoding workers of every script.
 """
 
+import atexit
 import contextlib
 import importlib
 import io
@@ -16,6 +17,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import fake_tree
@@ -57,8 +59,16 @@ def child(script: str, words: list[str], said: str, prepare: str | None) -> None
     sys.argv = [f"{script}.py", *words]
     if prepare:
         globals()[prepare]()
-    module = importlib.import_module(script)
-    common.launch(module.main, module.parse_args(words))
+    module, code = importlib.import_module(script), 0
+    try:
+        common.launch(module.main, module.parse_args(words))
+    except SystemExit as stopped:
+        code = stopped.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 70
+    atexit._run_exitfuncs()  # as at the end of a process of its own
+    os._exit(code)
 
 
 def no_space() -> None:
