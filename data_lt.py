@@ -880,13 +880,16 @@ def write_atomic(path: Path, write: Callable) -> None:
 def export(splits: Splits, path: str | Path, force: bool = False) -> None:
     """Write the subset to one .npz that `--dataset` reads back identically: x_*, y_*, classes, mean, std, index_train.
 
-    A validation set that is not the test set itself goes along. Refuses to overwrite unless `force`.
+    A path without suffix becomes class folders of PNG files (classes are then sorted by name). A validation set that
+    is not the test set itself goes along. Refuses to overwrite unless `force`.
     """
     path = Path(path)
-    if path.suffix != ".npz":
-        raise UserError(f"{path}: the name must end in .npz, or --dataset cannot read it")
+    if path.suffix not in (".npz", ""):
+        raise UserError(f"{path}: the name must end in .npz (or have no suffix: class folders)")
     if path.exists() and not force:
         raise UserError(f"{path} exists; give --force to overwrite it")
+    if not path.suffix:
+        return _export_folders(splits, path)
     arrays = {"classes": np.array(splits.train.classes), "index_train": splits.train.indices.numpy()}
     arrays |= {"mean": np.array(splits.mean), "std": np.array(splits.std)}
     for split in ("train", "test", "val"):
@@ -894,6 +897,22 @@ def export(splits: Splits, path: str | Path, force: bool = False) -> None:
         if part is not None and (split != "val" or part is not splits.test):
             arrays[f"x_{split}"], arrays[f"y_{split}"] = part.images.permute(0, 2, 3, 1).numpy(), part.labels.numpy()
     write_atomic(path, lambda file: np.savez(file, **arrays))
+
+
+def _export_folders(splits: Splits, root: Path) -> None:
+    """<root>/<split>/<class>/<position in the source>.png."""
+    try:
+        for split in ("train", "test", "val"):
+            part = getattr(splits, split)
+            if part is None or (split == "val" and part is splits.test):
+                continue
+            images = part.images.permute(0, 2, 3, 1).numpy()
+            for pixels, label, index in zip(images, part.labels.tolist(), part.indices.tolist(), strict=True):
+                folder = root / split / str(part.classes[label])
+                folder.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(folder / f"{index:06}.png")
+    except OSError as error:
+        raise UserError(f"cannot write below {root}: {error.strerror or error}") from None
 
 
 def prepare(
@@ -946,7 +965,7 @@ class OneLineParser(argparse.ArgumentParser):
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = OneLineParser(prog="data_lt.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    about = {"show": "print the class profile", "export": "write the exact subset to one .npz"}
+    about = {"show": "print the class profile", "export": "write the exact subset to one .npz or to class folders"}
     for name, text in (about | {"prepare": "fetch and verify a set"}).items():
         sub = commands.add_parser(name, help=text, description=text)
         sub.add_argument("--dataset", default="glyphs_lt", help=f"{', '.join(DATASETS)} or a path (default glyphs_lt)")
@@ -968,7 +987,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if name == "show":
             sub.add_argument("--png", type=Path, help="also write a picture: the first images of every class")
         if name == "export":
-            sub.add_argument("--out", type=Path, required=True, help="the .npz to write")
+            sub.add_argument("--out", type=Path, required=True, help="the .npz to write, or a folder of class folders")
             sub.add_argument("--force", action="store_true", help="overwrite it")
     return parser.parse_args(argv)
 

@@ -698,6 +698,17 @@ def test_export_keeps_the_constants_of_the_set(tmp_path):
     assert (found.mean, found.std, found.val) == (splits.mean, splits.std, None)
 
 
+def test_class_folders_hold_the_same_images(tmp_path, capsys, glyphs):
+    assert lt.main(["export", "--out", str(tmp_path / "letters")]) == 0 and "wrote" in capsys.readouterr().out
+    found = lt.load(dataset=str(tmp_path / "letters"))
+    assert found.train.classes == sorted(glyphs.train.classes) and len(found.test) == len(glyphs.test)
+    for c, name in enumerate(found.train.classes):
+        ours = glyphs.train.images[glyphs.train.labels == glyphs.train.classes.index(name)]
+        theirs = found.train.images[found.train.labels == c]
+        assert {bytes(x.numpy()) for x in ours} == {bytes(x.numpy()) for x in theirs} and len(ours) == len(theirs)
+    assert lt.main(["export", "--out", str(tmp_path / "letters")]) == 2 and "exists" in capsys.readouterr().err
+
+
 def test_a_failed_export_leaves_what_was_there(tmp_path, monkeypatch, glyphs):
     out = tmp_path / "subset.npz"
     out.write_bytes(b"before")
