@@ -1,0 +1,118 @@
+"""Every value of every flag with choices, and every switch, of every script trains (`--slow`)."""
+
+import importlib
+
+import pytest
+from test_faults import SMALL, Desk, tiny  # noqa: F401 (a fixture)
+
+import common
+
+ALONG = {  # what a value needs beside it; flags later on the line win
+    "--imb-type step": "--imb-ratio 2",
+    "--imb-type exp": "--imb-ratio 2",
+    "--subset-rule fsgl": "--imb-ratio 2",
+    "--val-from train": "--select val",
+    "--val-from test": "--select val",
+    "--select val": "--val-from train",
+    "--save-features val": "--select val --val-from train",
+    "ssp_pretrain --moco-version 1": "--ssp moco --queue 40 --bn-splits 2",
+    "ssp_pretrain --moco-version 2": "--ssp moco --queue 40 --bn-splits 2",
+    "ssp_pretrain --ssp moco": "--queue 40 --bn-splits 2",
+    "ssp_pretrain --classifier-rule none": "--two-stage",
+    "ssp_pretrain --classifier-rule resample": "--two-stage",
+    "ssp_pretrain --classifier-rule reweight": "--two-stage",
+    "ssp_pretrain --bn-train": "--two-stage",
+    "ssp_pretrain --equal-passes": "--compare",
+    "ssp_pretrain --focal-exact": "--loss focal --rule reweight",
+    "ssp_pretrain --rs-exact": "--rule resample",
+    "ssp_pretrain --cos-shift": "--train-schedule cosine",
+    "toy_similarity --experiment sweep1": "--points 5 --tail-count 4",
+    "toy_similarity --experiment verification": "--points 0.5",
+    "toy_similarity --control": "--experiment verification --points 0.5",
+    "tsc --backend moco": "--queue 40",
+    "tsc --contrast-weights cb": "",
+    "tsc --unbiased": "--method kcl",
+    "tsc --reweight cb": "--classifier ldam",
+    "tsc --reweight drw": "--classifier ldam",
+    "tsc --classifier linear": "--reweight none",
+    "tsc --cifar-target repeat": "--target-repeat 2",
+    "bns_ipdpp --bns-neg-reduction sum": "--bns-form paper",
+    "bns_ipdpp --bns-neg-reduction mean": "--bns-form paper",
+    "bns_ipdpp --probe-data balanced": "--stages pretrain,probe,finetune",
+    "bns_ipdpp --probe-data all": "--stages pretrain,probe,finetune",
+    "bns_ipdpp --probe-bn eval": "--stages pretrain,probe,finetune",
+    "bns_ipdpp --probe-bn train": "--stages pretrain,probe,finetune",
+    "fsgl --schedule warmup": "",
+    "fsgl --concat-views": "--variant glmc",
+}
+DROPPED = {  # flags of the micro settings that the value has no use for
+    "ssp_pretrain --ssp none": ("--epochs", "--batch-size"),
+    "tailcalibx --pipeline ce": ("--clf-epochs",),
+    "tailcalibx --pipeline cosine_ce": ("--clf-epochs",),
+    "tailcalibx --pipeline cbd": ("--clf-epochs",),
+    "fsgl --variant ce": ("--projection-dim",),
+    **dict.fromkeys(
+        ("toy_similarity --experiment sweep1", "toy_similarity --experiment verification", "toy_similarity --control"),
+        ("--experiment", "--points"),
+    ),
+    **{f"ssp_pretrain --depth {depth}": ("--backbone",) for depth in (20, 32, 44, 56, 110)},
+}
+ELSEWHERE = {
+    "--fresh": "test_run.py",
+    "--compile": "takes minutes on a CPU; the scripts' own tests stand in for torch.compile",
+    "--skip-broken": "of image files: test_large.py",
+    "--quiet": "on every line here",
+    "--log tensorboard": "test_run.py",
+    "--precision fp16": "needs a GPU",
+    "--precision tf32": "needs a GPU",
+    "--theory": "trains nothing: test_toy.py",
+    "--paper-axis": "of a figure: test_toy.py",
+    "ssp_pretrain --stage": "test_ssp.py",
+    "ssp_pretrain --force-init": "test_ssp.py",
+    "tailcalibx --stage": "test_tailcalibx.py",
+    "tailcalibx toy": "test_tailcalibx.py",
+    "tsc --targets file": "test_tsc.py",
+    "fsgl --acsl": "test_fsgl.py",
+    "--recipe": "the golden tests and those of each script",
+    "bns_ipdpp --dpp-sampler dppy": "refused where it would overflow: test_bns.py",
+}
+
+
+def actions(script: str, monkeypatch) -> list:
+    """The flags of a script's parser."""
+    parsers, make = [], common.base_parser
+    monkeypatch.setattr(common, "base_parser", lambda doc: parsers.append(make(doc)) or parsers[-1])
+    importlib.import_module(script).parse_args(["--device", "cpu"])
+    return parsers[0]._actions
+
+
+def values(script: str, monkeypatch) -> list[str]:
+    found = []
+    for action in actions(script, monkeypatch):
+        name = next((text for text in action.option_strings if text.startswith("--")), action.dest)
+        found += [f"{name} {value}" for value in action.choices or ()] if action.option_strings else []
+        found += [name] if action.nargs == 0 and name not in ("--help",) else []
+    return found
+
+
+@pytest.mark.parametrize("script", SMALL)
+def test_every_value_of_every_flag_trains(script, tiny, tmp_path, monkeypatch, pytestconfig):  # noqa: F811
+    if not pytestconfig.getoption("--slow"):
+        pytest.skip("with --slow")
+    failed, ran = [], 0
+    for value in values(script, monkeypatch):
+        known = [f"{script} {value}", f"{script} {value.split()[0]}", value, value.split()[0]]
+        if any(name in ELSEWHERE for name in known):
+            continue
+        micro = ["--backbone", "resnet8", *SMALL[script].split()]
+        micro = [word for pair in zip(micro[::2], micro[1::2], strict=True)
+                 if pair[0] not in DROPPED.get(f"{script} {value}", ()) for word in pair]  # fmt: skip
+        along = ALONG.get(f"{script} {value}", ALONG.get(value, "")).split()
+        desk = Desk(script, tmp_path / str(ran), "--dataset", tiny, *micro, *value.split(), *along)
+        process = desk.start()
+        process.join(200)
+        ran += 1
+        if process.exitcode != 0 or desk.rows() < 1:
+            failed.append(f"{value}: {process.exitcode} {process.said.read_text().strip()[-300:]}")
+    assert not failed, "\n".join(failed)
+    assert ran > 12
