@@ -417,8 +417,11 @@ def _label(seeds: list[dict]) -> str:
     return f"{seeds[0]['script']} {seeds[0]['variant']}"
 
 
-def write_tables(results: Sequence[dict], path: Path) -> None:
-    """Write all results as Markdown: for each script a headline table, then its own tables, averaged over seeds."""
+def write_tables(results: Sequence[dict], path: Path, figures: Path | None = None) -> None:
+    """Write all results as Markdown: for each script a headline table, then its own tables, averaged over seeds.
+
+    figures: folder whose pictures are linked (default: `figures` beside the file, where it is there).
+    """
     lines = [
         "# Results",
         "",
@@ -444,6 +447,9 @@ def write_tables(results: Sequence[dict], path: Path) -> None:
         for seeds in runs:
             for table in _tables_of(seeds):
                 lines += _table_lines(seeds, table)
+    pictures = sorted((figures or path.parent / "figures").glob("*.png"))
+    lines += ["## Pictures", ""] * bool(pictures)
+    lines += [f"- [{picture.stem}]({os.path.relpath(picture, path.parent)})" for picture in pictures]
     write_atomic(path, lambda file: file.write(("\n".join(lines).rstrip() + "\n").encode()))
 
 
@@ -721,11 +727,11 @@ def _run_command(args) -> int:
         return 0
     failed = run_cells(todo, out=args.out, data_root=args.data_root, jobs=jobs, threads=args.threads)
     results, bad = read_results([args.out])
-    write_tables(results, args.results)
     try:
         figures = f"{len(write_figures(results, args.figures))} figures in {args.figures}"
     except UserError as error:
         figures = f"no figures ({error})"
+    write_tables(results, args.results, args.figures)
     print(f"wrote {args.results} ({len(results)} runs), {figures}")
     for cell in failed:
         print(f"failed: {cell} (log: {args.out / 'cells' / cell.key}.log)")

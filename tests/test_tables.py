@@ -623,3 +623,10 @@ def test_exported_weights_give_the_figure_again(tmp_path, capsys):
     assert tables.main_cli(["export", str(folder), "--out", str(out)]) == 2 and "exists" in capsys.readouterr().err
     assert tables.main_cli(["export", str(tmp_path), "--out", str(tmp_path / "x.pt")]) == 2
     assert "is no folder of a finished run" in capsys.readouterr().err and not (tmp_path / "x.pt").exists()
+
+
+def test_pictures_are_linked(tmp_path):
+    put(tmp_path, result(0))
+    written = tables.write_figures([result(0)], tmp_path / "figures")
+    text = make_tables(tmp_path)[1]
+    assert len(written) > 1 and all(f"](figures/{path.name})" in text for path in written)
