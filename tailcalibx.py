@@ -589,7 +589,10 @@ class tailcalib:  # noqa: N801 the published name
         return self._generate(labels, index.cpu())
 
     def _generate(self, labels, index: Tensor):
-        x, seed = self._tensor(self.X), self._new_seed() if self.seed is None else self.seed
+        given, seed = self._tensor(self.X), self._new_seed() if self.seed is None else self.seed
+        x = single(given)  # half precision has no distances
+        if not x.isfinite().all():
+            raise ValueError("X holds values that are not finite")
         rng, own = (self._generator(seed, device) for device in (None, x.device))
         counts = torch.bincount(index, minlength=len(labels))
         if (counts == 1).any():
@@ -603,7 +606,7 @@ class tailcalib:  # noqa: N801 the published name
         )
         made = torch.bincount(index[sources], minlength=len(labels)).tolist()
         points = {
-            label.item() if hasattr(label, "item") else label: self._back(part)
+            label.item() if hasattr(label, "item") else label: self._back(part.to(given.dtype))
             for label, part in zip(labels, new.split(made), strict=True) if len(part)
         }  # fmt: skip
         rows = torch.cat([order, sources])
@@ -612,11 +615,14 @@ class tailcalib:  # noqa: N801 the published name
             mixed = torch.randperm(len(rows), generator=rng)
             rows, every = rows[mixed], every[mixed.to(x.device)]
         rows = rows.numpy() if self.base_engine == "numpy" else rows.to(self.y.device)
-        return self._back(every), self.y[rows], points
+        return self._back(every.to(given.dtype)), self.y[rows], points
 
     def _tensor(self, x) -> Tensor:
         """A floating-point tensor of x."""
-        x = torch.from_numpy(np.ascontiguousarray(x)) if self.base_engine == "numpy" else torch.as_tensor(x)
+        if self.base_engine == "numpy":
+            x = torch.from_numpy(np.require(x, requirements=("C", "W")))  # a copy of what is read-only
+        else:
+            x = (torch.stack(list(x)) if isinstance(x, (list, tuple)) else torch.as_tensor(x)).detach()
         return x if x.is_floating_point() else x.to(torch.float64)
 
     def _back(self, x: Tensor):

@@ -435,6 +435,25 @@ def test_edge_cases_of_the_package():
         with pytest.raises(ValueError, match="at least 0"):
             one.generate(X, y, **wrong)
     assert one.generate((10 * X).astype(int), y, tukey_value=1)[0].dtype == np.float64
+    with pytest.raises(ValueError, match="not finite"):
+        one.generate(np.where(X == X.max(), np.nan, X), y, tukey_value=1.0)
+
+
+def test_features_as_networks_and_files_give_them(recwarn):
+    """Half precision, with a gradient, read-only: the released package's callers hold such features."""
+    x, index = gaussian_problem(counts=(20, 6, 3))
+    X, y = x.numpy(), index.numpy()
+    expected = tc.tailcalib().generate(X, y, topk=2, seed=5)[0]
+    X.flags.writeable = False
+    assert np.array_equal(tc.tailcalib().generate(X, y, topk=2, seed=5)[0], expected) and not recwarn.list
+    tensor = torch.from_numpy(X.copy()).requires_grad_()
+    feat = tc.tailcalib("pytorch").generate(tensor, index, topk=2, seed=5)[0]
+    assert np.array_equal(feat, expected) and not feat.requires_grad
+    half = tc.tailcalib().generate(X.astype(np.float16), y, topk=2, seed=5)
+    assert half[0].dtype == np.float16 and np.isfinite(half[0]).all() and half[2][1].dtype == np.float16
+    for dtype in (torch.float16, torch.bfloat16):
+        feat, _, gen = tc.tailcalib("pytorch").generate(torch.from_numpy(X.copy()).to(dtype), index, topk=2, seed=5)
+        assert feat.dtype == dtype and len(feat) == 60 and gen[1].dtype == dtype
 
 
 def test_seeds_and_precision_of_the_package(capsys):
@@ -475,7 +494,7 @@ def test_other_members_of_the_package():
         means, covs = (
             part.numpy() if engine == "numpy" else part for part in (gaussians.means, gaussians.covariances())
         )
-        mean, cov = one.calibrate_distribution(means, covs, 2, X[0], alpha=0.3)
+        mean, cov = one.calibrate_distribution(list(means), list(covs), 2, X[0], alpha=0.3)
         near = tc.nearest_classes(x[:1], gaussians.means, 2)[0].tolist()
         close(mean, (gaussians.means[near].sum(0) + x[0]) / 3)
         close(cov, sum(gaussians.covariance(c) for c in near) / 2 + 0.3)
