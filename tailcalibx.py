@@ -680,7 +680,9 @@ def training_augment(args, splits: data_lt.Splits) -> data_lt.Augment:
 
 
 def steps_times_batch(items: int, batch_size: int) -> int:
-    """Items of an epoch of whole batches."""
+    """Items of an epoch of whole batches, each with a share for every rank."""
+    if batch_size < common.world_size():
+        raise common.UserError(f"--batch-size {batch_size}: fewer than the {common.world_size()} ranks")
     if items < batch_size:
         raise common.UserError(f"--batch-size {batch_size}: an epoch has {items} items; give at most that")
     return items // batch_size * batch_size

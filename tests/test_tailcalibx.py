@@ -1071,6 +1071,13 @@ def test_the_command_line(tiny, tmp_path):
 def distilling():
     """Loss and gradients of one cbd batch on this rank's share: two teachers, converter, BatchNorm in eval mode."""
     torch.manual_seed(0)
+def test_a_batch_gives_every_rank_a_share(monkeypatch):
+    assert tc.steps_times_batch(9, 2) == 8
+    monkeypatch.setattr(common, "world_size", lambda: 3)
+    with pytest.raises(common.UserError, match="--batch-size 2: fewer than the 3 ranks"):
+        tc.steps_times_batch(9, 2)
+
+
     args = parse(*TINY)
     net = tc.build(args, 10, "cosine", teachers=2).double().eval()
     teachers = [models.backbone("resnet8").double().eval() for _ in range(2)]
