@@ -1025,6 +1025,9 @@ BAD = [
 def test_contradictions_are_one_line_and_exit_2(capsys, flags, named):
     with pytest.raises(SystemExit) as stopped:
         tc.parse_args(flags.split())
+    ("--no-generate --second-pass", "--second-pass"), ("--no-generate --epoch-steps balanced", "--epoch-steps"),
+    ("toy --pipeline ce", "--pipeline"), ("toy --eval x.pt", "toy takes no --eval"),
+    ("toy --stage crt", "toy takes no --stage"),
     lines = capsys.readouterr().err.strip().splitlines()
     assert stopped.value.code == 2 and len(lines) == 1 and named in lines[0], lines
 
