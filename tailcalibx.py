@@ -665,12 +665,13 @@ def build(args, num_classes: int, kind: str, power: float = 1.0, teachers: int =
     return net.to(args.device, memory_format=torch.channels_last)
 
 
-def described(args, net: Net, counts: list[int]) -> dict:
+def described(args, net: Net, splits: data_lt.Splits) -> dict:
     """What a checkpoint tells about its network, for `--eval` and for stages that start from it."""
     cosine = isinstance(net.head, models.CosineClassifier)
     teachers = 1 if net.converter is None else net.converter.out_features // net.converter.in_features
     network = {"head": "cosine" if cosine else "linear", "power": net.power, "teachers": teachers}
-    return {"counts": counts, "network": network | ({"norm": net.head.norm} if cosine else {})}
+    network |= {"norm": net.head.norm} if cosine else {}
+    return {"counts": splits.counts, "data": splits.train.fingerprint(), "network": network}
 
 
 def training_augment(args, splits: data_lt.Splits) -> data_lt.Augment:
@@ -716,7 +717,7 @@ def train_on_images(run: common.Run, args, name: str, net: Net, splits: data_lt.
         fused=args.device.startswith("cuda"),
     )  # fmt: skip
     scaler = common.grad_scaler(args)
-    stage = run.stage(name, epochs, described(args, net, counts), model=net, optimizer=optimizer, scaler=scaler)
+    stage = run.stage(name, epochs, described(args, net, splits), model=net, optimizer=optimizer, scaler=scaler)
     if not stage.finished:
         run.say(f"{name}: {len(splits.train)} images, {epochs} epochs of {len(loader)} steps")
         cached = frozen and not args.frozen_bn_train
@@ -847,7 +848,7 @@ def train_on_features(run: common.Run, args, name: str, net: Net, splits: data_l
         net.head.parameters(), args.clf_lr, momentum=args.clf_momentum, weight_decay=args.weight_decay,
         fused=args.device.startswith("cuda"),
     )  # fmt: skip
-    stage = run.stage(name, args.clf_epochs, described(args, net, counts), model=net, optimizer=optimizer)
+    stage = run.stage(name, args.clf_epochs, described(args, net, splits), model=net, optimizer=optimizer)
     if not stage.finished:
         source.announce(run, len(loader))
         judged = {key: evaluable(args, net, part, splits, True) for key, part in evaluations(args, splits).items()}
@@ -1183,19 +1184,26 @@ def with_new_head(args, name: str, body: Net, num_classes: int) -> Net:
     return net
 
 
-def read_network(args, path: str, num_classes: int, names=("dataset", "backbone"), data: str | None = None) -> tuple:
+def read_network(args, path: str, num_classes: int, names=("dataset", "backbone")) -> tuple[Net, dict]:
     """(network, checkpoint) of a checkpoint of this script."""
     checkpoint = common.load_checkpoint(path)
     network = checkpoint["info"].get("network")
     if network is None:
-        raise common.UserError(f"{path} holds no classifier of tailcalibx.py, only --stage ce, cosine_ce start from it")
+        raise common.UserError(
+            f"{path} holds no classifier of tailcalibx.py: it serves only as --init-from of ce, cosine_ce, cbd, crt"
+        )
     common.check_same(path, checkpoint["args"], common.result_args(args), names)
     if "norm" in network:
         args = argparse.Namespace(**vars(args) | {"clf_norm": network["norm"]})
     net = build(args, num_classes, network["head"], network["power"], network["teachers"])
-    common.load_backbone(net.backbone, path, args, names, data)
+    common.load_backbone(net.backbone, path, args, names)
     common.load_weights(net, checkpoint["state"]["model"], path)
     return net, checkpoint
+
+
+def images_of(checkpoint: dict) -> str:
+    """Fingerprint of the images that the network of a checkpoint was trained on: a teacher may have had its own."""
+    return checkpoint["info"].get("data", checkpoint["data"])
 
 
 def start_of(args, stage: str, splits: data_lt.Splits) -> Net:
@@ -1203,10 +1211,14 @@ def start_of(args, stage: str, splits: data_lt.Splits) -> Net:
     path, num_classes = args.init_from, splits.num_classes
     if stage == "crt":  # keeps nothing of the head, so any script's network will do
         net = build(args, num_classes, "linear")
-        common.load_backbone(net.backbone, path, args, data=splits.train.fingerprint())
-        return net
-    net, checkpoint = read_network(args, path, num_classes, data=splits.train.fingerprint())
-    network = checkpoint["info"]["network"]
+        checkpoint = common.load_backbone(net.backbone, path, args)
+    else:
+        net, checkpoint = read_network(args, path, num_classes)
+    if images_of(checkpoint) != splits.train.fingerprint():
+        raise common.UserError(
+            f"{path} was trained on other images or labels than --dataset {args.dataset} gives now (--data-seed?)"
+        )
+    network = checkpoint["info"].get("network", {})
     if stage == "modals" and network["head"] != "linear":
         raise common.UserError(f"--stage modals goes on with a linear head, {path} has a {network['head']} one")
     if stage in CALIBRATED and network.get("norm", args.clf_norm) != args.clf_norm:
@@ -1250,8 +1262,11 @@ def main(args) -> None:
     if run.result and (not args.save_features or features_path.exists()):
         return run.show()
     num_classes, teachers, net, source = splits.num_classes, [], None, None
-    if args.teacher:
-        teachers = [read_network(args, path, num_classes)[0] for path in args.teacher]
+    for path in args.teacher or ():
+        teacher, checkpoint = read_network(args, path, num_classes)
+        teachers.append(teacher)
+        if images_of(checkpoint) != splits.train.fingerprint():
+            run.say(f"{path} was trained on other images: the student learns of them through it")
     for name in stages:
         if name == "teacher":
             seed, other = args.teacher_seed, load(args, args.teacher_data_seed)

@@ -665,7 +665,7 @@ def test_the_head_starts_where_the_stage_before_ended(straight, tiny):
         assert splits.counts == list(COUNTS)
 
 
-def test_the_teacher_is_cosine_ce_of_its_seed_and_images(straight, tiny, tmp_path):
+def test_the_teacher_is_cosine_ce_of_its_seed_and_images(straight, tiny, tmp_path, capsys):
     own = weights(straight("cbd") / "teacher.pt")
     assert same(own, weights(alone(tiny, tmp_path, "cosine_ce", "--seed", 1000) / "cosine_ce.pt"))
     balanced = letters(tmp_path / "balanced.npz", [20] * 10)
@@ -676,6 +676,16 @@ def test_the_teacher_is_cosine_ce_of_its_seed_and_images(straight, tiny, tmp_pat
     alike = train(tmp_path / "c", *long, "--pipeline", "cosine_ce", "--data-seed", 7, "--seed", 5)
     assert same(weights(other / "teacher.pt"), weights(alike / "cosine_ce.pt"))
     assert "teacher-data-seed7" in other.parent.name
+    capsys.readouterr()
+    flags = ["--dataset", balanced, *TINY[:-1], "--imb-ratio", 5]
+    for start, notes in ((other / "teacher.pt", 1), (alike / "cosine_ce.pt", 1), (other / "cbd.pt", 0)):
+        train(tmp_path / "d" / start.stem, *flags, "--epochs", 1, "--stage", "cbd", "--teacher", start)
+        assert capsys.readouterr().out.count("was trained on other images") == notes
+        for stage in ("tailcalibx", "crt") if notes else ():
+            with pytest.raises(common.UserError, match="trained on other images"):
+                train(tmp_path / "e", *flags, "--stage", stage, "--init-from", start)
+    train(tmp_path / "f", *flags, "--clf-epochs", 1, "--stage", "tailcalibx", "--init-from", other / "teacher.pt",
+          "--data-seed", 7)  # fmt: skip
 
 
 def test_a_stage_alone_is_the_last_stage_of_its_pipeline(straight, tiny, tmp_path):
@@ -1015,6 +1025,9 @@ BAD = [
     ("--pipeline tailcalib --cache-views 2", "--cache-views"), ("--no-generate --alpha 0", "--alpha"),
     ("--second-pass --cache-views 2", "--cache-views"), ("--alpha -1", "--alpha"), ("--topk 0", "--topk"),
     ("--extra-points -1", "--extra-points"), ("--cov-eps -1", "--cov-eps"), ("--tukey nan", "--tukey"),
+    ("--no-generate --second-pass", "--second-pass"), ("--no-generate --epoch-steps balanced", "--epoch-steps"),
+    ("toy --pipeline ce", "--pipeline"), ("toy --eval x.pt", "toy takes no --eval"),
+    ("toy --stage crt", "toy takes no --stage"),
     ("--recipe released", "released"), ("toy --lr 1", "--lr"), ("--save-features val", "--select val"),
     ("--eval x.pt --save-features test", "--save-features"), ("--pipeline dance", "dance"),
     ("--dataset mini_imagenet_lt --pipeline cbd --teacher-data-seed 1", "lists"), ("--clf-epochs 0", "--clf-epochs"),
@@ -1025,9 +1038,6 @@ BAD = [
 def test_contradictions_are_one_line_and_exit_2(capsys, flags, named):
     with pytest.raises(SystemExit) as stopped:
         tc.parse_args(flags.split())
-    ("--no-generate --second-pass", "--second-pass"), ("--no-generate --epoch-steps balanced", "--epoch-steps"),
-    ("toy --pipeline ce", "--pipeline"), ("toy --eval x.pt", "toy takes no --eval"),
-    ("toy --stage crt", "toy takes no --stage"),
     lines = capsys.readouterr().err.strip().splitlines()
     assert stopped.value.code == 2 and len(lines) == 1 and named in lines[0], lines
 
@@ -1061,6 +1071,13 @@ def test_checkpoints_that_do_not_fit_are_refused(straight, tiny, tmp_path):
     )
 
 
+def test_a_batch_gives_every_rank_a_share(monkeypatch):
+    assert tc.steps_times_batch(9, 2) == 8
+    monkeypatch.setattr(common, "world_size", lambda: 3)
+    with pytest.raises(common.UserError, match="--batch-size 2: fewer than the 3 ranks"):
+        tc.steps_times_batch(9, 2)
+
+
 def test_the_command_line(tiny, tmp_path):
     done = commands.run(
         "tailcalibx.py", "--dataset", tiny, "--stage", "cbd", "--teacher", "no.pt", *short("cbd"), code=2
@@ -1074,13 +1091,6 @@ def test_the_command_line(tiny, tmp_path):
 def distilling():
     """Loss and gradients of one cbd batch on this rank's share: two teachers, converter, BatchNorm in eval mode."""
     torch.manual_seed(0)
-def test_a_batch_gives_every_rank_a_share(monkeypatch):
-    assert tc.steps_times_batch(9, 2) == 8
-    monkeypatch.setattr(common, "world_size", lambda: 3)
-    with pytest.raises(common.UserError, match="--batch-size 2: fewer than the 3 ranks"):
-        tc.steps_times_batch(9, 2)
-
-
     args = parse(*TINY)
     net = tc.build(args, 10, "cosine", teachers=2).double().eval()
     teachers = [models.backbone("resnet8").double().eval() for _ in range(2)]
