@@ -101,6 +101,8 @@ USED_BY = {
     "modals_noise": ("modals",),
 }  # fmt: skip
 OF_GENERATION = "alpha topk cov_eps sampler alpha_mode stats_space extra_points modals_noise".split()
+OF_GENERATION += ["second_pass", "epoch_steps"]  # without new features there is one pass, and one set
+FOR_TOY = {"command", "seed"} | common.NEUTRAL - {"eval", "resume_from", "save_features", "recipe", "skip_broken"}
 
 BY_RATIO = {  # generation, momentum of the head, cbd's beta
     100: {"tukey": 1.0, "alpha": 0.0, "topk": 3, "clf_momentum": 0.7, "cbd_beta": 100.0},
@@ -191,7 +193,7 @@ def parse_args(argv: list[str] | None = None):
     add = parser.add_argument_group("optimisation").add_argument
     add("--clf-norm", choices=("class", "feature"), help="axis of the cosine head's norm (default: class)")
     add("--clf-lr", "--classifier-lr", type=common.number(float, 0, open_low=True),
-        help="rate where the head trains alone (default: 0.01; crt, modals 0.2)")  # fmt: skip
+        help="rate where the head trains alone (default: 0.01; crt, modals 0.2, ImageNet 0.01)")  # fmt: skip
     add("--clf-epochs", "--classifier-epochs", type=common.number(int, 1), help="its epochs (default: by data set)")
     add("--clf-momentum", type=common.number(float, 0, 1), help="its momentum (default: by ratio; crt, modals 0.9)")
     add("--clf-schedule", choices=("cosine", "constant"),
@@ -214,6 +216,8 @@ def parse_args(argv: list[str] | None = None):
     add("--jitter", type=common.number(float, 0), help="brightness, contrast, saturation (default: 0, ImageNet 0.4)")
     args = parser.parse_args(argv)
     given = {key for key, value in vars(args).items() if value is not parser.get_default(key)}
+    if args.command == "toy" and (extra := sorted(given - FOR_TOY)):
+        parser.error(f"toy takes no --{extra[0].replace('_', '-')}: it has data and settings of its own")
     if args.stage and args.pipeline:
         parser.error("--stage trains one stage and --pipeline a chain of them: give one of the two")
     if args.stage in ("ce", "cosine_ce"):
@@ -247,10 +251,6 @@ def parse_args(argv: list[str] | None = None):
         parser.error("--save-features val: there is a validation split only with --select val")
     for key in ("stage", "pipeline", "command"):  # they are the name of the method
         args.changed.pop(key, None)
-    if args.command == "toy" and args.changed:
-        parser.error(
-            f"toy takes no --{next(iter(args.changed)).replace('_', '-')}: it has data and settings of its own"
-        )
     if args.teacher:
         args.changed["teacher"] = "+".join(Path(path).stem for path in args.teacher)
     if "teacher" in stages and args.teacher_seed is None:
@@ -589,7 +589,10 @@ class tailcalib:  # noqa: N801 the published name
         return self._generate(labels, index.cpu())
 
     def _generate(self, labels, index: Tensor):
-        x, seed = self._tensor(self.X), self._new_seed() if self.seed is None else self.seed
+        given, seed = self._tensor(self.X), self._new_seed() if self.seed is None else self.seed
+        x = single(given)  # half precision has no distances
+        if not x.isfinite().all():
+            raise ValueError("X holds values that are not finite")
         rng, own = (self._generator(seed, device) for device in (None, x.device))
         counts = torch.bincount(index, minlength=len(labels))
         if (counts == 1).any():
@@ -603,7 +606,7 @@ class tailcalib:  # noqa: N801 the published name
         )
         made = torch.bincount(index[sources], minlength=len(labels)).tolist()
         points = {
-            label.item() if hasattr(label, "item") else label: self._back(part)
+            label.item() if hasattr(label, "item") else label: self._back(part.to(given.dtype))
             for label, part in zip(labels, new.split(made), strict=True) if len(part)
         }  # fmt: skip
         rows = torch.cat([order, sources])
@@ -612,11 +615,14 @@ class tailcalib:  # noqa: N801 the published name
             mixed = torch.randperm(len(rows), generator=rng)
             rows, every = rows[mixed], every[mixed.to(x.device)]
         rows = rows.numpy() if self.base_engine == "numpy" else rows.to(self.y.device)
-        return self._back(every), self.y[rows], points
+        return self._back(every.to(given.dtype)), self.y[rows], points
 
     def _tensor(self, x) -> Tensor:
         """A floating-point tensor of x."""
-        x = torch.from_numpy(np.ascontiguousarray(x)) if self.base_engine == "numpy" else torch.as_tensor(x)
+        if self.base_engine == "numpy":
+            x = torch.from_numpy(np.require(x, requirements=("C", "W")))  # a copy of what is read-only
+        else:
+            x = (torch.stack(list(x)) if isinstance(x, (list, tuple)) else torch.as_tensor(x)).detach()
         return x if x.is_floating_point() else x.to(torch.float64)
 
     def _back(self, x: Tensor):
@@ -659,12 +665,13 @@ def build(args, num_classes: int, kind: str, power: float = 1.0, teachers: int =
     return net.to(args.device, memory_format=torch.channels_last)
 
 
-def described(args, net: Net, counts: list[int]) -> dict:
+def described(args, net: Net, splits: data_lt.Splits) -> dict:
     """What a checkpoint tells about its network, for `--eval` and for stages that start from it."""
     cosine = isinstance(net.head, models.CosineClassifier)
     teachers = 1 if net.converter is None else net.converter.out_features // net.converter.in_features
     network = {"head": "cosine" if cosine else "linear", "power": net.power, "teachers": teachers}
-    return {"counts": counts, "network": network | ({"norm": net.head.norm} if cosine else {})}
+    network |= {"norm": net.head.norm} if cosine else {}
+    return {"counts": splits.counts, "data": splits.train.fingerprint(), "network": network}
 
 
 def training_augment(args, splits: data_lt.Splits) -> data_lt.Augment:
@@ -674,7 +681,9 @@ def training_augment(args, splits: data_lt.Splits) -> data_lt.Augment:
 
 
 def steps_times_batch(items: int, batch_size: int) -> int:
-    """Items of an epoch of whole batches."""
+    """Items of an epoch of whole batches, each with a share for every rank."""
+    if batch_size < common.world_size():
+        raise common.UserError(f"--batch-size {batch_size}: fewer than the {common.world_size()} ranks")
     if items < batch_size:
         raise common.UserError(f"--batch-size {batch_size}: an epoch has {items} items; give at most that")
     return items // batch_size * batch_size
@@ -708,7 +717,7 @@ def train_on_images(run: common.Run, args, name: str, net: Net, splits: data_lt.
         fused=args.device.startswith("cuda"),
     )  # fmt: skip
     scaler = common.grad_scaler(args)
-    stage = run.stage(name, epochs, described(args, net, counts), model=net, optimizer=optimizer, scaler=scaler)
+    stage = run.stage(name, epochs, described(args, net, splits), model=net, optimizer=optimizer, scaler=scaler)
     if not stage.finished:
         run.say(f"{name}: {len(splits.train)} images, {epochs} epochs of {len(loader)} steps")
         cached = frozen and not args.frozen_bn_train
@@ -839,7 +848,7 @@ def train_on_features(run: common.Run, args, name: str, net: Net, splits: data_l
         net.head.parameters(), args.clf_lr, momentum=args.clf_momentum, weight_decay=args.weight_decay,
         fused=args.device.startswith("cuda"),
     )  # fmt: skip
-    stage = run.stage(name, args.clf_epochs, described(args, net, counts), model=net, optimizer=optimizer)
+    stage = run.stage(name, args.clf_epochs, described(args, net, splits), model=net, optimizer=optimizer)
     if not stage.finished:
         source.announce(run, len(loader))
         judged = {key: evaluable(args, net, part, splits, True) for key, part in evaluations(args, splits).items()}
@@ -1175,19 +1184,26 @@ def with_new_head(args, name: str, body: Net, num_classes: int) -> Net:
     return net
 
 
-def read_network(args, path: str, num_classes: int, names=("dataset", "backbone"), data: str | None = None) -> tuple:
+def read_network(args, path: str, num_classes: int, names=("dataset", "backbone")) -> tuple[Net, dict]:
     """(network, checkpoint) of a checkpoint of this script."""
     checkpoint = common.load_checkpoint(path)
     network = checkpoint["info"].get("network")
     if network is None:
-        raise common.UserError(f"{path} holds no classifier of tailcalibx.py, only --stage ce, cosine_ce start from it")
+        raise common.UserError(
+            f"{path} holds no classifier of tailcalibx.py: it serves only as --init-from of ce, cosine_ce, cbd, crt"
+        )
     common.check_same(path, checkpoint["args"], common.result_args(args), names)
     if "norm" in network:
         args = argparse.Namespace(**vars(args) | {"clf_norm": network["norm"]})
     net = build(args, num_classes, network["head"], network["power"], network["teachers"])
-    common.load_backbone(net.backbone, path, args, names, data)
+    common.load_backbone(net.backbone, path, args, names)
     common.load_weights(net, checkpoint["state"]["model"], path)
     return net, checkpoint
+
+
+def images_of(checkpoint: dict) -> str:
+    """Fingerprint of the images that the network of a checkpoint was trained on: a teacher may have had its own."""
+    return checkpoint["info"].get("data", checkpoint["data"])
 
 
 def start_of(args, stage: str, splits: data_lt.Splits) -> Net:
@@ -1195,10 +1211,14 @@ def start_of(args, stage: str, splits: data_lt.Splits) -> Net:
     path, num_classes = args.init_from, splits.num_classes
     if stage == "crt":  # keeps nothing of the head, so any script's network will do
         net = build(args, num_classes, "linear")
-        common.load_backbone(net.backbone, path, args, data=splits.train.fingerprint())
-        return net
-    net, checkpoint = read_network(args, path, num_classes, data=splits.train.fingerprint())
-    network = checkpoint["info"]["network"]
+        checkpoint = common.load_backbone(net.backbone, path, args)
+    else:
+        net, checkpoint = read_network(args, path, num_classes)
+    if images_of(checkpoint) != splits.train.fingerprint():
+        raise common.UserError(
+            f"{path} was trained on other images or labels than --dataset {args.dataset} gives now (--data-seed?)"
+        )
+    network = checkpoint["info"].get("network", {})
     if stage == "modals" and network["head"] != "linear":
         raise common.UserError(f"--stage modals goes on with a linear head, {path} has a {network['head']} one")
     if stage in CALIBRATED and network.get("norm", args.clf_norm) != args.clf_norm:
@@ -1242,8 +1262,11 @@ def main(args) -> None:
     if run.result and (not args.save_features or features_path.exists()):
         return run.show()
     num_classes, teachers, net, source = splits.num_classes, [], None, None
-    if args.teacher:
-        teachers = [read_network(args, path, num_classes)[0] for path in args.teacher]
+    for path in args.teacher or ():
+        teacher, checkpoint = read_network(args, path, num_classes)
+        teachers.append(teacher)
+        if images_of(checkpoint) != splits.train.fingerprint():
+            run.say(f"{path} was trained on other images: the student learns of them through it")
     for name in stages:
         if name == "teacher":
             seed, other = args.teacher_seed, load(args, args.teacher_data_seed)

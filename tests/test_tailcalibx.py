@@ -435,6 +435,25 @@ def test_edge_cases_of_the_package():
         with pytest.raises(ValueError, match="at least 0"):
             one.generate(X, y, **wrong)
     assert one.generate((10 * X).astype(int), y, tukey_value=1)[0].dtype == np.float64
+    with pytest.raises(ValueError, match="not finite"):
+        one.generate(np.where(X == X.max(), np.nan, X), y, tukey_value=1.0)
+
+
+def test_features_as_networks_and_files_give_them(recwarn):
+    """Half precision, with a gradient, read-only: the released package's callers hold such features."""
+    x, index = gaussian_problem(counts=(20, 6, 3))
+    X, y = x.numpy(), index.numpy()
+    expected = tc.tailcalib().generate(X, y, topk=2, seed=5)[0]
+    X.flags.writeable = False
+    assert np.array_equal(tc.tailcalib().generate(X, y, topk=2, seed=5)[0], expected) and not recwarn.list
+    tensor = torch.from_numpy(X.copy()).requires_grad_()
+    feat = tc.tailcalib("pytorch").generate(tensor, index, topk=2, seed=5)[0]
+    assert np.array_equal(feat, expected) and not feat.requires_grad
+    half = tc.tailcalib().generate(X.astype(np.float16), y, topk=2, seed=5)
+    assert half[0].dtype == np.float16 and np.isfinite(half[0]).all() and half[2][1].dtype == np.float16
+    for dtype in (torch.float16, torch.bfloat16):
+        feat, _, gen = tc.tailcalib("pytorch").generate(torch.from_numpy(X.copy()).to(dtype), index, topk=2, seed=5)
+        assert feat.dtype == dtype and len(feat) == 60 and gen[1].dtype == dtype
 
 
 def test_seeds_and_precision_of_the_package(capsys):
@@ -475,7 +494,7 @@ def test_other_members_of_the_package():
         means, covs = (
             part.numpy() if engine == "numpy" else part for part in (gaussians.means, gaussians.covariances())
         )
-        mean, cov = one.calibrate_distribution(means, covs, 2, X[0], alpha=0.3)
+        mean, cov = one.calibrate_distribution(list(means), list(covs), 2, X[0], alpha=0.3)
         near = tc.nearest_classes(x[:1], gaussians.means, 2)[0].tolist()
         close(mean, (gaussians.means[near].sum(0) + x[0]) / 3)
         close(cov, sum(gaussians.covariance(c) for c in near) / 2 + 0.3)
@@ -646,7 +665,7 @@ def test_the_head_starts_where_the_stage_before_ended(straight, tiny):
         assert splits.counts == list(COUNTS)
 
 
-def test_the_teacher_is_cosine_ce_of_its_seed_and_images(straight, tiny, tmp_path):
+def test_the_teacher_is_cosine_ce_of_its_seed_and_images(straight, tiny, tmp_path, capsys):
     own = weights(straight("cbd") / "teacher.pt")
     assert same(own, weights(alone(tiny, tmp_path, "cosine_ce", "--seed", 1000) / "cosine_ce.pt"))
     balanced = letters(tmp_path / "balanced.npz", [20] * 10)
@@ -657,6 +676,16 @@ def test_the_teacher_is_cosine_ce_of_its_seed_and_images(straight, tiny, tmp_pat
     alike = train(tmp_path / "c", *long, "--pipeline", "cosine_ce", "--data-seed", 7, "--seed", 5)
     assert same(weights(other / "teacher.pt"), weights(alike / "cosine_ce.pt"))
     assert "teacher-data-seed7" in other.parent.name
+    capsys.readouterr()
+    flags = ["--dataset", balanced, *TINY[:-1], "--imb-ratio", 5]
+    for start, notes in ((other / "teacher.pt", 1), (alike / "cosine_ce.pt", 1), (other / "cbd.pt", 0)):
+        train(tmp_path / "d" / start.stem, *flags, "--epochs", 1, "--stage", "cbd", "--teacher", start)
+        assert capsys.readouterr().out.count("was trained on other images") == notes
+        for stage in ("tailcalibx", "crt") if notes else ():
+            with pytest.raises(common.UserError, match="trained on other images"):
+                train(tmp_path / "e", *flags, "--stage", stage, "--init-from", start)
+    train(tmp_path / "f", *flags, "--clf-epochs", 1, "--stage", "tailcalibx", "--init-from", other / "teacher.pt",
+          "--data-seed", 7)  # fmt: skip
 
 
 def test_a_stage_alone_is_the_last_stage_of_its_pipeline(straight, tiny, tmp_path):
@@ -996,6 +1025,9 @@ BAD = [
     ("--pipeline tailcalib --cache-views 2", "--cache-views"), ("--no-generate --alpha 0", "--alpha"),
     ("--second-pass --cache-views 2", "--cache-views"), ("--alpha -1", "--alpha"), ("--topk 0", "--topk"),
     ("--extra-points -1", "--extra-points"), ("--cov-eps -1", "--cov-eps"), ("--tukey nan", "--tukey"),
+    ("--no-generate --second-pass", "--second-pass"), ("--no-generate --epoch-steps balanced", "--epoch-steps"),
+    ("toy --pipeline ce", "--pipeline"), ("toy --eval x.pt", "toy takes no --eval"),
+    ("toy --stage crt", "toy takes no --stage"),
     ("--recipe released", "released"), ("toy --lr 1", "--lr"), ("--save-features val", "--select val"),
     ("--eval x.pt --save-features test", "--save-features"), ("--pipeline dance", "dance"),
     ("--dataset mini_imagenet_lt --pipeline cbd --teacher-data-seed 1", "lists"), ("--clf-epochs 0", "--clf-epochs"),
@@ -1037,6 +1069,13 @@ def test_checkpoints_that_do_not_fit_are_refused(straight, tiny, tmp_path):
     assert same(part(weights(crt / "crt.pt"), "backbone."), part(weights(ce), "backbone.")), (
         "any script's backbone serves"
     )
+
+
+def test_a_batch_gives_every_rank_a_share(monkeypatch):
+    assert tc.steps_times_batch(9, 2) == 8
+    monkeypatch.setattr(common, "world_size", lambda: 3)
+    with pytest.raises(common.UserError, match="--batch-size 2: fewer than the 3 ranks"):
+        tc.steps_times_batch(9, 2)
 
 
 def test_the_command_line(tiny, tmp_path):
