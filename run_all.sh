@@ -115,8 +115,8 @@ ImageNet-LT, FSGL (launch script) | python fsgl.py --dataset imagenet_lt --epoch
 # TailCalibX and its baselines; the released teachers saw another subset; generation ablation
 CIFAR-100-LT, TailCalibX         | python tailcalibx.py --dataset cifar100_lt --imb-ratio {100,50,10} --pipeline {ce,cosine_ce,crt,cbd,modals,tailcalib,tailcalibx,cbd_tailcalibx,ce_tailcalib} | 0,1,2
 CIFAR-100-LT, TailCalibX (released) | python tailcalibx.py --dataset cifar100_lt --imb-ratio {100,50,10} --pipeline {cosine_ce,tailcalibx,cbd_tailcalibx} --recipe released | 1,2,3
-CIFAR-100-LT, TailCalibX (released teacher subset) | python tailcalibx.py --dataset cifar100_lt --pipeline cbd_tailcalibx --teacher-data-seed 10 | 0,1,2
-CIFAR-100-LT, TailCalibX (generation) | python tailcalibx.py --dataset cifar100_lt {--no-generate,--alpha 0.1,--alpha 0.2,--alpha-mode diag,--topk 1,--topk 5} | 0,1,2
-mini-ImageNet-LT, TailCalibX     | python tailcalibx.py --dataset mini_imagenet_lt --imb-ratio {100,50,10} --pipeline {cosine_ce,crt,cbd,tailcalib,tailcalibx,cbd_tailcalibx} | 0
+CIFAR-100-LT, TailCalibX (released teacher subset) | python tailcalibx.py --dataset cifar100_lt --imb-ratio {100,50,10} --pipeline cbd_tailcalibx --teacher-data-seed 10 | 0,1,2
+CIFAR-100-LT, TailCalibX (generation) | python tailcalibx.py --dataset cifar100_lt {--no-generate,--alpha 0.1,--alpha 0.2,--alpha 0.2 --alpha-mode diag,--topk 1,--topk 5} | 0,1,2
+mini-ImageNet-LT, TailCalibX     | python tailcalibx.py --dataset mini_imagenet_lt --imb-ratio {100,50,10} --pipeline {ce,cosine_ce,crt,cbd,modals,tailcalib,tailcalibx,cbd_tailcalibx,ce_tailcalib} | 0
 
 CELLS
