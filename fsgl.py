@@ -8,7 +8,7 @@ The idea. Every image is mixed with one from a second, re-sampled loader, once b
 heads read the feature: `fc` learns plain, `fc_cb` class-weighted cross-entropy, and training moves from the first to
 the second, alpha = 1 - (t / T)^2. A SimSiam-style cosine ties the two views. SAM takes the gradient at the worst nearby
 weights. New in FSGL is the gain: in training the feature is multiplied by g_k of its (mixed) label, 1 + gamma for the
-largest class and falling to 1 for the smallest; testing is without it, so head classes lose logit. `fc_cb` is tested.
+largest class and 1 + gamma / C for the smallest; testing is without it, so the head loses logit. `fc_cb` is tested.
 
 One stage, nothing pretrained or frozen. What each part buys, under otherwise equal settings (`--variant`):
   ce        cross-entropy, one view, no mixing, plain SGD
