@@ -731,6 +731,14 @@ class Run:
         barrier()
 
 
+def _start_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Zeros as the momentum of fused SGD: where its very first step is skipped it would keep unwritten memory."""
+    for group in optimizer.param_groups:
+        for p in group["params"] if group.get("momentum") else ():
+            if p.requires_grad and optimizer.state[p].get("momentum_buffer") is None:
+                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+
+
 LONG_EPOCH = 60  # seconds of training after which an epoch is saved before it is evaluated, too
 
 
@@ -850,7 +858,9 @@ class Stage:
             self._raise_if(bool(bad), self.step, lr)
             return
         pending = getattr(self, "_pending", None)
-        if pending is not None:
+        if pending is None:
+            _start_momentum(optimizer)
+        else:
             flag, event, step, old_lr = pending
             if event is not None:
                 event.synchronize()  # recorded a whole step ago: no wait

@@ -8,7 +8,7 @@ The idea. Every image is mixed with one from a second, re-sampled loader, once b
 heads read the feature: `fc` learns plain, `fc_cb` class-weighted cross-entropy, and training moves from the first to
 the second, alpha = 1 - (t / T)^2. A SimSiam-style cosine ties the two views. SAM takes the gradient at the worst nearby
 weights. New in FSGL is the gain: in training the feature is multiplied by g_k of its (mixed) label, 1 + gamma for the
-largest class and falling to 1 for the smallest; testing is without it, so head classes lose logit. `fc_cb` is tested.
+largest class and 1 + gamma / C for the smallest; testing is without it, so the head loses logit. `fc_cb` is tested.
 
 One stage, nothing pretrained or frozen. What each part buys, under otherwise equal settings (`--variant`):
   ce        cross-entropy, one view, no mixing, plain SGD
@@ -50,9 +50,10 @@ Where this differs from the released code (no paper to compare with), and the fl
  8. `--momentum` also counts without SAM (0.9 is wired in there).
  9. The masks of an "adaptive class suppression" loss are computed and not used: `--acsl` adds that loss.
 10. CIFAR-10 is normalised with the statistics of this repository (s.d. 0.20); the code's are 0.25, a constant factor.
-11. GLMC's paper halves the supervised loss (1 / 2N): twice `--contrast-weight` and half `--lr`. Its rows on ImageNet-LT
-    use a consistency weight of 10, FSGL's 4. FSGL's script runs its GLMC+SAM rows with other values than its own
-    method, 1 for the consistency on CIFAR-10-LT at 50, a rate of 0.02 on CIFAR-100-LT at 100; here they are equal.
+11. GLMC's paper halves the supervised loss (1 / 2N): twice `--contrast-weight` and `--weight-decay`, half `--lr`. Its
+    rows on ImageNet-LT use a consistency weight of 10, FSGL's 4. FSGL's script runs its GLMC+SAM rows with other values
+    than its own method, 1 for the consistency on CIFAR-10-LT at 50, a rate of 0.02 on CIFAR-100-LT at 100; here they
+    are equal.
 12. Each epoch also ends in a checkpoint with which a run continues bit for bit; the code keeps weights alone.
 """
 
@@ -134,7 +135,7 @@ RELEASED_CODE = {  # where it says something else than the paper; a re-run by ot
         ("cifar10_lt", 100): 88.50, ("cifar100_lt", 50): 63.78, ("cifar100_lt", 100): 57.97,
     },
 }  # fmt: skip
-HARMLESS = {"recipe", "select", "val_from", "eval_every", "compile"}  # changed flags beside which a figure may stand
+HARMLESS = {"recipe", "select", "val_from", "eval_every", "compile", "gpus", "precision"}  # a figure may stand beside
 
 MIXING = (
     "fcc fsm_mode fsm_order fsm_round mix_alpha cutmix_label resample_weighting label_weighting contrast_weight acsl "
@@ -147,18 +148,19 @@ def parse_args(argv: list[str] | None = None):
     parser = common.base_parser(__doc__)
     number = common.number
     add = parser.add_argument_group("method").add_argument
-    add("--variant", choices=tuple(VARIANTS), default="fsgl", help="which parts are on, see above (default: fsgl)")
+    add("--variant", choices=tuple(VARIANTS), default="fsgl",
+        help="plain; mixing, two heads, consistency; that with SAM; that with the gain (default: fsgl)")  # fmt: skip
     add("--fcc", type=number(float, 0), help="gamma, strength of the gain, 0: none (default: by data set and ratio)")
     add("--fsm-mode", choices=("linear", "same", "half"),
         help="gain that falls from head to tail (default), is equal for all, or falls in the larger half")  # fmt: skip
     add("--fsm-order", choices=("rank", "index"), help="what the gain falls with: rank by count (default) or class id")
     add("--fsm-round", choices=("2", "none"), help="decimals that the gain is rounded to (default: 2)")
-    add("--mix-alpha", type=number(float, 0, open_low=True), help="mixing weight ~ Beta(a, a) (default: 1, uniform)")
+    add("--mix-alpha", type=number(float, 0, open_low=True), help="mixing weight ~ Beta(a, a), 1 is uniform (by set)")
     add("--cutmix-label", choices=("nominal", "area"), help="weight of a CutMix label: as drawn (default), pasted area")
     add("--resample-weighting", type=number(float, 0),
         help="q: image weight n^-q in the second loader (default: 0, uniform; ImageNet-like 0.2)")  # fmt: skip
-    add("--label-weighting", type=number(float, 0), help="r: class weight n^-r in fc_cb's loss (default: 1.2 or 1)")
-    add("--contrast-weight", type=number(float, 0), help="eta, weight of the consistency loss (default: 4)")
+    add("--label-weighting", type=number(float, 0), help="r: class weight n^-r in fc_cb's loss (default: by data set)")
+    add("--contrast-weight", type=number(float, 0), help="eta, weight of the consistency loss (default: by data set)")
     add("--acsl", action="store_true", help="add the suppression loss that the released code leaves out")
     add("--projection-dim", type=number(int, 1), help="length of projection and prediction (default: 256, letters 64)")
     add = parser.add_argument_group("sharpness-aware minimisation").add_argument
@@ -176,7 +178,8 @@ def parse_args(argv: list[str] | None = None):
     add = parser.add_argument_group("network and images").add_argument
     add("--width", type=number(int, 1), help="channels of the first stage of resnet8, 20, 32, ... (default: 16)")
     add("--stem", choices=models.STEMS, help="3x3 convolution, or 7x7 and pool (default: by data set)")
-    add("--bn-groups", type=number(int, 1), help="parts of the batch of all ranks with own batch statistics (1)")
+    add("--bn-groups", type=number(int, 1),
+        help="parts of the batch of all ranks with own batch statistics (default: one a rank)")  # fmt: skip
     add("--concat-views", action="store_true", help="both views in one forward pass: faster, other batch statistics")
     add("--augmentation", choices=("pad", "resized"),
         help="padded crop and flip; or resized crop, jitter, grey, blur and flip (default: by data set)")  # fmt: skip
@@ -192,6 +195,8 @@ def parse_args(argv: list[str] | None = None):
         parser.error("--save-features belongs to a training run")
     if args.save_features == "val" and args.select != "val":
         parser.error("--save-features val: there is a validation split only with --select val")
+    if args.rho is not None:
+        args.rho = max(args.rho, 0.0)  # the released commands say -1
     presets = {
         name: preset | {"fcc": GAINS.get((name, args.imb_ratio or preset["imb_ratio"]), preset["fcc"])}
         | VARIANTS[args.variant] for name, preset in DEFAULTS.items()
@@ -203,6 +208,13 @@ def parse_args(argv: list[str] | None = None):
     for key in SHARPNESS[1:]:
         if args.rho <= 0 and key in args.changed:
             parser.error(f"--{key.replace('_', '-')} needs --rho above 0")
+    for key in ("fsm_mode", "fsm_order", "fsm_round"):
+        if args.fcc == 0 and key in args.changed:
+            parser.error(f"--{key.replace('_', '-')} needs --fcc above 0")
+        if args.fsm_mode == "same" and key in args.changed and key != "fsm_mode":
+            parser.error(f"--{key.replace('_', '-')} has no meaning with --fsm-mode same: one gain for all classes")
+    if "pad" in args.changed and args.augmentation == "resized":
+        parser.error("--pad belongs to --augmentation pad")
     if args.concat_views and args.bn_groups > 1:
         parser.error("--concat-views and --bn-groups contradict each other")
     if args.lr_timing == "legacy" and args.schedule == "cosine" and args.recipe == "default":

@@ -206,6 +206,20 @@ def test_a_nan_in_the_last_step_of_an_epoch_is_not_saved(tmp_path, fused):
     assert common.load_checkpoint(last)["epoch"] == 2
 
 
+def test_a_skipped_first_step_leaves_no_momentum(monkeypatch):
+    """Fused SGD makes its buffers before it looks at the flag; then they would hold whatever the memory held."""
+    stage, w = object.__new__(common.Stage), torch.nn.Parameter(torch.zeros(5))
+    stage.step = 0
+    optimizer = torch.optim.SGD([w], 0.1, momentum=0.9, fused=True)
+    monkeypatch.setattr(torch, "empty_like", lambda like: torch.full_like(like, float("nan")))
+    for found_inf, expected in ((1.0, 0.0), (0.0, -0.1), (0.0, -0.29)):
+        w.grad = torch.ones(5)
+        stage.guard(torch.zeros(()), optimizer)
+        optimizer.found_inf = torch.tensor(found_inf)  # by a loss scaler, or by FSGL for a gradient that is not finite
+        optimizer.step()
+        torch.testing.assert_close(w.detach(), torch.full((5,), expected))
+
+
 def test_torch_save_failing_half_way_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
     straight, _ = train(tmp_path / "a")
     real_save, calls = torch.save, []
