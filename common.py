@@ -261,9 +261,16 @@ def resolve(parser, args, presets: dict[str, dict], image_size, released: dict[s
             parser.error(f"--recipe released: nothing was released for --dataset {args.dataset} here")
         chosen |= released[name]
     standard = {key: parser.get_default(key) for key in vars(args)} | chosen
+    words = {word.partition("=")[0] for word in getattr(args, "command_line", ())}
+    said = {action.dest for action in parser._actions if words & set(action.option_strings)}  # even if the default
     for key, value in chosen.items():
-        if getattr(args, key) is None or (args.recipe == "released" and getattr(args, key) == parser.get_default(key)):
+        own = key in said and getattr(args, key) is not None
+        if not own and (
+            getattr(args, key) is None or (args.recipe == "released" and getattr(args, key) == parser.get_default(key))
+        ):
             setattr(args, key, value)
+    if args.select != "val" and "val_from" not in said:  # the recipe's goes with the recipe's --select
+        args.val_from = standard["val_from"] = None
     for one, other in (("fresh", "resume_from"), ("eval", "resume_from"), ("eval", "fresh"), ("eval", "init_from")):
         if getattr(args, one) and getattr(args, other):
             parser.error(f"--{one.replace('_', '-')} and --{other.replace('_', '-')} contradict each other")

@@ -550,6 +550,9 @@ def test_the_released_recipe():
         assert args.subset_rule == ("fsgl" if name.startswith("cifar") else "common"), "lists say which images"
         assert (args.select, args.val_from) == ("val", "test"), "its figure is the best epoch on test data"
         assert args.changed == {"recipe": "released"}
+        own = parsed("--dataset", name, "--recipe", "released", "--select", "last")
+        assert (own.select, own.val_from, own.lr_timing) == ("last", None, "legacy"), "what the user says stands"
+        assert own.changed == {"recipe": "released", "select": "last"}
     start, late = (parsed("--dataset", "imagenet_lt", "--lr-timing", timing) for timing in ("start", "legacy"))
     assert [fsgl.learning_rate(start, e) for e in (0, 1, 10)] == pytest.approx([0.01, 0.02, 0.11])
     assert [fsgl.learning_rate(late, e) for e in (0, 1, 11)] == pytest.approx([0.1, 0.01, 0.11]), "late by one epoch"
