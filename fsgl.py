@@ -10,7 +10,8 @@ the second, alpha = 1 - (t / T)^2. A SimSiam-style cosine ties the two views. SA
 weights. New in FSGL is the gain: in training the feature is multiplied by g_k of its (mixed) label, 1 + gamma for the
 largest class and 1 + gamma / C for the smallest; testing is without it, so the head loses logit. `fc_cb` is tested.
 
-One stage, nothing pretrained or frozen. What each part buys, under otherwise equal settings (`--variant`):
+One stage, nothing pretrained or frozen. What each part buys, under otherwise equal settings (`--variant`;
+on the letters epochs differ):
   ce        cross-entropy, one view, no mixing, plain SGD
   glmc      mixing, two heads and consistency                     (2 image passes a step and image)
   glmc_sam  the same with SAM                                     (4)
@@ -94,7 +95,7 @@ IMAGENET = CIFAR10 | {  # README; the launch script: 200 epochs, batches of 64, 
 }  # fmt: skip
 GLYPHS = CIFAR10 | {  # our own values; evenly mixed letters are not learned in a minute
     "backbone": "resnet8", "pad": 2, "flip": 0.0, "projection_dim": 64, "batch_size": 32, "lr": 0.05,
-    "contrast_weight": 1.0, "label_weighting": 1.0, "mix_alpha": 0.2, "eval_every": 10,
+    "contrast_weight": 0.1, "label_weighting": 1.0, "mix_alpha": 0.2, "eval_every": 10,
 }  # fmt: skip
 GLYPH_EPOCHS = {"ce": 200, "glmc": 100, "glmc_sam": 100, "fsgl": 100}  # a step of the last two costs twice glmc's
 DEFAULTS = {
