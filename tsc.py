@@ -51,6 +51,7 @@ import argparse
 import copy
 import math
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -368,15 +369,23 @@ def target_figures(points: Tensor) -> dict[str, float]:
     }  # fmt: skip
 
 
+def read_npy(path: str | Path, what: str) -> np.ndarray:
+    """The array of an .npy file; UserError, beginning with `what`, where the file is anything else."""
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise common.UserError(f"{what} {path} is no .npy of plain numbers ({str(error)[:80]})") from None
+    if not isinstance(array, np.ndarray):
+        raise common.UserError(f"{what} {path} is an .npz, an .npy is needed")
+    return array
+
+
 def read_targets(path: str | Path, classes: int, dim: int) -> Tensor:
     """Unit rows float64 [C, d] of an .npy; UserError unless it is C x d and finite."""
-    try:
-        rows = np.load(path, allow_pickle=False)
-    except FileNotFoundError:
+    if not Path(path).exists():
         command = f"python tsc.py targets --classes {classes} --dim {dim}"
-        raise common.UserError(f"target file {path} does not exist; `{command}` makes one") from None
-    except (OSError, ValueError) as error:
-        raise common.UserError(f"target file {path} is no .npy of plain numbers ({str(error)[:80]})") from None
+        raise common.UserError(f"target file {path} does not exist; `{command}` makes one")
+    rows = read_npy(path, "target file")
     if rows.shape != (classes, dim) or rows.dtype.kind != "f":
         raise common.UserError(
             f"target file {path} is {rows.dtype} {list(rows.shape)}; {classes} classes and --dim {dim} need floats "
@@ -732,13 +741,12 @@ def geometry(features: Tensor, labels: Tensor, classes: int, distances: Tensor |
 def class_distances(args, classes: int) -> Tensor | None:
     """Semantic distances [C, C] of the reasonability: 0 inside a superclass or a look-alike pair, else 1; or a file."""
     if args.class_distances:
-        try:
-            table = np.load(args.class_distances, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise common.UserError(f"--class-distances {args.class_distances}: {str(error)[:100]}") from None
+        table = read_npy(args.class_distances, "--class-distances")
         if table.shape != (classes, classes) or table.dtype.kind not in "iuf":
             raise common.UserError(f"--class-distances {args.class_distances} is {list(table.shape)}, not "
                                    f"[{classes}, {classes}]")  # fmt: skip
+        if not np.isfinite(table).all():
+            raise common.UserError(f"--class-distances {args.class_distances} holds values that are not finite")
         return torch.from_numpy(table)
     group = {"cifar100_lt": COARSE, "glyphs_lt": [min(c, 9 - c) for c in range(10)]}.get(args.dataset)
     if group is None or len(group) != classes:
@@ -841,7 +849,7 @@ def pretrain_lr(args, epoch: float, epochs: int, warm: bool) -> float:
     if args.backend == "moco":
         return common.cosine_lr(args.lr, epoch, epochs)
     (rise,) = common.scale_milestones((10,), 1000, args.epochs)
-    return common.supcon_lr(args.lr, epoch, epochs, warmup=rise if warm and args.batch_size > 256 > rise else 0)
+    return common.supcon_lr(args.lr, epoch, epochs, warmup=rise if warm and args.batch_size > 256 else 0)
 
 
 class Pretraining:

@@ -501,6 +501,9 @@ def test_class_distances_know_superclasses_and_look_alikes(tmp_path):
     assert tsc.class_distances(args, 3)[2, 1] == 7
     with pytest.raises(common.UserError, match=r"\[3, 3\], not \[4, 4\]"):
         tsc.class_distances(args, 4)
+    np.save(tmp_path / "d.npy", np.full((3, 3), np.nan))
+    with pytest.raises(common.UserError, match="not finite"):
+        tsc.class_distances(args, 3)
 
 
 # --- the command line -----------------------------------------------------------------------------------------------
@@ -778,6 +781,23 @@ def test_a_target_file_of_another_shape_is_refused_and_a_fitting_one_is_used(tmp
     with pytest.raises(ZeroDivisionError):
         call("--target-file", tmp_path / "fits.npy", out=tmp_path / "b")
     torch.testing.assert_close(seen[0].matching.targets, unit(torch.eye(10, 8) * 3 + 0.1))
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"an array", "npz", "pickle"])
+def test_files_that_hold_no_array_are_refused_in_one_line(tmp_path, content):
+    path = tmp_path / "x.npy"
+    if content == "npz":
+        with open(path, "wb") as file:
+            np.savez(file, rows=np.eye(10, 8))
+    elif content == "pickle":
+        np.save(path, np.array([{}], dtype=object), allow_pickle=True)
+    else:
+        path.write_bytes(content)
+    args = tsc.parse_args(["--class-distances", str(path)])
+    for read in (lambda: tsc.read_targets(path, 10, 8), lambda: tsc.class_distances(args, 10)):
+        with pytest.raises(common.UserError, match="x.npy is ") as error:
+            read()
+        assert "\n" not in str(error.value)
 
 
 def test_released_recipes_and_presets():
