@@ -1,6 +1,7 @@
 """tsc.py: targets, positives, losses, matching and diagnostics against golden vectors and by hand; the three stages end
 to end, continued in the middle, and on two ranks against one."""
 
+import argparse
 import itertools
 import json
 import math
@@ -510,8 +511,8 @@ def test_class_distances_know_superclasses_and_look_alikes(tmp_path):
 
 TINY = []
 FAST = (
-    "--backbone resnet8 --init default --device cpu --log-to none --quiet --classifier-batch-size 64 --batch-size 42"
-    " --lr 0.05 --eval-every 99 --diagnostics-every 99 --workers 0"
+    "--backbone resnet8 --init default --device cpu --log-to none --quiet --batch-size 42 --lr 0.05 --workers 0"
+    " --classifier-batch-size 64 --eval-every 99 --diagnostics-every 99"
 ).split()
 
 
@@ -531,7 +532,7 @@ def tiny_set(tmp_path_factory):
 
 def line(*flags) -> list[str]:
     dataset = [] if "--dataset" in flags else ["--dataset", TINY[0]]
-    return [*FAST, *dataset, *([] if "toy" in flags else ["--dim", "8"]), *map(str, flags)]
+    return [*(FAST[:-6] if "toy" in flags else [*FAST, "--dim", "8"]), *dataset, *map(str, flags)]
 
 
 def call(*flags, out) -> dict:
@@ -742,6 +743,10 @@ def test_every_flag_changes_what_it_says_and_nothing_before(losses, backend, fla
         ("--classifier-batch-size 300", "--classifier-batch-size 300 is more than the 199 training images"),
         ("--bn-groups 40", "--bn-groups 40: at most 21"),
         ("--backbone resnet9", "--backbone resnet9: unknown backbone"),
+        ("--batch-size 1", "--batch-size 1: at least 2"),
+        ("toy --classifier-epochs 3", "--classifier-epochs has no meaning in toy"),
+        ("toy --imb-type step", "--imb-type has no meaning in toy"),
+        ("targets --classes 10 --dim 9 --steps 5", "--steps has no meaning with 10 points in 9 dimensions"),
         ("toy --method kcl", "--method has no meaning in toy"),
         ("targets --classes 1", "must be at least 2"),
     ],
@@ -768,6 +773,19 @@ def test_a_class_without_images_is_named(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         call("--epochs", "1", out=tmp_path)
     assert stopped.value.code == 2 and "class 4 of " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("ratio", "red"), [("1", 0.5071), ("100", None)])
+def test_balanced_cifar100_is_normalised_with_its_own_statistics(tmp_path, monkeypatch, ratio, red):
+    splits, seen = data_lt.load(tsc.parse_args(line())), []
+    usual = splits.mean[0]
+    monkeypatch.setattr(data_lt, "load", lambda *rest, **options: splits)
+    monkeypatch.setattr(tsc, "class_distances", lambda *rest: None)
+    monkeypatch.setattr(data_lt, "evaluation_loader", lambda args, part, statistics, size: seen.append(statistics))
+    monkeypatch.setattr(tsc, "Pretraining", lambda *rest: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        call("--dataset", "cifar100_lt", "--imb-ratio", ratio, out=tmp_path)
+    assert seen[0][0][0] == (red or usual)
 
 
 def test_a_target_file_of_another_shape_is_refused_and_a_fitting_one_is_used(tmp_path, capsys, monkeypatch):
@@ -822,6 +840,12 @@ def test_released_recipes_and_presets():
         tsc.parse_args(["--recipe", "released"])  # nothing was released for letters
 
 
+def test_stage_one_takes_its_share_of_the_epochs_rounded_down():
+    for epochs, share, first in ((200, 0.5, 100), (5, 0.5, 2), (1, 0.5, 0), (100, 0.29, 29), (100, 0.0, 0)):
+        args = argparse.Namespace(epochs=epochs, warmup_frac=share)
+        assert tsc.warmup_epochs(args) == first
+
+
 def test_published_figures_stand_only_beside_the_published_settings():
     def paper(*flags):
         args = tsc.parse_args(list(flags))
@@ -837,6 +861,8 @@ def test_published_figures_stand_only_beside_the_published_settings():
     assert paper("--dataset", "imagenet_lt", "--warmup-frac", "0") == 51.3
     assert paper("--dataset", "imagenet_lt", "--method", "kcl", "--epochs", "400") == 51.6
     assert tsc.published(tsc.parse_args(["--dataset", "imagenet_lt"]), tsc.RELEASED_FIGURES)["overall"] == 52.44
+    shots = tsc.published(tsc.parse_args(["--dataset", "imagenet_lt"]), tsc.PAPER)
+    assert (shots["many"], shots["medium"], shots["few"], shots["overall"]) == (63.5, 49.7, 30.4, 52.4)
     assert len({row[:3] + tuple(row[3].items()) for row in tsc.PAPER}) == len(tsc.PAPER)
 
 
