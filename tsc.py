@@ -1053,8 +1053,6 @@ def train_classifier(run: common.Run, args, splits: data_lt.Splits, backbone: nn
     net = models.Net(backbone.requires_grad_(False), classifier_head(args, backbone.feature_dim, len(counts)))
     net = net.to(args.device, memory_format=torch.channels_last)
     batch, epochs = args.classifier_batch_size, args.classifier_epochs
-    if batch > len(splits.train):
-        raise common.UserError(f"--classifier-batch-size {batch} is more than the {len(splits.train)} training images")
     optimizer = torch.optim.SGD(
         net.head.parameters(), args.classifier_lr, momentum=0.9, fused=args.device.startswith("cuda")
     )
@@ -1316,6 +1314,11 @@ def main(args) -> None:
         splits.mean, splits.std = BALANCED_CIFAR100
     if args.eval:
         return evaluate_checkpoint(args, splits)
+    batch = args.classifier_batch_size  # looked at here, not after hours of the other stages
+    if batch > len(splits.train):
+        raise common.UserError(f"--classifier-batch-size {batch} is more than the {len(splits.train)} training images")
+    if batch < world:
+        raise common.UserError(f"--classifier-batch-size {batch} is less than the {world} ranks")
     classes, statistics, size = len(splits.counts), (splits.mean, splits.std), splits.image_size
     distances = class_distances(args, classes)
     run = common.Run(args, args.method, splits.train.fingerprint())

@@ -752,7 +752,7 @@ def test_every_flag_changes_what_it_says_and_nothing_before(losses, backend, fla
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, flags, said):
-    monkeypatch.setattr(tsc, "pretrain", lambda *rest, **options: None)
+    monkeypatch.setattr(tsc, "pretrain", lambda *rest, **options: pytest.fail("refused only after training"))
     with pytest.raises(SystemExit) as stopped:
         if flags.startswith("targets"):
             tsc.parse_args(flags.split())
