@@ -1241,7 +1241,7 @@ def published(args, rows) -> dict | None:
     return None
 
 
-def geometry_tables(run: common.Run, args, final: dict) -> list[dict]:
+def geometry_tables(run: common.Run, args, final: dict, classes: int) -> list[dict]:
     """Diagnostics over the epochs (to be drawn) and at the end of pre-training, as tables."""
     rows = [row for row in run.rows if "projection" in row]
     drawn = ["alignment", "uniformity", *(f"{name}_{k}" for name in ("neighbourhood", "reasonability") for k in (1, 5))]
@@ -1256,6 +1256,8 @@ def geometry_tables(run: common.Run, args, final: dict) -> list[dict]:
     if args.method == "tsc":
         cosine = [row.get("matching", {}).get("cosine") for row in rows]
         lines.append({"name": "cosine of centre and target", "values": cosine, "paper": None})
+        changed = [row["changes"] / classes if "changes" in row else None for row in rows]
+        lines.append({"name": "share of classes rematched a step", "values": changed, "paper": None})
     stage3 = f"stage 3: {args.classifier}, lr {args.classifier_lr:g}, batch {args.classifier_batch_size}, batch norm " \
              f"{args.lin_bn}"  # fmt: skip
     names = list(final["projection"])
@@ -1360,7 +1362,7 @@ def main(args) -> None:
     run.finish(
         **run.outcome("classifier", full, splits.train.classes, splits.counts), paper=published(args, PAPER),
         released=published(args, RELEASED_FIGURES), parameters=parameters, diagnostics=diagnostics,
-        tables=geometry_tables(run, args, final),
+        tables=geometry_tables(run, args, final, classes),
     )  # fmt: skip
 
 

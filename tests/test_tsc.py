@@ -620,6 +620,9 @@ def test_three_stages_end_to_end_and_continued_in_the_middle_of_each(tmp_path, m
     result = results[0]
     assert result["headline"]["overall"] == pytest.approx(np.mean(result["per_class"])) and result["paper"] is None
     assert {"projection", "feature", "matching", "assignment_changes"} <= set(result["diagnostics"])
+    drawn = {row["name"]: row["values"] for row in result["tables"][0]["rows"]}
+    assert drawn["share of classes rematched a step"] == [None, straight["rows"][3]["changes"] / 10]
+    assert drawn["cosine of centre and target"][1] == result["diagnostics"]["matching"]["cosine"]
     assert [row["stage"] for row in straight["rows"]] == ["kcl"] * 2 + ["tsc"] * 2 + ["classifier"] * 2
     rates = [row["lr"] for row in straight["rows"][:4]]
     assert rates[:2] == rates[2:] or backend == "simclr", "the cosine starts again at the switch"
