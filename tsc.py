@@ -51,6 +51,7 @@ import argparse
 import copy
 import math
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,7 @@ RELEASED = {
               "warmup_frac": 0.0},
 }  # fmt: skip
 RELEASED |= dict.fromkeys(BIG, RELEASED["large"])
+BALANCED_CIFAR100 = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)  # mean, std; long-tailed sets take CIFAR-10's
 RELEASED_ORDER = {"cifar10_lt": (4, 8, 3, 1, 9, 5, 2, 7, 0, 6)}  # class of target row 0, 1, ...; others: 0, 1, ...
 
 AUGMENT = {  # name -> (two views of stages 1 and 2, one view of stage 3)
@@ -157,6 +159,9 @@ COARSE = (4, 1, 14, 8, 0, 6, 7, 7, 18, 3, 3, 14, 9, 18, 7, 11, 3, 9, 7, 11, 6, 1
           6, 0, 17, 8, 14, 13)  # fmt: skip
 TARGET_FLAGS = {*TSC_BASE, "target_file", "assign_every"}
 MOCO_FLAGS = {"queue", "key_momentum"}
+TOY_IDLE = {"classifier", "classifier_epochs", "classifier_milestones", "classifier_lr", "classifier_batch_size",
+            "lin_bn", "reweight", "diagnostics_every", "class_distances", "eval_every", "imb_type", "subset_rule",
+            "val_from"}  # fmt: skip
 SIMCLR_FLAGS = {"view_forward", "anchors", "unbiased", "contrast_weights", "cifar_target"}
 
 
@@ -186,30 +191,34 @@ def parse_args(argv: list[str] | None = None):
         "no; KCL and --cifar-target repeat)")  # fmt: skip
     add("--contrast-weights", choices=("none", "cb"), help="simclr: class-balanced weights of anchors (default: none)")
     add("--augment", choices=tuple(AUGMENT), help="augmentation recipe (default: by data set)")
-    add("--schedule", choices=("cosine", "step"), help="learning rate: cosine, or x0.01 at 160 and 180 of 200")
+    add("--schedule", choices=("cosine", "step"), help="rate: cosine (default), or x0.01 at 160, 180 of 200")
     add("--init", choices=("default", *models.INITS), help="of the backbone (default: its usual one, CIFAR pytorch)")
     add("--weight-decay", type=real, help="on all parameters (default: 1e-4)")
     add = parser.add_argument_group("targets (stage 2)").add_argument
     add("--targets", choices=("auto", "paper", "file"), help="simplex or self-free objective (default), the paper's, "
         "or an .npy")  # fmt: skip
     add("--target-file", metavar="NPY", help="float rows [C, d] (default with --targets file: optimal_<C>_<d>.npy)")
-    add("--target-repeat", type=whole, help="copies r of every target (default: 1)")
+    add("--target-repeat", type=whole, help="copies r of every target (default: 1; released CIFAR: 25)")
     add("--target-weight", type=real, help="weight lambda of the target term (default: 0.2)")
     add("--sep-t", action=argparse.BooleanOptionalAction, help="targets apart from the k draws (default: yes)")
     add("--target-norm", choices=("code", "paper"), help="divide the target term by 1 + s + r, or not (default: code)")
     add("--centre-init", choices=("warmup", "random"), help="centres kept since stage 1, or random (default: warmup)")
     add("--assign-every", type=whole, help="steps between matchings (default: 1; above 1000 classes one epoch)")
-    add("--warmup-frac", type=common.number(float, 0, 0.999), help="share of the epochs in stage 1 (default: 0.5)")
-    add("--cifar-target", choices=("paper", "repeat"), help="simclr: target term, or copies in the batch as released")
+    add("--warmup-frac", type=common.number(float, 0, 0.999), help="share of --epochs in stage 1, "
+        "the others are stage 2's (default: 0.5)")  # fmt: skip
+    add("--cifar-target", choices=("paper", "repeat"), help="simclr: target term (default), or copies in the "
+        "batch as released")  # fmt: skip
     add = parser.add_argument_group("classifier (stage 3)").add_argument
-    add("--classifier", choices=("linear", "ldam"), help="linear, class-aware batches; or cosine head and LDAM loss")
+    add("--classifier", choices=("linear", "ldam"), help="linear, class-aware batches (default of large "
+        "images); or cosine head and LDAM loss (of small ones)")  # fmt: skip
     add("--classifier-epochs", type=whole, help="epochs (default: 40, CIFAR 200)")
     add("--classifier-milestones", type=milestone_list, metavar="E,E", help="x0.1 at these epochs (default: 20,30 of "
         "40; CIFAR 140,180,190 of 200; at the same fractions of another length)")  # fmt: skip
     add("--classifier-lr", type=common.number(float, 0, open_low=True), help="default: 10, iNat 30, CIFAR 0.1")
     add("--classifier-batch-size", type=whole, help="images over all ranks (default: 2048, CIFAR 128)")
     add("--lin-bn", choices=("train", "eval"), help="batch norm of the frozen backbone (default: train, letters eval)")
-    add("--reweight", choices=("cb", "drw", "none"), help="ldam: class-balanced weights, always or from 160 of 200")
+    add("--reweight", choices=("cb", "drw", "none"), help="ldam: class-balanced weights, always "
+        "(default of small images) or from 160 of 200")  # fmt: skip
     add = parser.add_argument_group("diagnostics").add_argument
     add("--diagnostics-every", type=whole, help="epochs between diagnostics of stages 1 and 2 (default: by data set)")
     add("--class-distances", metavar="NPY", help="semantic distances [C, C] for the reasonability")
@@ -221,6 +230,8 @@ def parse_args(argv: list[str] | None = None):
                           ("save_features", None)):  # fmt: skip
             if getattr(args, flag) == bad if bad else flag in given:
                 parser.error(f"--{flag.replace('_', '-')} has no meaning in toy: it trains both methods in 2-D")
+        for flag in sorted(key for key in TOY_IDLE & given if getattr(args, key) != parser.get_default(key)):
+            parser.error(f"--{flag.replace('_', '-')} has no meaning in toy: stages 1 and 2 at three fixed ratios")
         if args.select == "val" or args.recipe == "released":
             parser.error("toy has no validation data and no released recipe: leave out --select and --recipe")
     if args.target_file and args.targets not in (None, "file"):
@@ -292,6 +303,9 @@ def parse_target_args(argv: list[str]):
     add("--out", default=".", help="folder for optimal_<C>_<d>.npy (default: .)")
     add("--device", default="auto", help="auto, cpu, cuda (default: auto)")
     args = parser.parse_args(argv)
+    if args.steps and args.targets == "auto" and args.classes <= args.dim + 1:
+        where = f"{args.classes} points in {args.dim} dimensions"
+        parser.error(f"--steps has no meaning with {where}: they have a closed form")
     vars(args).update(command="targets", gpus=1, precision="fp32", changed={})
     return args
 
@@ -368,15 +382,23 @@ def target_figures(points: Tensor) -> dict[str, float]:
     }  # fmt: skip
 
 
+def read_npy(path: str | Path, what: str) -> np.ndarray:
+    """The array of an .npy file; UserError, beginning with `what`, where the file is anything else."""
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise common.UserError(f"{what} {path} is no .npy of plain numbers ({str(error)[:80]})") from None
+    if not isinstance(array, np.ndarray):
+        raise common.UserError(f"{what} {path} is an .npz, an .npy is needed")
+    return array
+
+
 def read_targets(path: str | Path, classes: int, dim: int) -> Tensor:
     """Unit rows float64 [C, d] of an .npy; UserError unless it is C x d and finite."""
-    try:
-        rows = np.load(path, allow_pickle=False)
-    except FileNotFoundError:
+    if not Path(path).exists():
         command = f"python tsc.py targets --classes {classes} --dim {dim}"
-        raise common.UserError(f"target file {path} does not exist; `{command}` makes one") from None
-    except (OSError, ValueError) as error:
-        raise common.UserError(f"target file {path} is no .npy of plain numbers ({str(error)[:80]})") from None
+        raise common.UserError(f"target file {path} does not exist; `{command}` makes one")
+    rows = read_npy(path, "target file")
     if rows.shape != (classes, dim) or rows.dtype.kind != "f":
         raise common.UserError(
             f"target file {path} is {rows.dtype} {list(rows.shape)}; {classes} classes and --dim {dim} need floats "
@@ -732,13 +754,12 @@ def geometry(features: Tensor, labels: Tensor, classes: int, distances: Tensor |
 def class_distances(args, classes: int) -> Tensor | None:
     """Semantic distances [C, C] of the reasonability: 0 inside a superclass or a look-alike pair, else 1; or a file."""
     if args.class_distances:
-        try:
-            table = np.load(args.class_distances, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise common.UserError(f"--class-distances {args.class_distances}: {str(error)[:100]}") from None
+        table = read_npy(args.class_distances, "--class-distances")
         if table.shape != (classes, classes) or table.dtype.kind not in "iuf":
             raise common.UserError(f"--class-distances {args.class_distances} is {list(table.shape)}, not "
                                    f"[{classes}, {classes}]")  # fmt: skip
+        if not np.isfinite(table).all():
+            raise common.UserError(f"--class-distances {args.class_distances} holds values that are not finite")
         return torch.from_numpy(table)
     group = {"cifar100_lt": COARSE, "glyphs_lt": [min(c, 9 - c) for c in range(10)]}.get(args.dataset)
     if group is None or len(group) != classes:
@@ -831,6 +852,11 @@ def load_targets(run: common.Run, args, classes: int) -> Tensor:
     return read_targets(path, classes, args.dim).float().to(args.device)
 
 
+def warmup_epochs(args) -> int:
+    """Epochs of stage 1 before TSC, rounded down (0.29 of 100 is 29, though 100 * 0.29 is less in binary)."""
+    return math.floor(round(args.epochs * args.warmup_frac, 6))
+
+
 def pretrain_lr(args, epoch: float, epochs: int, warm: bool) -> float:
     """Rate at fractional epoch of a stage: cosine by epochs (moco), or SupCon's with its floor (simclr).
 
@@ -841,7 +867,7 @@ def pretrain_lr(args, epoch: float, epochs: int, warm: bool) -> float:
     if args.backend == "moco":
         return common.cosine_lr(args.lr, epoch, epochs)
     (rise,) = common.scale_milestones((10,), 1000, args.epochs)
-    return common.supcon_lr(args.lr, epoch, epochs, warmup=rise if warm and args.batch_size > 256 > rise else 0)
+    return common.supcon_lr(args.lr, epoch, epochs, warmup=rise if warm and args.batch_size > 256 else 0)
 
 
 class Pretraining:
@@ -1027,8 +1053,6 @@ def train_classifier(run: common.Run, args, splits: data_lt.Splits, backbone: nn
     net = models.Net(backbone.requires_grad_(False), classifier_head(args, backbone.feature_dim, len(counts)))
     net = net.to(args.device, memory_format=torch.channels_last)
     batch, epochs = args.classifier_batch_size, args.classifier_epochs
-    if batch > len(splits.train):
-        raise common.UserError(f"--classifier-batch-size {batch} is more than the {len(splits.train)} training images")
     optimizer = torch.optim.SGD(
         net.head.parameters(), args.classifier_lr, momentum=0.9, fused=args.device.startswith("cuda")
     )
@@ -1125,7 +1149,7 @@ def toy(args) -> None:
             torch.manual_seed(common.derive_seed(args.seed, "init"))
             args.method, state = "tsc", None
             state = Pretraining(run, args, 3)
-            warm = args.epochs if method == "kcl" else math.floor(args.epochs * args.warmup_frac)
+            warm = args.epochs if method == "kcl" else warmup_epochs(args)
             if warm:
                 pretrain(run, args, f"kcl_{method}{ratio}", warm, state, part, counts, statistics, size)
             if warm < args.epochs:
@@ -1210,11 +1234,14 @@ def published(args, rows) -> dict | None:
     changed = {key: value for key, value in args.changed.items() if key not in free}
     for dataset, ratio, method, differs, figure, source in rows:
         if (dataset, ratio, method, differs) == (args.dataset, args.imb_ratio, args.method, changed):
-            return {"overall": figure, "source": source}
+            shots = {}
+            if rows is PAPER and (dataset, method) == ("imagenet_lt", "tsc") and set(differs) <= {"warmup_frac"}:
+                shots = dict(zip(("many", "medium", "few"), PAPER_SHOTS[args.warmup_frac], strict=False))
+            return {"overall": figure} | shots | {"source": source}
     return None
 
 
-def geometry_tables(run: common.Run, args, final: dict) -> list[dict]:
+def geometry_tables(run: common.Run, args, final: dict, classes: int) -> list[dict]:
     """Diagnostics over the epochs (to be drawn) and at the end of pre-training, as tables."""
     rows = [row for row in run.rows if "projection" in row]
     drawn = ["alignment", "uniformity", *(f"{name}_{k}" for name in ("neighbourhood", "reasonability") for k in (1, 5))]
@@ -1229,6 +1256,8 @@ def geometry_tables(run: common.Run, args, final: dict) -> list[dict]:
     if args.method == "tsc":
         cosine = [row.get("matching", {}).get("cosine") for row in rows]
         lines.append({"name": "cosine of centre and target", "values": cosine, "paper": None})
+        changed = [row["changes"] / classes if "changes" in row else None for row in rows]
+        lines.append({"name": "share of classes rematched a step", "values": changed, "paper": None})
     stage3 = f"stage 3: {args.classifier}, lr {args.classifier_lr:g}, batch {args.classifier_batch_size}, batch norm " \
              f"{args.lin_bn}"  # fmt: skip
     names = list(final["projection"])
@@ -1267,6 +1296,8 @@ def main(args) -> None:
         name = "batch-size" if args.batch_size % world else "bn-groups"
         value = args.batch_size if args.batch_size % world else args.bn_groups
         raise common.UserError(f"--{name} {value} must be a multiple of the {world} ranks")
+    if args.batch_size < 2:
+        raise common.UserError(f"--batch-size {args.batch_size}: at least 2, a contrast needs another image")
     if (args.bn_groups or 1) > args.batch_size // 2:
         raise common.UserError(f"--bn-groups {args.bn_groups}: at most {args.batch_size // 2}, two images a group")
     if args.command == "toy":
@@ -1281,8 +1312,15 @@ def main(args) -> None:
     for name, count in zip(splits.train.classes, splits.counts, strict=True):
         if count == 0:
             raise common.UserError(f"class {name} of {args.dataset} has no training image: take it out of the list")
+    if (args.dataset, saved["imb_ratio"] if args.eval else args.imb_ratio) == ("cifar100_lt", 1):
+        splits.mean, splits.std = BALANCED_CIFAR100
     if args.eval:
         return evaluate_checkpoint(args, splits)
+    batch = args.classifier_batch_size  # looked at here, not after hours of the other stages
+    if batch > len(splits.train):
+        raise common.UserError(f"--classifier-batch-size {batch} is more than the {len(splits.train)} training images")
+    if batch < world:
+        raise common.UserError(f"--classifier-batch-size {batch} is less than the {world} ranks")
     classes, statistics, size = len(splits.counts), (splits.mean, splits.std), splits.image_size
     distances = class_distances(args, classes)
     run = common.Run(args, args.method, splits.train.fingerprint())
@@ -1297,7 +1335,7 @@ def main(args) -> None:
                 for name, z in (("projection", projected), ("feature", feature))}  # fmt: skip
 
     state = Pretraining(run, args, classes)
-    warm = args.epochs if args.method == "kcl" else math.floor(args.epochs * args.warmup_frac)
+    warm = args.epochs if args.method == "kcl" else warmup_epochs(args)
     for name, epochs in (("kcl", warm), ("tsc", args.epochs - warm)):
         if epochs:
             pretrain(run, args, name, epochs, state, splits.train, splits.counts, statistics, size, diagnose,
@@ -1324,7 +1362,7 @@ def main(args) -> None:
     run.finish(
         **run.outcome("classifier", full, splits.train.classes, splits.counts), paper=published(args, PAPER),
         released=published(args, RELEASED_FIGURES), parameters=parameters, diagnostics=diagnostics,
-        tables=geometry_tables(run, args, final),
+        tables=geometry_tables(run, args, final, classes),
     )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """tsc.py: targets, positives, losses, matching and diagnostics against golden vectors and by hand; the three stages end
 to end, continued in the middle, and on two ranks against one."""
 
+import argparse
 import itertools
 import json
 import math
@@ -501,14 +502,17 @@ def test_class_distances_know_superclasses_and_look_alikes(tmp_path):
     assert tsc.class_distances(args, 3)[2, 1] == 7
     with pytest.raises(common.UserError, match=r"\[3, 3\], not \[4, 4\]"):
         tsc.class_distances(args, 4)
+    np.save(tmp_path / "d.npy", np.full((3, 3), np.nan))
+    with pytest.raises(common.UserError, match="not finite"):
+        tsc.class_distances(args, 3)
 
 
 # --- the command line -----------------------------------------------------------------------------------------------
 
 TINY = []
 FAST = (
-    "--backbone resnet8 --init default --device cpu --log-to none --quiet --classifier-batch-size 64 --batch-size 42"
-    " --lr 0.05 --eval-every 99 --diagnostics-every 99 --workers 0"
+    "--backbone resnet8 --init default --device cpu --log-to none --quiet --batch-size 42 --lr 0.05 --workers 0"
+    " --classifier-batch-size 64 --eval-every 99 --diagnostics-every 99"
 ).split()
 
 
@@ -528,7 +532,7 @@ def tiny_set(tmp_path_factory):
 
 def line(*flags) -> list[str]:
     dataset = [] if "--dataset" in flags else ["--dataset", TINY[0]]
-    return [*FAST, *dataset, *([] if "toy" in flags else ["--dim", "8"]), *map(str, flags)]
+    return [*(FAST[:-6] if "toy" in flags else [*FAST, "--dim", "8"]), *dataset, *map(str, flags)]
 
 
 def call(*flags, out) -> dict:
@@ -616,6 +620,9 @@ def test_three_stages_end_to_end_and_continued_in_the_middle_of_each(tmp_path, m
     result = results[0]
     assert result["headline"]["overall"] == pytest.approx(np.mean(result["per_class"])) and result["paper"] is None
     assert {"projection", "feature", "matching", "assignment_changes"} <= set(result["diagnostics"])
+    drawn = {row["name"]: row["values"] for row in result["tables"][0]["rows"]}
+    assert drawn["share of classes rematched a step"] == [None, straight["rows"][3]["changes"] / 10]
+    assert drawn["cosine of centre and target"][1] == result["diagnostics"]["matching"]["cosine"]
     assert [row["stage"] for row in straight["rows"]] == ["kcl"] * 2 + ["tsc"] * 2 + ["classifier"] * 2
     rates = [row["lr"] for row in straight["rows"][:4]]
     assert rates[:2] == rates[2:] or backend == "simclr", "the cosine starts again at the switch"
@@ -739,12 +746,16 @@ def test_every_flag_changes_what_it_says_and_nothing_before(losses, backend, fla
         ("--classifier-batch-size 300", "--classifier-batch-size 300 is more than the 199 training images"),
         ("--bn-groups 40", "--bn-groups 40: at most 21"),
         ("--backbone resnet9", "--backbone resnet9: unknown backbone"),
+        ("--batch-size 1", "--batch-size 1: at least 2"),
+        ("toy --classifier-epochs 3", "--classifier-epochs has no meaning in toy"),
+        ("toy --imb-type step", "--imb-type has no meaning in toy"),
+        ("targets --classes 10 --dim 9 --steps 5", "--steps has no meaning with 10 points in 9 dimensions"),
         ("toy --method kcl", "--method has no meaning in toy"),
         ("targets --classes 1", "must be at least 2"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, flags, said):
-    monkeypatch.setattr(tsc, "pretrain", lambda *rest, **options: None)
+    monkeypatch.setattr(tsc, "pretrain", lambda *rest, **options: pytest.fail("refused only after training"))
     with pytest.raises(SystemExit) as stopped:
         if flags.startswith("targets"):
             tsc.parse_args(flags.split())
@@ -767,6 +778,19 @@ def test_a_class_without_images_is_named(tmp_path, capsys, monkeypatch):
     assert stopped.value.code == 2 and "class 4 of " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("ratio", "red"), [("1", 0.5071), ("100", None)])
+def test_balanced_cifar100_is_normalised_with_its_own_statistics(tmp_path, monkeypatch, ratio, red):
+    splits, seen = data_lt.load(tsc.parse_args(line())), []
+    usual = splits.mean[0]
+    monkeypatch.setattr(data_lt, "load", lambda *rest, **options: splits)
+    monkeypatch.setattr(tsc, "class_distances", lambda *rest: None)
+    monkeypatch.setattr(data_lt, "evaluation_loader", lambda args, part, statistics, size: seen.append(statistics))
+    monkeypatch.setattr(tsc, "Pretraining", lambda *rest: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        call("--dataset", "cifar100_lt", "--imb-ratio", ratio, out=tmp_path)
+    assert seen[0][0][0] == (red or usual)
+
+
 def test_a_target_file_of_another_shape_is_refused_and_a_fitting_one_is_used(tmp_path, capsys, monkeypatch):
     np.save(tmp_path / "wide.npy", np.eye(10, 9))
     with pytest.raises(SystemExit) as stopped:
@@ -778,6 +802,23 @@ def test_a_target_file_of_another_shape_is_refused_and_a_fitting_one_is_used(tmp
     with pytest.raises(ZeroDivisionError):
         call("--target-file", tmp_path / "fits.npy", out=tmp_path / "b")
     torch.testing.assert_close(seen[0].matching.targets, unit(torch.eye(10, 8) * 3 + 0.1))
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"an array", "npz", "pickle"])
+def test_files_that_hold_no_array_are_refused_in_one_line(tmp_path, content):
+    path = tmp_path / "x.npy"
+    if content == "npz":
+        with open(path, "wb") as file:
+            np.savez(file, rows=np.eye(10, 8))
+    elif content == "pickle":
+        np.save(path, np.array([{}], dtype=object), allow_pickle=True)
+    else:
+        path.write_bytes(content)
+    args = tsc.parse_args(["--class-distances", str(path)])
+    for read in (lambda: tsc.read_targets(path, 10, 8), lambda: tsc.class_distances(args, 10)):
+        with pytest.raises(common.UserError, match="x.npy is ") as error:
+            read()
+        assert "\n" not in str(error.value)
 
 
 def test_released_recipes_and_presets():
@@ -802,6 +843,12 @@ def test_released_recipes_and_presets():
         tsc.parse_args(["--recipe", "released"])  # nothing was released for letters
 
 
+def test_stage_one_takes_its_share_of_the_epochs_rounded_down():
+    for epochs, share, first in ((200, 0.5, 100), (5, 0.5, 2), (1, 0.5, 0), (100, 0.29, 29), (100, 0.0, 0)):
+        args = argparse.Namespace(epochs=epochs, warmup_frac=share)
+        assert tsc.warmup_epochs(args) == first
+
+
 def test_published_figures_stand_only_beside_the_published_settings():
     def paper(*flags):
         args = tsc.parse_args(list(flags))
@@ -817,6 +864,8 @@ def test_published_figures_stand_only_beside_the_published_settings():
     assert paper("--dataset", "imagenet_lt", "--warmup-frac", "0") == 51.3
     assert paper("--dataset", "imagenet_lt", "--method", "kcl", "--epochs", "400") == 51.6
     assert tsc.published(tsc.parse_args(["--dataset", "imagenet_lt"]), tsc.RELEASED_FIGURES)["overall"] == 52.44
+    shots = tsc.published(tsc.parse_args(["--dataset", "imagenet_lt"]), tsc.PAPER)
+    assert (shots["many"], shots["medium"], shots["few"], shots["overall"]) == (63.5, 49.7, 30.4, 52.4)
     assert len({row[:3] + tuple(row[3].items()) for row in tsc.PAPER}) == len(tsc.PAPER)
 
 
