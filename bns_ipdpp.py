@@ -162,8 +162,8 @@ def parse_args(argv: list[str] | None = None):
     add("--fixed-order", action=switch, default=None, help="one permutation of the images for all epochs")
     for name, warmup in (("probe", "0.2, CIFAR-100 0.05"), ("finetune", "0.05")):
         add = parser.add_argument_group(f"stage {name}").add_argument
-        add(f"--{name}-epochs", type=number(int, 1), help="epochs (default: 100; finetune, letters: 700)")
-        add(f"--{name}-batch-size", type=number(int, 1), help="images of a batch (default: 64; finetune, letters: 32)")
+        add(f"--{name}-epochs", type=number(int, 1), help="epochs (default: 100; letters and large images: own)")
+        add(f"--{name}-batch-size", type=number(int, 1), help="batch (default: 64; finetune, letters: 32; large: 256)")
         add(f"--{name}-lr", type=positive, help="peak learning rate (default: 1e-3 batch / 256, letters more)")
         add(f"--{name}-warmup", type=number(float, 0, 1), help=f"share of the epochs (default: {warmup})")
         add(f"--{name}-jitter-strength", type=number(float, 0, 2.5), help="colour jitter s (default: by data set)")
@@ -182,8 +182,8 @@ def parse_args(argv: list[str] | None = None):
 
     stages = args.stages.split(",")
     own = {key: value for key, value in vars(args).items() if value is not None}
-    kdpp = own.get("subset_mode", "kdpp" if args.recipe == "default" else "legacy") == "kdpp"
-    paper, every = own.get("bns_form") == "paper", own.get("subset_mode") == "all"
+    mode = own.get("subset_mode", "kdpp" if args.recipe == "default" else "legacy")
+    paper = own.get("bns_form") == "paper"
     of_pretrain = ("epochs", "batch_size", "lr", "bns_form", "bns_neg_reduction", "bns_local", "temperature",
                    "projection", "projection_hidden", "warmup", "jitter_strength", "fixed_order")  # fmt: skip
     of_subset = ("subset_mode", "dpp_scale", "dpp_sampler", "p_view", "num_samples", "resample_every")
@@ -194,10 +194,11 @@ def parse_args(argv: list[str] | None = None):
             stage = "finetune"
         if stage and stage not in stages and not args.eval:
             parser.error(f"{flag} belongs to the stage {stage}, which --stages {args.stages} leaves out")
-        if key in ("dpp_scale", "dpp_sampler", "p_view") and not kdpp:
+        if key in ("dpp_scale", "dpp_sampler", "p_view") and mode != "kdpp":
             parser.error(f"{flag} has no meaning without --subset-mode kdpp")
-        if key in ("num_samples", "resample_every") and every:
-            parser.error(f"{flag} has no meaning in --subset-mode all")
+        if key in ("num_samples", "resample_every") and mode == "all" or key == "resample_every" and mode == "legacy":
+            why = ": its subset never changes" if mode == "legacy" else ""
+            parser.error(f"{flag} has no meaning in --subset-mode {mode}{why}")
         if key == "probe_samples" and own.get("probe_data") == "all":
             parser.error("--probe-samples has no meaning with --probe-data all")
     if "bns_neg_reduction" in own and not paper:

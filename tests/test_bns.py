@@ -497,6 +497,8 @@ def test_published_figures_stand_only_beside_the_published_settings():
         ("--save-features val", "--select val"),
         ("--eval x.pt --save-features test", "--save-features"),
         ("--jitter-strength 3", "at most 2.5"),
+        ("--subset-mode legacy --resample-every 3", "never changes"),
+        ("--recipe released --dataset cifar10_lt --resample-every 3", "never changes"),
         ("--dataset imagenet_lt --recipe released", "nothing was released"),
         ("--dpp-sampler mcmc", "invalid choice"),
     ],
@@ -535,7 +537,8 @@ def run_here(monkeypatch, out, dataset, *flags, stages="pretrain,finetune", stop
     named = stages.split(",")
     sizes = [flag for name in named for flag in SIZES[name]]
     sizes = sizes if "pretrain" in named else [*SAME, *sizes]
-    for flag in ("--num-samples", "--resample-every") if "--subset-mode" in flags and "all" in flags else ():
+    mode = flags[flags.index("--subset-mode") + 1] if "--subset-mode" in flags else "kdpp"
+    for flag in {"all": ("--num-samples", "--resample-every"), "legacy": ("--resample-every",)}.get(mode, ()):
         at = sizes.index(flag)
         sizes = sizes[:at] + sizes[at + 2 :]
     line = ["--dataset", dataset, "--stages", stages, *sizes, *flags, "--out", str(out), "--log", "none", "--quiet"]
