@@ -1111,6 +1111,14 @@ def pretrain_table(run: common.Run, args) -> list[dict]:
 # --- main -----------------------------------------------------------------------------------------------------------
 
 
+def own_checkpoint(path) -> dict:
+    """A checkpoint of this script: other methods show their networks other pixels (BNS does not normalise them)."""
+    checkpoint, own = common.load_checkpoint(path), Path(sys.argv[0]).stem
+    if checkpoint["script"] != own:
+        raise common.UserError(f"{path} is of {checkpoint['script']}.py, whose pixels are not those of {own}.py")
+    return checkpoint
+
+
 def examine(args, splits) -> None:
     """--eval CKPT: accuracy over the classes, or of rotation, of a finished or unfinished stage."""
     checkpoint = common.load_checkpoint(args.eval)
@@ -1182,8 +1190,10 @@ def method_name(args) -> str:
 
 def main(args) -> None:
     if args.eval:  # before the data: a foreign checkpoint needs none to be refused
-        saved = common.load_checkpoint(args.eval)["args"]
+        saved = own_checkpoint(args.eval)["args"]
         common.check_same(args.eval, saved, common.result_args(args), ["dataset", "backbone"])
+    if args.stage == "pseudo":
+        own_checkpoint(args.init_from)
     splits = load(args)
     if args.eval:
         return examine(args, splits)

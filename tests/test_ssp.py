@@ -977,3 +977,8 @@ def test_a_checkpoint_without_a_classifier_is_not_evaluated(tmp_path, tiny, caps
         capsys.readouterr()
         run(*base, *flags, out=tmp_path, code=2)
         assert "pretrain.pt" in capsys.readouterr().err
+    foreign = common.load_checkpoint(folder / "pretrain.pt") | {"script": "bns_ipdpp"}
+    torch.save(foreign, tmp_path / "foreign.pt")
+    for flags in (["--eval"], pseudo[:-1]):
+        run(*base, *flags, tmp_path / "foreign.pt", out=tmp_path, code=2)
+        assert "foreign.pt is of bns_ipdpp.py" in capsys.readouterr().err
