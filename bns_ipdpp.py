@@ -207,8 +207,6 @@ def parse_args(argv: list[str] | None = None):
         parser.error(f"--temperature {args.temperature:g}: exp(1 / tau) leaves float32 below 0.0115")
     if stages[0] != "pretrain" and not (args.init_from or args.eval):
         parser.error(f"--stages {args.stages} needs an encoder: --init-from CKPT")
-    if args.select == "val" and stages == ["pretrain"]:
-        parser.error("--select val: pre-training has no figure to select by")
     if args.save_features and args.eval:
         parser.error("--save-features belongs to a training run")
     if args.save_features == "val" and args.select != "val":
@@ -950,7 +948,8 @@ def examine(args) -> None:
 
 
 def load_data(args) -> data_lt.Splits:
-    """The splits; `--select val` carves from the training set where the set has no validation images of its own."""
+    """The splits; `--select val` carves from the training set where the set has no validation images of its own, also
+    for pretrain alone, which selects nothing: what is fine-tuned from it must not have seen them."""
     splits = data_lt.load(args, files=True)
     if args.select == "val" and splits.val is None:
         args.val_from = "train"

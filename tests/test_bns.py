@@ -490,7 +490,6 @@ def test_published_figures_stand_only_beside_the_published_settings():
         ("--probe-bn train", "leaves out"),
         ("--stages pretrain --finetune-lr 1", "leaves out"),
         ("--stages pretrain --subset-mode all", "leaves out"),
-        ("--stages pretrain --select val", "no figure"),
         ("--stages pretrain,probe --probe-data all --probe-samples 3", "--probe-samples"),
         ("--num-samples 0", "at least 1"),
         ("--many-above 5 --few-below 9", "overlap"),
@@ -811,6 +810,10 @@ def test_validation_features_and_a_step_schedule(tmp_path, monkeypatch, tiny):
     ours = rates[-3 * steps :]
     expected = [common.warmup_cosine_lr(0.003, i / steps, 3, 1.5) for i in range(3 * steps)]
     assert ours == pytest.approx(expected, abs=1e-15) and ours[0] == 0
+    alone = run_here(monkeypatch, tmp_path / "alone", tiny, "--select", "val", stages="pretrain") / "pretrain.pt"
+    again = run_here(monkeypatch, tmp_path / "again", tiny, *flags, "--init-from", str(alone), stages="finetune")
+    one, other = (state_of(place, "finetune")["model"] for place in (folder, again))
+    assert all(torch.equal(value, other[name]) for name, value in one.items()), "the same images set aside"
 
 
 def test_the_command_line_with_pictures_and_evaluation(tmp_path, monkeypatch, tiny, capsys):
