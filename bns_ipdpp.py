@@ -146,19 +146,19 @@ def parse_args(argv: list[str] | None = None):
     add = parser.add_argument_group("stages").add_argument
     add("--stages", type=stage_list, default="pretrain,finetune", metavar="S,S", help="of pretrain,probe,finetune")
     add("--weight-decay", type=number(float, 0), help="AdamW, on weights, not on biases and BN (default: 0.05)")
-    add("--crop-min", type=number(float, 0, 1, open_low=True), help="smallest share of the area that a crop keeps")
+    add("--crop-min", type=number(float, 0, 1, open_low=True), help="least area of a crop (default: 0.08, letters 0.7)")
     add("--flip", type=number(float, 0, 1), help="probability of a horizontal flip (default: 0.5, letters 0)")
     add("--many-above", type=number(int, 0), help="own groups: many have more training images (default: by data set)")
     add("--few-below", type=number(int, 0), help="own groups: few have fewer training images (default: by data set)")
     add = parser.add_argument_group("stage pretrain (--epochs, --batch-size, --lr are its)").add_argument
-    add("--bns-form", choices=("released", "paper"), help="released: sigmoids of mean exponentials; paper: equation 12")
+    add("--bns-form", choices=("released", "paper"), help="that of the code (default) or equation 12")
     add("--bns-neg-reduction", choices=("sum", "mean"), help="of the negatives in the paper's form (default: sum)")
     add("--bns-local", action=switch, default=None, help="each rank computes the loss of its own share")
     add("--temperature", type=positive, help="tau (default: 0.5)")
     add("--projection", type=number(int, 1), help="length of the projection (default: 128, letters 64)")
     add("--projection-hidden", type=number(int, 1), help="hidden width of the projector (default: 2048, letters 128)")
     add("--warmup", type=number(float, 0, 1), help="linear warm-up, share of --epochs (default: 0.02)")
-    add("--jitter-strength", type=number(float, 0, 2.5), help="colour jitter s of both views (default: 2, letters 1)")
+    add("--jitter-strength", type=number(float, 0, 2.5), help="colour jitter s (default: CIFAR-like 2, else 1)")
     add("--fixed-order", action=switch, default=None, help="one permutation of the images for all epochs")
     for name, warmup in (("probe", "0.2, CIFAR-100 0.05"), ("finetune", "0.05")):
         add = parser.add_argument_group(f"stage {name}").add_argument
@@ -168,7 +168,7 @@ def parse_args(argv: list[str] | None = None):
         add(f"--{name}-warmup", type=number(float, 0, 1), help=f"share of the epochs (default: {warmup})")
         add(f"--{name}-jitter-strength", type=number(float, 0, 2.5), help="colour jitter s (default: by data set)")
         if name == "probe":
-            add("--probe-data", choices=("balanced", "all"), help="a random balanced subset, or the long-tailed set")
+            add("--probe-data", choices=("balanced", "all"), help="a random subset (default), or all images")
             add("--probe-samples", type=number(int, 1), help="most images of a class in it (default: by data set)")
             add("--probe-bn", choices=("eval", "train"), help="BN of the frozen encoder (default: eval)")
     add("--freeze-encoder", action=switch, default=None, help="train the linear layer alone")

@@ -213,19 +213,19 @@ def parse_args(argv: list[str] | None = None):
         "--bn-splits", type=number(int, 1), help="groups of the batch over all ranks, each with its own BN (default: 8)"
     )
     add("--moco-version", type=int, choices=(1, 2), help="1: linear head, jitter always, no blur (default: 2)")
-    add("--crop-scale", type=number(float, 0, 1, open_low=True), help="smallest area of a crop (default: 0.2)")
+    add("--crop-scale", type=number(float, 0, 1, open_low=True), help="least area of crops (default: 0.2, letters 0.5)")
     add("--blur", type=number(float, 0, 1), help="probability of a blur (default: 0, files 0.5)")
     add = parser.add_argument_group("optimisation (--epochs --batch-size --lr: of stage pretrain)").add_argument
     add("--weight-decay", type=number(float, 0), help="of stage pretrain, on all parameters (default: by data set)")
     add("--schedule", choices=("step", "cosine", "milestones"),
         help="of stage pretrain; step: x0.01 at 160/200 and 180/200 after 5 warm-up epochs; milestones: x0.1 at "
-        "120/200 and 160/200 (default: step, MoCo cosine)")  # fmt: skip
+        "120/200 and 160/200 (default: step; letters, files and MoCo: cosine)")  # fmt: skip
     for stage in ("train", "classifier", "semi"):
         add(f"--{stage}-epochs", type=number(int, 1), help=f"epochs of stage {stage} (default: by data set)")
         add(f"--{stage}-batch-size", type=number(int, 1), help="of a batch over all ranks (default: by data set)")
         add(f"--{stage}-lr", type=number(float, 0, open_low=True), help="base learning rate (default: by data set)")
-    add("--train-weight-decay", type=number(float, 0), help="of the stages with labels (default: 2e-4)")
-    add("--train-schedule", choices=("step", "cosine"), help="of the stages with labels (default: step, files cosine)")
+    add("--train-weight-decay", type=number(float, 0), help="of the stages with labels (default: by data set)")
+    add("--train-schedule", choices=("step", "cosine"), help="of those stages (default: step; letters, files: cosine)")
     add("--classifier-rule", choices=("none", "resample", "reweight"), help="(default: reweight, files resample)")
     switch = {"action": common.argparse.BooleanOptionalAction}
     add("--bn-train", **switch, help="frozen backbone with BN in training mode (default: files only)")
