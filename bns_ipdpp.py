@@ -959,7 +959,7 @@ def load_data(args) -> data_lt.Splits:
     if "finetune" in args.stages and args.subset_mode == "kdpp" and args.dpp_sampler == "dppy":
         for name, n in zip(splits.train.classes, splits.counts, strict=True):
             try:
-                refuse_dppy(n, min(n, args.num_samples))
+                refuse_dppy(n, args.num_samples if n > args.num_samples else 0)  # smaller classes are kept whole
             except ValueError as error:
                 raise common.UserError(f"--dpp-sampler dppy, class {name}: {error}") from None
     return splits
