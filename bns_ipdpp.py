@@ -146,29 +146,29 @@ def parse_args(argv: list[str] | None = None):
     add = parser.add_argument_group("stages").add_argument
     add("--stages", type=stage_list, default="pretrain,finetune", metavar="S,S", help="of pretrain,probe,finetune")
     add("--weight-decay", type=number(float, 0), help="AdamW, on weights, not on biases and BN (default: 0.05)")
-    add("--crop-min", type=number(float, 0, 1, open_low=True), help="smallest share of the area that a crop keeps")
+    add("--crop-min", type=number(float, 0, 1, open_low=True), help="least area of a crop (default: 0.08, letters 0.7)")
     add("--flip", type=number(float, 0, 1), help="probability of a horizontal flip (default: 0.5, letters 0)")
     add("--many-above", type=number(int, 0), help="own groups: many have more training images (default: by data set)")
     add("--few-below", type=number(int, 0), help="own groups: few have fewer training images (default: by data set)")
     add = parser.add_argument_group("stage pretrain (--epochs, --batch-size, --lr are its)").add_argument
-    add("--bns-form", choices=("released", "paper"), help="released: sigmoids of mean exponentials; paper: equation 12")
+    add("--bns-form", choices=("released", "paper"), help="that of the code (default) or equation 12")
     add("--bns-neg-reduction", choices=("sum", "mean"), help="of the negatives in the paper's form (default: sum)")
     add("--bns-local", action=switch, default=None, help="each rank computes the loss of its own share")
     add("--temperature", type=positive, help="tau (default: 0.5)")
     add("--projection", type=number(int, 1), help="length of the projection (default: 128, letters 64)")
     add("--projection-hidden", type=number(int, 1), help="hidden width of the projector (default: 2048, letters 128)")
     add("--warmup", type=number(float, 0, 1), help="linear warm-up, share of --epochs (default: 0.02)")
-    add("--jitter-strength", type=number(float, 0, 2.5), help="colour jitter s of both views (default: 2, letters 1)")
+    add("--jitter-strength", type=number(float, 0, 2.5), help="colour jitter s (default: CIFAR-like 2, else 1)")
     add("--fixed-order", action=switch, default=None, help="one permutation of the images for all epochs")
     for name, warmup in (("probe", "0.2, CIFAR-100 0.05"), ("finetune", "0.05")):
         add = parser.add_argument_group(f"stage {name}").add_argument
-        add(f"--{name}-epochs", type=number(int, 1), help="epochs (default: 100; finetune, letters: 700)")
-        add(f"--{name}-batch-size", type=number(int, 1), help="images of a batch (default: 64; finetune, letters: 32)")
+        add(f"--{name}-epochs", type=number(int, 1), help="epochs (default: 100; letters and large images: own)")
+        add(f"--{name}-batch-size", type=number(int, 1), help="batch (default: 64; finetune, letters: 32; large: 256)")
         add(f"--{name}-lr", type=positive, help="peak learning rate (default: 1e-3 batch / 256, letters more)")
         add(f"--{name}-warmup", type=number(float, 0, 1), help=f"share of the epochs (default: {warmup})")
         add(f"--{name}-jitter-strength", type=number(float, 0, 2.5), help="colour jitter s (default: by data set)")
         if name == "probe":
-            add("--probe-data", choices=("balanced", "all"), help="a random balanced subset, or the long-tailed set")
+            add("--probe-data", choices=("balanced", "all"), help="a random subset (default), or all images")
             add("--probe-samples", type=number(int, 1), help="most images of a class in it (default: by data set)")
             add("--probe-bn", choices=("eval", "train"), help="BN of the frozen encoder (default: eval)")
     add("--freeze-encoder", action=switch, default=None, help="train the linear layer alone")
@@ -182,8 +182,8 @@ def parse_args(argv: list[str] | None = None):
 
     stages = args.stages.split(",")
     own = {key: value for key, value in vars(args).items() if value is not None}
-    kdpp = own.get("subset_mode", "kdpp" if args.recipe == "default" else "legacy") == "kdpp"
-    paper, every = own.get("bns_form") == "paper", own.get("subset_mode") == "all"
+    mode = own.get("subset_mode", "kdpp" if args.recipe == "default" else "legacy")
+    paper = own.get("bns_form") == "paper"
     of_pretrain = ("epochs", "batch_size", "lr", "bns_form", "bns_neg_reduction", "bns_local", "temperature",
                    "projection", "projection_hidden", "warmup", "jitter_strength", "fixed_order")  # fmt: skip
     of_subset = ("subset_mode", "dpp_scale", "dpp_sampler", "p_view", "num_samples", "resample_every")
@@ -194,10 +194,11 @@ def parse_args(argv: list[str] | None = None):
             stage = "finetune"
         if stage and stage not in stages and not args.eval:
             parser.error(f"{flag} belongs to the stage {stage}, which --stages {args.stages} leaves out")
-        if key in ("dpp_scale", "dpp_sampler", "p_view") and not kdpp:
+        if key in ("dpp_scale", "dpp_sampler", "p_view") and mode != "kdpp":
             parser.error(f"{flag} has no meaning without --subset-mode kdpp")
-        if key in ("num_samples", "resample_every") and every:
-            parser.error(f"{flag} has no meaning in --subset-mode all")
+        if key in ("num_samples", "resample_every") and mode == "all" or key == "resample_every" and mode == "legacy":
+            why = ": its subset never changes" if mode == "legacy" else ""
+            parser.error(f"{flag} has no meaning in --subset-mode {mode}{why}")
         if key == "probe_samples" and own.get("probe_data") == "all":
             parser.error("--probe-samples has no meaning with --probe-data all")
     if "bns_neg_reduction" in own and not paper:
@@ -206,8 +207,6 @@ def parse_args(argv: list[str] | None = None):
         parser.error(f"--temperature {args.temperature:g}: exp(1 / tau) leaves float32 below 0.0115")
     if stages[0] != "pretrain" and not (args.init_from or args.eval):
         parser.error(f"--stages {args.stages} needs an encoder: --init-from CKPT")
-    if args.select == "val" and stages == ["pretrain"]:
-        parser.error("--select val: pre-training has no figure to select by")
     if args.save_features and args.eval:
         parser.error("--save-features belongs to a training run")
     if args.save_features == "val" and args.select != "val":
@@ -949,7 +948,8 @@ def examine(args) -> None:
 
 
 def load_data(args) -> data_lt.Splits:
-    """The splits; `--select val` carves from the training set where the set has no validation images of its own."""
+    """The splits; `--select val` carves from the training set where the set has no validation images of its own, also
+    for pretrain alone, which selects nothing: what is fine-tuned from it must not have seen them."""
     splits = data_lt.load(args, files=True)
     if args.select == "val" and splits.val is None:
         args.val_from = "train"
@@ -959,7 +959,7 @@ def load_data(args) -> data_lt.Splits:
     if "finetune" in args.stages and args.subset_mode == "kdpp" and args.dpp_sampler == "dppy":
         for name, n in zip(splits.train.classes, splits.counts, strict=True):
             try:
-                refuse_dppy(n, min(n, args.num_samples))
+                refuse_dppy(n, args.num_samples if n > args.num_samples else 0)  # smaller classes are kept whole
             except ValueError as error:
                 raise common.UserError(f"--dpp-sampler dppy, class {name}: {error}") from None
     return splits

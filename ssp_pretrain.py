@@ -82,7 +82,7 @@ CIFAR = EQUATIONS | {
     "imb_ratio": 100.0, "backbone": "resnet32", "crop": "pad", "pad": 4, "flip": 0.5, "jitter": 0.0, "class_aware": 0,
     "train_epochs": 200, "train_batch_size": 128, "train_lr": 0.1, "train_weight_decay": 2e-4, "train_schedule": "step",
     "classifier_epochs": 200, "classifier_batch_size": 128, "classifier_lr": 0.1, "classifier_rule": "reweight",
-    "bn_train": False, "semi_epochs": 200, "semi_batch_size": 256, "semi_lr": 0.1,
+    "bn_train": False, "lr_bug": False, "cos_shift": False, "semi_epochs": 200, "semi_batch_size": 256, "semi_lr": 0.1,
 }  # fmt: skip
 IMAGENET = CIFAR | {
     "imb_ratio": None, "backbone": "resnet50", "crop": "resized", "jitter": 0.4, "class_aware": 4,
@@ -213,28 +213,28 @@ def parse_args(argv: list[str] | None = None):
         "--bn-splits", type=number(int, 1), help="groups of the batch over all ranks, each with its own BN (default: 8)"
     )
     add("--moco-version", type=int, choices=(1, 2), help="1: linear head, jitter always, no blur (default: 2)")
-    add("--crop-scale", type=number(float, 0, 1, open_low=True), help="smallest area of a crop (default: 0.2)")
+    add("--crop-scale", type=number(float, 0, 1, open_low=True), help="least area of crops (default: 0.2, letters 0.5)")
     add("--blur", type=number(float, 0, 1), help="probability of a blur (default: 0, files 0.5)")
     add = parser.add_argument_group("optimisation (--epochs --batch-size --lr: of stage pretrain)").add_argument
     add("--weight-decay", type=number(float, 0), help="of stage pretrain, on all parameters (default: by data set)")
     add("--schedule", choices=("step", "cosine", "milestones"),
         help="of stage pretrain; step: x0.01 at 160/200 and 180/200 after 5 warm-up epochs; milestones: x0.1 at "
-        "120/200 and 160/200 (default: step, MoCo cosine)")  # fmt: skip
+        "120/200 and 160/200 (default: step; letters, files and MoCo: cosine)")  # fmt: skip
     for stage in ("train", "classifier", "semi"):
         add(f"--{stage}-epochs", type=number(int, 1), help=f"epochs of stage {stage} (default: by data set)")
         add(f"--{stage}-batch-size", type=number(int, 1), help="of a batch over all ranks (default: by data set)")
         add(f"--{stage}-lr", type=number(float, 0, open_low=True), help="base learning rate (default: by data set)")
-    add("--train-weight-decay", type=number(float, 0), help="of the stages with labels (default: 2e-4)")
-    add("--train-schedule", choices=("step", "cosine"), help="of the stages with labels (default: step, files cosine)")
+    add("--train-weight-decay", type=number(float, 0), help="of the stages with labels (default: by data set)")
+    add("--train-schedule", choices=("step", "cosine"), help="of those stages (default: step; letters, files: cosine)")
     add("--classifier-rule", choices=("none", "resample", "reweight"), help="(default: reweight, files resample)")
     switch = {"action": common.argparse.BooleanOptionalAction}
     add("--bn-train", **switch, help="frozen backbone with BN in training mode (default: files only)")
-    add("--lr-bug", **switch, default=False, help="step schedule without its last drop, as LL's code")
-    add("--cos-shift", **switch, default=False, help="cosine stepped before the epoch: lr 0 in the last one")
+    add("--lr-bug", **switch, help="step schedule without its last drop, as LL's code")
+    add("--cos-shift", **switch, help="cosine stepped before the epoch: lr 0 in the last one")
     add("--crop", choices=("pad", "resized"), help="of the stages with labels and of rotation (default: files resized)")
     add("--pad", type=number(int, 0), help="zero padding of crop pad in pixels (default: 4, letters 2)")
     add("--flip", type=number(float, 0, 1), help="probability of a horizontal flip (default: 0.5, letters 0)")
-    add("--jitter", type=number(float, 0, 1), help="strength of the colour jitter in the stages with labels")
+    add("--jitter", type=number(float, 0, 1), help="colour jitter where not MoCo's (default: 0, files 0.4)")
     add = parser.add_argument_group("unlabelled images").add_argument
     add("--unlabeled-source", metavar="{leftover,FILE.npz}",
         help="training images outside the subset, or x (uint8 NHWC) and perhaps y, their hidden classes")  # fmt: skip
@@ -260,7 +260,9 @@ def parse_args(argv: list[str] | None = None):
         args.class_aware = 0
     group = {name: "large" if name in LARGE else name for name in TRAIN}
     presets = {name: preset | PRETRAIN[args.ssp][group[name]] for name, preset in TRAIN.items()}
+    given = dict(vars(args))
     args = common.resolve(parser, args, presets, lambda: size, RELEASED)
+    _check_settings(parser, args, given)
     for key in ("ssp", "loss", "rule"):  # they make the name of the method
         args.changed.pop(key, None)
     if args.ssp == "moco" and args.stage in ("all", "pretrain") and not args.init_from:
@@ -314,16 +316,22 @@ def _check_flags(parser, args, given_ssp: str | None, large: bool) -> None:
           for key in ("rule", "epochs", "batch_size", "lr")),
         *((f"semi_{key}", getattr(args, f"semi_{key}"), semi, "without --unlabeled-source")
           for key in ("epochs", "batch_size", "lr")),
+        *((key, getattr(args, key), alone != "pseudo", "with --stage pseudo")
+          for key in ("semi_epochs", "semi_batch_size", "semi_lr", "unlabeled_weight")),
         ("save_features", args.save_features, alone in ("all", "train", "classifier", "semi"), f"with --stage {alone}"),
     ):  # fmt: skip
-        if given not in (None, False) and not fits:
+        if given is not None and given is not False and not fits:
             parser.error(f"--{flag.replace('_', '-')} has no meaning {where}")
     for wrong, message in (
+        (args.eval and alone not in ("all", "eval"), f"--eval and --stage {alone} contradict each other"),
         (args.depth and args.backbone, "--depth and --backbone contradict each other"),
         (args.rs_exact and args.class_aware, "--rs-exact and --class-aware contradict each other"),
         (alone == "pretrain" and args.ssp == "none", "--stage pretrain needs --ssp rotation or moco"),
         (alone == "pretrain" and args.rule in ("reweight", "drw"),
          f"--rule {args.rule} has no meaning in --stage pretrain: weights of classes need labels"),
+        (alone in ("pretrain", "classifier", "pseudo") and args.rule != "none",
+         f"--rule {args.rule} has no meaning with --stage {alone}"),
+        (alone == "pretrain" and args.loss != "ce", f"--loss {args.loss} has no meaning with --stage pretrain"),
         (alone == "pretrain" and args.init_from, "--stage pretrain starts from scratch: drop --init-from"),
         (alone == "train" and args.ssp != "none" and not args.init_from,
          "--stage train needs --init-from CKPT (or --ssp none, from scratch)"),
@@ -340,6 +348,27 @@ def _check_flags(parser, args, given_ssp: str | None, large: bool) -> None:
     ):  # fmt: skip
         if wrong:
             parser.error(message)
+
+
+def _check_settings(parser, args, given: dict) -> None:
+    """The same for flags whose meaning hangs on settings of the data set; given: the flags before those were filled."""
+    if args.eval:
+        return
+    pretraining = args.stage in ("all", "pretrain") and args.ssp != "none" and not args.init_from
+    labeled = args.stage not in ("pretrain", "pseudo")
+    stepped = pretraining and args.schedule == "step" or labeled and args.train_schedule == "step"
+    turned = labeled or pretraining and args.ssp == "rotation"
+    for key, fits, where in (
+        ("lr_bug", stepped, "without a step schedule"),
+        ("cos_shift", labeled and args.train_schedule == "cosine", "without a cosine schedule in a stage with labels"),
+        *((key, turned, "where neither rotation nor a stage with labels is trained") for key in (
+            "crop", "pad", "jitter")),
+        ("flip", pretraining or labeled, "where nothing is trained"),
+        ("pad", args.crop == "pad", "with --crop resized"),
+        ("blur", args.ssp == "moco" and args.moco_version == 2, "with --moco-version 1"),
+    ):  # fmt: skip
+        if given[key] is not None and given[key] is not False and not fits:
+            parser.error(f"--{key.replace('_', '-')} has no meaning {where}")
 
 
 # --- equations ------------------------------------------------------------------------------------------------------
@@ -401,11 +430,14 @@ def ldam_terms(
 
 
 def global_mean(values: Tensor, mass: Tensor) -> Tensor:
-    """sum of values / sum of mass over the batch of all ranks, times ranks: what DDP averages is its gradient."""
+    """sum of values / sum of mass over the batch of all ranks, times ranks: what DDP averages is its gradient.
+
+    0 where nothing counts: --unlabeled-weight 0 and a batch of pseudo-labelled images alone.
+    """
     total = mass.detach().sum()
     if common.world_size() > 1:
         dist.all_reduce(total)
-    return values.sum() * (common.world_size() / total)
+    return values.sum() * (common.world_size() / total.clamp(min=torch.finfo(total.dtype).tiny))
 
 
 def class_weights(rule: str, counts, epoch: int, switch: int, beta: float = 0.9999) -> np.ndarray | None:
@@ -842,7 +874,7 @@ def fit(run: common.Run, args, name: str, net: models.Net, splits, train=None, l
                 scaler.step(optimizer)
                 scaler.update()
                 accuracy = (logits.argmax(1) == labels).float().mean()
-                stage.add(len(labels), loss=values.sum() / mass.sum(), accuracy=accuracy)
+                stage.add(len(labels), loss=values.sum() / mass.sum().clamp(min=1e-30), accuracy=accuracy)
             scores, selected = {}, None
             if stage.due(args.eval_every):
                 scores["test"] = common.logged(common.figures(args, net, test_loader, splits.counts))
@@ -947,14 +979,17 @@ def recipe_name(args, ssp: bool) -> str:
     return {"ce": "CE", "focal": "Focal", "ldam": "LDAM"}[args.loss] + "+SSP" * ssp + tail[args.rule] + second
 
 
+HARMLESS = {"eval_every", "gpus", "compile", "precision", "cache"}  # what published figures may stand beside
+
+
 def published(args, ssp: bool) -> dict | None:
     """The published accuracy of this run's settings in percent and where it stands; None when there is none."""
     place, name = (args.dataset, args.imb_ratio), recipe_name(args, ssp)
-    if set(args.changed) - {"compare", "recipe", "backbone", "two_stage"}:
+    if set(args.changed) - HARMLESS - {"compare", "recipe", "backbone", "two_stage"}:
         return None
     large = args.dataset in LARGE
     if large or place not in COLUMNS:
-        fits = large and args.backbone == "resnet50" and args.ssp == "moco"
+        fits = large and args.imb_ratio is None and args.backbone == "resnet50" and args.ssp == "moco"
         value = PAPER["YX README"].get(name, {}).get((args.dataset, None)) if fits else None
         return value and {"overall": value, "source": "YX README"}
     if ssp and args.ssp != "rotation":
@@ -970,6 +1005,18 @@ def published(args, ssp: bool) -> dict | None:
         if value := PAPER[source].get(name, {}).get(place):
             return {"overall": value, "source": source}
     return None
+
+
+def published_semi(args) -> dict | None:
+    """The same for cross-entropy from scratch on an .npz of unlabelled images pseudo-labelled by cross-entropy."""
+    if (args.unlabeled_source or "leftover") == "leftover" or args.imb_ratio != 50:
+        return None
+    if args.ssp != "none" or recipe_name(args, False) != "CE":
+        return None
+    if set(args.changed) - HARMLESS - {"unlabeled_source", "imb_ratio_unlabeled"}:
+        return None
+    value = PAPER["YX README, semi-supervised"].get(args.dataset, {}).get(args.imb_ratio_unlabeled or 50)
+    return value and {"overall": value, "source": "YX README (their unlabelled images)"}
 
 
 def similarity(scores: common.Scores, num_classes: int) -> dict | None:
@@ -1064,6 +1111,14 @@ def pretrain_table(run: common.Run, args) -> list[dict]:
 # --- main -----------------------------------------------------------------------------------------------------------
 
 
+def own_checkpoint(path) -> dict:
+    """A checkpoint of this script: other methods show their networks other pixels (BNS does not normalise them)."""
+    checkpoint, own = common.load_checkpoint(path), Path(sys.argv[0]).stem
+    if checkpoint["script"] != own:
+        raise common.UserError(f"{path} is of {checkpoint['script']}.py, whose pixels are not those of {own}.py")
+    return checkpoint
+
+
 def examine(args, splits) -> None:
     """--eval CKPT: accuracy over the classes, or of rotation, of a finished or unfinished stage."""
     checkpoint = common.load_checkpoint(args.eval)
@@ -1135,8 +1190,10 @@ def method_name(args) -> str:
 
 def main(args) -> None:
     if args.eval:  # before the data: a foreign checkpoint needs none to be refused
-        saved = common.load_checkpoint(args.eval)["args"]
+        saved = own_checkpoint(args.eval)["args"]
         common.check_same(args.eval, saved, common.result_args(args), ["dataset", "backbone"])
+    if args.stage == "pseudo":
+        own_checkpoint(args.init_from)
     splits = load(args)
     if args.eval:
         return examine(args, splits)
@@ -1230,10 +1287,8 @@ def report_arms(run, args, splits, arms: dict[str, Outcome], told: dict, with_ss
     papers = {name: published(args, not arm.stage.endswith("_scratch") and with_ssp) for name, arm in arms.items()}
     if args.stage != "all":
         papers = {}
-    if args.unlabeled_source and args.unlabeled_source != "leftover" and args.imb_ratio == 50:
-        value = PAPER["YX README, semi-supervised"].get(args.dataset, {}).get(args.imb_ratio_unlabeled or 50)
-        if value and not set(args.changed) - {"unlabeled_source", "imb_ratio_unlabeled"}:
-            papers["with pseudo-labels"] = {"overall": value, "source": "YX README (their unlabelled images)"}
+    if paper := published_semi(args):
+        papers["with pseudo-labels"] = paper
     name, last = list(arms.items())[-1]
     if args.save_features:
         keep_features(run, args, splits, last.net)

@@ -490,13 +490,14 @@ def test_published_figures_stand_only_beside_the_published_settings():
         ("--probe-bn train", "leaves out"),
         ("--stages pretrain --finetune-lr 1", "leaves out"),
         ("--stages pretrain --subset-mode all", "leaves out"),
-        ("--stages pretrain --select val", "no figure"),
         ("--stages pretrain,probe --probe-data all --probe-samples 3", "--probe-samples"),
         ("--num-samples 0", "at least 1"),
         ("--many-above 5 --few-below 9", "overlap"),
         ("--save-features val", "--select val"),
         ("--eval x.pt --save-features test", "--save-features"),
         ("--jitter-strength 3", "at most 2.5"),
+        ("--subset-mode legacy --resample-every 3", "never changes"),
+        ("--recipe released --dataset cifar10_lt --resample-every 3", "never changes"),
         ("--dataset imagenet_lt --recipe released", "nothing was released"),
         ("--dpp-sampler mcmc", "invalid choice"),
     ],
@@ -535,7 +536,8 @@ def run_here(monkeypatch, out, dataset, *flags, stages="pretrain,finetune", stop
     named = stages.split(",")
     sizes = [flag for name in named for flag in SIZES[name]]
     sizes = sizes if "pretrain" in named else [*SAME, *sizes]
-    for flag in ("--num-samples", "--resample-every") if "--subset-mode" in flags and "all" in flags else ():
+    mode = flags[flags.index("--subset-mode") + 1] if "--subset-mode" in flags else "kdpp"
+    for flag in {"all": ("--num-samples", "--resample-every"), "legacy": ("--resample-every",)}.get(mode, ()):
         at = sizes.index(flag)
         sizes = sizes[:at] + sizes[at + 2 :]
     line = ["--dataset", dataset, "--stages", stages, *sizes, *flags, "--out", str(out), "--log", "none", "--quiet"]
@@ -808,6 +810,10 @@ def test_validation_features_and_a_step_schedule(tmp_path, monkeypatch, tiny):
     ours = rates[-3 * steps :]
     expected = [common.warmup_cosine_lr(0.003, i / steps, 3, 1.5) for i in range(3 * steps)]
     assert ours == pytest.approx(expected, abs=1e-15) and ours[0] == 0
+    alone = run_here(monkeypatch, tmp_path / "alone", tiny, "--select", "val", stages="pretrain") / "pretrain.pt"
+    again = run_here(monkeypatch, tmp_path / "again", tiny, *flags, "--init-from", str(alone), stages="finetune")
+    one, other = (state_of(place, "finetune")["model"] for place in (folder, again))
+    assert all(torch.equal(value, other[name]) for name, value in one.items()), "the same images set aside"
 
 
 def test_the_command_line_with_pictures_and_evaluation(tmp_path, monkeypatch, tiny, capsys):

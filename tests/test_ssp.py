@@ -224,6 +224,14 @@ def test_losses_against_double_loops(weighted):
     assert (focal == exact) == (not weighted)
 
 
+def test_a_batch_in_which_nothing_counts_has_no_loss_and_no_gradient():
+    logits = torch.randn(4, 3, requires_grad=True)
+    values, mass = ssp.ce_terms(logits, torch.tensor([0, 1, 2, 0]))
+    loss = ssp.global_mean(values * 0, mass * 0)  # pseudo-labelled images alone, --unlabeled-weight 0
+    loss.backward()
+    assert loss.item() == 0 and not logits.grad.any()
+
+
 def test_margins_of_empty_classes_and_gradients_at_certainty():
     assert ssp.ldam_margins([16, 0, 1], 0.4).tolist() == pytest.approx([0.2, 0.4, 0.4])
     x = torch.tensor([[200.0, -200.0]], requires_grad=True)
@@ -779,7 +787,15 @@ def test_published_figures_stand_only_beside_the_published_settings():
     for flags in (["--epochs", 100], ["--ssp", "moco"], ["--depth", 20], ["--imb-ratio", 30], ["--imb-type", "step"],
                   ["--two-stage"], ["--loss", "focal"], ["--train-lr", 0.05], ["--data-seed", 1]):  # fmt: skip
         assert paper(*ten, *flags) is None, flags
+    assert paper(*ten, "--eval-every", 5) == 73.8 and paper("--dataset", "imagenet_lt", "--imb-ratio", 50) is None
     assert paper("--dataset", "imagenet_lt", "--backbone", "resnet10") is None and paper() is None
+    semi = ["--ssp", "none", "--imb-ratio", 50, "--unlabeled-source"]
+    assert ssp.published_semi(parsed("--data-root", "x", *ten, *semi, "a.npz"))["overall"] == 81.64
+    known = [*ten, *semi, "a.npz", "--imb-ratio-unlabeled", 100]
+    assert ssp.published_semi(parsed("--data-root", "x", *known))["overall"] == 80.06
+    for flags in ([*ten, *semi, "leftover"], [*known, "--rule", "drw"], [*known, "--loss", "ldam"],
+                  [*known, "--semi-lr", 1], [*known, "--imb-ratio", 10], [*known, "--ssp", "rotation"]):  # fmt: skip
+        assert ssp.published_semi(parsed("--data-root", "x", *flags)) is None, flags
     for source in ("LL Table 1", "LL Table 11"):
         for name, cells in ssp.PAPER[source].items():
             figures = [list(map(float, cell.split("/"))) for cell in cells.split()]
@@ -797,7 +813,8 @@ def test_flags_do_what_they_say(capsys):
     assert ssp.label_augment(parsed("--crop", "resized"), splits).crop == "resized"
     view = ssp.moco_augment(parsed("--ssp", "moco", "--blur", 0.5, "--crop-scale", 0.3), splits)
     assert (view.blur_p, view.scale, view.jitter_p, view.jitter[3], view.grey) == (0.5, (0.3, 1.0), 0.8, 0.1, 0.2)
-    first = ssp.moco_augment(parsed("--ssp", "moco", "--blur", 0.5, "--moco-version", 1), splits)
+    version1 = vars(parsed("--ssp", "moco", "--moco-version", 1)) | {"blur": 0.5}  # as the preset of files has it
+    first = ssp.moco_augment(argparse.Namespace(**version1), splits)
     assert (first.blur_p, first.jitter_p, first.jitter[3]) == (0.0, 1.0, 0.4)
 
     resample = ["--rule", "resample"]
@@ -829,6 +846,7 @@ def test_flags_do_what_they_say(capsys):
     assert (released.lr_bug, released.bn_train, released.train_lr, released.cos_shift) == (True, True, 0.01, False)
     released = parsed("--dataset", "inat18", "--recipe", "released")
     assert (released.cos_shift, released.bn_train, released.lr_bug, released.train_lr) == (True, True, False, 0.2)
+    assert parsed("--dataset", "inat18", "--recipe", "released", "--no-cos-shift").cos_shift is False
     assert parsed("--dataset", "inat18", "--no-bn-train").bn_train is False and parsed("--two-stage").bn_train is False
 
 
@@ -889,6 +907,19 @@ BAD = [
     (["--focal-gamma", 2], "--focal-gamma has no meaning with --loss ce"),
     (["--ldam-scale", 2], "--ldam-scale has no meaning"),
     (["--drw-epoch", 2], "--drw-epoch has no meaning"),
+    (["--weight-decay", 0, "--ssp", "none"], "--weight-decay has no meaning"),
+    (["--class-aware", 0], "--class-aware has no meaning"),
+    (["--lr-bug", "--ssp", "none", "--train-schedule", "cosine"], "--lr-bug has no meaning without a step"),
+    (["--cos-shift"], "--cos-shift has no meaning without a cosine"),
+    (["--ssp", "moco", "--moco-version", 1, "--blur", 0.5, "--batch-size", 64], "--blur has no meaning"),
+    (["--crop", "resized", "--pad", 3], "--pad has no meaning with --crop resized"),
+    (["--stage", "pretrain", "--ssp", "moco", "--jitter", 0.4], "--jitter has no meaning"),
+    (["--stage", "pretrain", "--loss", "ldam"], "--loss ldam has no meaning"),
+    (["--stage", "pretrain", "--rule", "resample"], "--rule resample has no meaning"),
+    (["--stage", "classifier", "--init-from", "x.pt", "--rule", "drw"], "--rule drw has no meaning"),
+    (["--stage", "pseudo", "--init-from", "x.pt", "--unlabeled-source", "leftover", "--semi-epochs", 9],
+     "--semi-epochs has no meaning with --stage pseudo"),
+    (["--eval", "x.pt", "--stage", "train"], "--eval and --stage train contradict"),
     (["--rs-exact"], "without re-sampling"),
     (["--beta", 0.9], "--beta has no meaning"),
     (["--beta", 0.9, "--rule", "resample", "--rs-exact"], "--beta has no meaning"),
@@ -946,3 +977,8 @@ def test_a_checkpoint_without_a_classifier_is_not_evaluated(tmp_path, tiny, caps
         capsys.readouterr()
         run(*base, *flags, out=tmp_path, code=2)
         assert "pretrain.pt" in capsys.readouterr().err
+    foreign = common.load_checkpoint(folder / "pretrain.pt") | {"script": "bns_ipdpp"}
+    torch.save(foreign, tmp_path / "foreign.pt")
+    for flags in (["--eval"], pseudo[:-1]):
+        run(*base, *flags, tmp_path / "foreign.pt", out=tmp_path, code=2)
+        assert "foreign.pt is of bns_ipdpp.py" in capsys.readouterr().err
