@@ -817,10 +817,11 @@ def export(run: Path, out: Path, data_root: Path) -> str:
         raise UserError(f"{source} holds no network under the name model")
     half = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
     kept = ("kind", "script", "args", "data", "stage", "epoch", "info")
-    exported = {"variant": result["variant"], "seed": result["seed"], "full": full["overall"], "half": None}
+    flags = _without(words, LEFT_OUT)
+    exported = {"variant": result["variant"], "seed": result["seed"], "full": full["overall"], "half": None,
+                "command": [f"{result['script']}.py", *flags]}  # fmt: skip
     small = {key: checkpoint[key] for key in kept} | {"state": {"model": half}, "exported": exported}
     save_checkpoint(out, small)
-    flags = _without(words, LEFT_OUT)
     command = [sys.executable, str(ROOT / f"{result['script']}.py"), *flags, "--eval", str(out)]
     extra = ["--data-root", str(data_root), "--log", "none"]
     done = subprocess.run([*command, *extra], capture_output=True, text=True)

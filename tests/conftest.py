@@ -56,6 +56,23 @@ class Golden:
         self.unread -= {found.group(0) for found in self.match(pattern)}
 
 
+LONGEST = (
+    "test_ranks.py",
+    "test_run.py",
+    "test_readme.py",
+    "test_faults.py",
+    "test_ssp.py",
+    "test_tsc.py",
+    "test_toy.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take long come first, so that processes which share the suite out end together."""
+    place = {name: k for k, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
+
+
 def pytest_generate_tests(metafunc):
     if "golden" in metafunc.fixturenames:
         marker = metafunc.definition.get_closest_marker("golden")

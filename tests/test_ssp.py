@@ -758,7 +758,7 @@ def test_the_pair_side_by_side(tmp_path, tiny, monkeypatch):
     nearest = [max(float(similar["cosine"][c, d]) for d in range(10) if d != c) for c in by_size]
     assert cosine["rows"][1]["values"] == pytest.approx([100 * x for x in nearest], abs=1e-3)
     assert cosine["plot"]["rows"] == distance["plot"]["rows"] == ["CE+DRW", "CE+SSP+DRW"]
-    assert len(list(folder.glob("*.png"))) == 4, "two curves of similarity, recall and confusion"
+    assert len(list(folder.glob("*.png"))) == 5, "two curves of similarity, recall, reliability, confusion"
     with np.load(folder / "features_test.npz") as file:
         net = models.Net(models.backbone("resnet8"), models.linear_head(64, 10))
         net.load_state_dict(state(folder, "train")["model"])

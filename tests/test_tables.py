@@ -1,6 +1,6 @@
 """`python common.py run|tables|figures`, and the shell scripts that find an interpreter for it."""
 
-import importlib
+import importlib.util
 import json
 import os
 import shutil
@@ -11,6 +11,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import commands
 import pytest
 import torch
 
@@ -506,16 +507,17 @@ def test_else_a_venv_is_made_and_an_interrupted_one_is_finished(checkout, tmp_pa
 
 
 def test_the_tests_exit_code_is_passed_on(checkout):
+    alone = ["-n", "0"] if importlib.util.find_spec("xdist") else []  # no processes for one test
     for script in (checkout / "tests" / "run.sh", checkout / ".ci" / "run"):
-        done = shell(script, "-k", "one")
+        done = shell(script, "-k", "one", *alone)
         assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
-        assert shell(script, "-k", "nothing").returncode == 5, "no test ran"
+        assert shell(script, "-k", "nothing", *alone).returncode == 5, "no test ran"
     (checkout / "tests" / "test_one.py").write_text("def test_one():\n    raise AssertionError\n")
-    assert shell(checkout / "tests" / "run.sh").returncode == 1
-    assert shell(checkout / ".ci" / "run").returncode == 1
+    assert shell(checkout / "tests" / "run.sh", *alone).returncode == 1
+    assert shell(checkout / ".ci" / "run", *alone).returncode == 1
     (checkout / "tests" / "test_one.py").write_text("import pytest\n\n\n@pytest.mark.skip\ndef test_one():\n    pass\n")
-    assert shell(checkout / "tests" / "run.sh").returncode == 0
-    done = shell(checkout / ".ci" / "run")
+    assert shell(checkout / "tests" / "run.sh", *alone).returncode == 0
+    done = shell(checkout / ".ci" / "run", *alone)
     assert done.returncode == 1 and "no test has passed" in done.stderr
 
 
@@ -623,6 +625,18 @@ def test_exported_weights_give_the_figure_again(tmp_path, capsys):
     assert tables.main_cli(["export", str(folder), "--out", str(out)]) == 2 and "exists" in capsys.readouterr().err
     assert tables.main_cli(["export", str(tmp_path), "--out", str(tmp_path / "x.pt")]) == 2
     assert "is no folder of a finished run" in capsys.readouterr().err and not (tmp_path / "x.pt").exists()
+
+
+def test_recorded_weights_give_their_figure_again(tmp_path, pytestconfig):
+    files = sorted((ROOT / "results" / "weights").glob("*.pt"))
+    assert files and all(path.stat().st_size < 2e6 for path in files)
+    for path in files if pytestconfig.getoption("--slow") else files[:2]:
+        exported = common.load_checkpoint(path)["exported"]
+        words = [str(ROOT / exported["command"][0]), *exported["command"][1:], "--eval", str(path), "--log", "none"]
+        done = subprocess.run(
+            [sys.executable, *words, "--out", str(tmp_path)], capture_output=True, text=True, env=commands.environment()
+        )
+        assert f"overall {100 * exported['half']:.2f}%" in done.stdout, (path, done.stdout, done.stderr)
 
 
 def test_pictures_are_linked(tmp_path):
