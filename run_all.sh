@@ -24,13 +24,12 @@ comparison, letters: TailCalibX  | python tailcalibx.py                         
 letters, verification            | python toy_similarity.py --experiment verification --dataset glyphs_lt             | 0,1,2
 letters, verification (control)  | python toy_similarity.py --experiment verification --dataset glyphs_lt --control   | 0,1,2
 
-# The scripts' own settings and baselines
-letters, SSP                     | python ssp_pretrain.py --compare                                                   | 0,1,2
-letters, FSGL                    | python fsgl.py --variant fsgl                                                      | 0,1,2
+# Baselines
 letters, TailCalibX              | python tailcalibx.py --pipeline {crt,tailcalib}                                    | 0,1,2
 
 # --- letters, the other rows (--more)
 more letters, sweeps             | python toy_similarity.py --experiment {sweep1,sweep2} --dataset glyphs_lt          | 0,1,2
+more letters, SSP                | python ssp_pretrain.py --compare                                                   | 0,1,2
 more letters, SSP                | python ssp_pretrain.py --compare --rule {drw,resample,reweight}                    | 0,1,2
 more letters, SSP                | python ssp_pretrain.py --compare --loss {focal,ldam}                               | 0,1,2
 more letters, SSP                | python ssp_pretrain.py --compare --ssp moco                                        | 0,1,2
@@ -40,7 +39,7 @@ more letters, TSC (toy)          | python tsc.py toy                            
 more letters, BNS (subsets)      | python bns_ipdpp.py --subset-mode {uniform,legacy,all}                             | 0,1,2
 more letters, BNS (subsets)      | python bns_ipdpp.py --dpp-scale n2                                                 | 0,1,2
 more letters, BNS (probe)        | python bns_ipdpp.py --stages pretrain,probe                                        | 0,1,2
-more letters, FSGL               | python fsgl.py --variant {ce,glmc_sam}                                             | 0,1,2
+more letters, FSGL               | python fsgl.py --variant {fsgl,glmc_sam,ce}                                        | 0,1,2
 more letters, TailCalibX         | python tailcalibx.py --pipeline {ce,cosine_ce,cbd,modals,cbd_tailcalibx,ce_tailcalib} | 0,1,2
 more letters, TailCalibX         | python tailcalibx.py --no-generate                                                 | 0,1,2
 
