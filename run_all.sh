@@ -11,6 +11,7 @@ exec "$PY" common.py run "$@" <<'CELLS'
 
 # All methods with as many forward + backward image passes (200 times the training set), see the head of RESULTS.md
 comparison, letters: CE          | python ssp_pretrain.py --ssp none                                                  | 0,1,2
+comparison, letters: CE, batch 32 | python fsgl.py --variant ce                                                       | 0,1,2
 comparison, letters: LDAM-DRW    | python ssp_pretrain.py --ssp none --loss ldam --rule drw                           | 0,1,2
 comparison, letters: SSP         | python ssp_pretrain.py --ssp rotation --epochs 40 --train-epochs 160               | 0,1,2
 comparison, letters: KCL         | python tsc.py --method kcl                                                         | 0,1,2
@@ -39,7 +40,7 @@ more letters, TSC (toy)          | python tsc.py toy                            
 more letters, BNS (subsets)      | python bns_ipdpp.py --subset-mode {uniform,legacy,all}                             | 0,1,2
 more letters, BNS (subsets)      | python bns_ipdpp.py --dpp-scale n2                                                 | 0,1,2
 more letters, BNS (probe)        | python bns_ipdpp.py --stages pretrain,probe                                        | 0,1,2
-more letters, FSGL               | python fsgl.py --variant {fsgl,glmc_sam,ce}                                        | 0,1,2
+more letters, FSGL               | python fsgl.py --variant {fsgl,glmc_sam}                                        | 0,1,2
 more letters, TailCalibX         | python tailcalibx.py --pipeline {ce,cosine_ce,cbd,modals,cbd_tailcalibx,ce_tailcalib} | 0,1,2
 more letters, TailCalibX         | python tailcalibx.py --no-generate                                                 | 0,1,2
 
