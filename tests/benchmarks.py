@@ -583,10 +583,10 @@ def tsc_step_overhead() -> dict:
 
     original = common.Stage.batches
 
-    def in_turns(stage, loader):
+    def in_turns(stage, loader, passes=1):
         """The batches of the stage; between two of them a bare step, timed apart."""
         begin = time.perf_counter()
-        for batch in original(stage, loader):
+        for batch in original(stage, loader, passes):
             yield batch
             middle = time.perf_counter()
             spent[0] += middle - begin
