@@ -757,6 +757,7 @@ class Stage:
         self.epoch, self.step, self.sums, self.best, self.seconds = 0, 0, {}, None, 0.0
         self.passes = 0  # images that went forward and backward, over all ranks
         self.finished = False
+        self._pending, self._told_to_stop = None, False  # flags of the last step that the host has not read; see guard
         own = run.folder / f"{name}.pt"
         if own.exists():
             checkpoint = load_checkpoint(own, "; delete it (its stage is then trained again) or use --fresh")
@@ -816,7 +817,6 @@ class Stage:
                 if "cuda" in self.rng[rank()]:
                     torch.cuda.set_rng_state(self.rng[rank()]["cuda"], self.device)
             self._clock = time.perf_counter()
-            self._done_before = self.seconds
             before = self.epoch
             yield self.epoch
             if self.epoch == before:
@@ -829,7 +829,7 @@ class Stage:
         the count of image passes.
         """
         loader.set_epoch(self.epoch, self.step)
-        self._images, self._steps = 0, len(loader)
+        self._images, self._steps, self._passes = 0, len(loader), self.passes
         self._wait, self._bar, begin = 0.0, 0.0, time.perf_counter()
         self._training = 0.0
         iterator = iter(loader)
@@ -844,7 +844,7 @@ class Stage:
             self.passes += passes * loader.global_batch
             self._images += loader.global_batch
             self._progress(begin)
-            if self._must_stop():
+            if _stop_signal if world_size() == 1 else self._told_to_stop:  # all ranks at the same step
                 self._save_and_exit()
         self._training = time.perf_counter() - begin
         if self._all_agree(self._training > LONG_EPOCH):  # a kill during the evaluation must not cost the training
@@ -855,35 +855,37 @@ class Stage:
 
         Without a host sync where it costs one: a fused optimiser on a GPU is told on the device to skip its update and
         the host reads the flag one step later; elsewhere the loss is looked at here. (A GradScaler overwrites the flag
-        with its own, which skips the update as well.)
+        with its own, which skips the update as well.) Ranks tell each other of a stop signal on the same way.
         """
         bad = (~torch.isfinite(loss.detach())).float().reshape(())
+        flags = torch.stack([bad, torch.full_like(bad, bool(_stop_signal))])
         if world_size() > 1:
-            dist.all_reduce(bad, op=dist.ReduceOp.MAX)
-        lr = optimizer.param_groups[0]["lr"]
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        now = self.step, optimizer.param_groups[0]["lr"]
         if not optimizer.defaults.get("fused"):
-            self._raise_if(bool(bad), self.step, lr)
+            self._read(flags, None, *now)
             return
-        pending = getattr(self, "_pending", None)
-        if pending is None:
+        if self._pending is None:
             _start_momentum(optimizer)
         else:
-            flag, event, step, old_lr = pending
-            if event is not None:
-                event.synchronize()  # recorded a whole step ago: no wait
-            self._raise_if(bool(flag), step, old_lr)
-        optimizer.found_inf = bad  # the fused kernels leave weights and momentum alone when this is 1
-        if bad.is_cuda:
-            flag, event = torch.empty((), pin_memory=True), torch.cuda.Event()
-            flag.copy_(bad, non_blocking=True)
+            self._read(*self._pending)  # recorded a whole step ago: no wait
+        optimizer.found_inf = flags[0]  # the fused kernels leave weights and momentum alone when this is 1
+        if flags.is_cuda:
+            copy, event = torch.empty(2, pin_memory=True), torch.cuda.Event()
+            copy.copy_(flags, non_blocking=True)
             event.record()
         else:
-            flag, event = bad.clone(), None
-        self._pending = (flag, event, self.step, lr)
+            copy, event = flags.clone(), None
+        self._pending = (copy, event, *now)
 
-    def _raise_if(self, bad: bool, step: int, lr: float) -> None:
+    def _read(self, flags: Tensor, event, step: int, lr: float) -> None:
+        """Look at the flags of a step: RunError when its loss was not finite; whether a rank was told to stop."""
+        if event is not None:
+            event.synchronize()
+        bad, stop = flags.tolist()
         if bad:
             raise RunError(f"the loss is not finite in stage {self.name}, epoch {self.epoch}, step {step}, lr {lr:g}")
+        self._told_to_stop = bool(stop)
 
     def add(self, count: int, **values: Tensor) -> None:
         """Add means over `count` images of this rank to the running means of the epoch; nothing leaves the device."""
@@ -901,9 +903,9 @@ class Stage:
         metrics: plain numbers or dicts of them. score: validation figure; a strictly higher one than before also keeps
         the stage's state in `<stage>_best.pt` (`--select val`).
         """
-        pending, self._pending = getattr(self, "_pending", None), None
+        pending, self._pending = self._pending, None
         if pending is not None:
-            self._raise_if(bool(pending[0].item() if pending[1] is None else self._wait_for(pending)), *pending[2:])
+            self._read(*pending)
         self._reduce_sums()
         seconds = time.perf_counter() - self._clock
         row = {"stage": self.name, "epoch": self.epoch, "steps": self.step, "passes": self.passes}
@@ -912,6 +914,7 @@ class Stage:
         row["timing"] = {
             "seconds": round(seconds + self.seconds, 3),
             "images_per_second": round(self._images / max(self._training, 1e-9), 1),  # without the evaluation
+            "passes_per_second": round((self.passes - self._passes) / max(self._training, 1e-9), 1),
             "data_wait_share": round(self._wait / max(self._training, 1e-9), 4),
         }
         self.run.rows.append(row)
@@ -928,14 +931,9 @@ class Stage:
                 file.write(json.dumps(row) + "\n")
             self._tensorboard(row)
         self._say_epoch(row)
-        if self._must_stop() and self.epoch < self.total:
+        if self._all_agree(bool(_stop_signal)) and self.epoch < self.total:
             raise SystemExit(128 + (_stop_signal or signal.SIGTERM))
         return row
-
-    @staticmethod
-    def _wait_for(pending) -> bool:
-        pending[1].synchronize()
-        return bool(pending[0])
 
     def finish(self) -> None:
         """Keep the finished stage as `<stage>.pt`."""
@@ -951,10 +949,6 @@ class Stage:
         self._restore(checkpoint)
         return self.epoch - 1
 
-    def _must_stop(self) -> bool:
-        """Whether any rank was told to stop; all ranks agree on the step."""
-        return self._all_agree(bool(_stop_signal))
-
     def _all_agree(self, flag: bool) -> bool:
         """Whether `flag` is set on any rank."""
         if world_size() == 1:
@@ -965,6 +959,8 @@ class Stage:
 
     def _save(self) -> None:
         """last.pt in the middle of an epoch."""
+        if self._pending is not None:
+            self._read(*self._pending)
         before = self.seconds
         self.seconds += time.perf_counter() - self._clock
         checkpoint = self._checkpoint()
@@ -1160,8 +1156,8 @@ def report(
     figures["macro_f1"] = _ratio(f1.sum(), np.count_nonzero(support + predicted))
     figures["harmonic_mean"] = _ratio(recall.size, (1.0 / recall).sum()) if recall.all() else 0.0
     figures["worst_class"] = float(recall.min()) if recall.size else None
-    figures["ece"] = None if confidence is None else _calibration_error(_array(confidence), hit)
-    figures["reliability"] = None if confidence is None else _reliability(_array(confidence), hit)
+    bins = None if confidence is None else _reliability(_array(confidence), hit)
+    figures |= {"ece": bins and _calibration_error(bins), "reliability": bins}
     figures["top5"] = None if topk_hits is None else _ratio(_array(topk_hits).sum(), items)
     loss = None if nll is None or not items else float(_array(nll).astype(np.float64, copy=False).mean())
     figures["loss"] = loss if loss is not None and np.isfinite(loss) else None
@@ -1172,27 +1168,20 @@ def report(
     return figures
 
 
-def _calibration_error(confidence: np.ndarray, hit: np.ndarray, bins: int = 15) -> float | None:
-    """Expected calibration error: |accuracy - mean confidence| of bins ((b - 1) / bins, b / bins], by their size."""
-    if not confidence.size or not np.isfinite(confidence).all():
-        return None
-    index = _confidence_bins(confidence, bins)
-    gap = np.bincount(index, hit, minlength=bins) - np.bincount(index, confidence, minlength=bins)
-    return float(np.abs(gap).sum() / confidence.size)
-
-
-def _confidence_bins(confidence: np.ndarray, bins: int) -> np.ndarray:
-    return np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
-
-
 def _reliability(confidence: np.ndarray, hit: np.ndarray, bins: int = 15) -> dict[str, list] | None:
-    """The bins behind `ece`: number of predictions, their mean confidence and accuracy (0 in an empty bin)."""
+    """Bins ((b - 1) / bins, b / bins]: count of predictions, their mean confidence and accuracy (0 in an empty bin)."""
     if not confidence.size or not np.isfinite(confidence).all():
         return None
-    index = _confidence_bins(confidence, bins)
+    index = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
     count = np.bincount(index, minlength=bins)
     sums = {"confidence": np.bincount(index, confidence, minlength=bins), "accuracy": np.bincount(index, hit, bins)}
     return {"count": count.tolist()} | {key: (total / np.maximum(count, 1)).tolist() for key, total in sums.items()}
+
+
+def _calibration_error(bins: dict[str, list]) -> float:
+    """Expected calibration error: |accuracy - mean confidence| of the bins, weighted by their size."""
+    count, confidence, accuracy = (np.array(bins[key]) for key in ("count", "confidence", "accuracy"))
+    return float((count * np.abs(accuracy - confidence)).sum() / count.sum())
 
 
 def topk_hits(logits: Tensor, labels: Tensor, k: int) -> Tensor:

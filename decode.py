@@ -197,11 +197,8 @@ def as_it_is(batch):
 
 def quiet_when_abandoned(worker: int) -> None:
     """In a worker: a main process killed in the middle of taking a batch is not this worker's error to tell."""
-    in_thread, in_main = (
-        threading.excepthook,
-        sys.excepthook,
-    )  # multiprocessing's server of file handles calls the second
-    gone = (OSError, EOFError)
+    # a thread of the data loader ends in the first of these, multiprocessing's server of file handles in the second
+    in_thread, in_main, gone = threading.excepthook, sys.excepthook, (OSError, EOFError)
     threading.excepthook = lambda raised: None if issubclass(raised.exc_type, gone) else in_thread(raised)
     sys.excepthook = lambda kind, *rest: None if issubclass(kind, gone) else in_main(kind, *rest)
 

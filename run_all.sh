@@ -7,7 +7,7 @@ set -euo pipefail
 . "$(dirname -- "${BASH_SOURCE[0]}")/env.sh" requirements.txt
 exec "$PY" common.py run "$@" <<'CELLS'
 
-# --- letters: what a first call runs, about ten minutes on two cores
+# --- letters: what a first call runs
 
 # All methods with as many forward + backward image passes (200 times the training set), see the head of RESULTS.md
 comparison, letters: CE          | python ssp_pretrain.py --ssp none                                                  | 0,1,2
@@ -23,12 +23,12 @@ comparison, letters: TailCalibX  | python tailcalibx.py                         
 
 # Similarity or sample number
 letters, verification            | python toy_similarity.py --experiment verification --dataset glyphs_lt             | 0,1,2
-letters, verification (control)  | python toy_similarity.py --experiment verification --dataset glyphs_lt --control   | 0,1,2
 
 # Baselines
 letters, TailCalibX              | python tailcalibx.py --pipeline {crt,tailcalib}                                    | 0,1,2
 
 # --- letters, the other rows (--more)
+more letters, verification (control) | python toy_similarity.py --experiment verification --dataset glyphs_lt --control | 0,1,2
 more letters, sweeps             | python toy_similarity.py --experiment {sweep1,sweep2} --dataset glyphs_lt          | 0,1,2
 more letters, SSP                | python ssp_pretrain.py --compare                                                   | 0,1,2
 more letters, SSP                | python ssp_pretrain.py --compare --rule {drw,resample,reweight}                    | 0,1,2
@@ -45,22 +45,15 @@ more letters, TailCalibX         | python tailcalibx.py --pipeline {ce,cosine_ce
 more letters, TailCalibX         | python tailcalibx.py --no-generate                                                 | 0,1,2
 
 # --- CIFAR: all methods with as many image passes, ResNet-32
-comparison, CIFAR-10-LT: CE      | python ssp_pretrain.py --dataset cifar10_lt --ssp none                             | 0,1,2
-comparison, CIFAR-10-LT: LDAM-DRW | python ssp_pretrain.py --dataset cifar10_lt --ssp none --loss ldam --rule drw     | 0,1,2
-comparison, CIFAR-10-LT: SSP     | python ssp_pretrain.py --dataset cifar10_lt --epochs 100 --train-epochs 100        | 0,1,2
-comparison, CIFAR-10-LT: KCL     | python tsc.py --dataset cifar10_lt --method kcl --epochs 100                       | 0,1,2
-comparison, CIFAR-10-LT: TSC     | python tsc.py --dataset cifar10_lt --method tsc --epochs 100                       | 0,1,2
-comparison, CIFAR-10-LT: BNS+IP-DPP | python bns_ipdpp.py --dataset cifar10_lt --backbone resnet32 --epochs 80 --finetune-epochs 152 | 0,1,2
-comparison, CIFAR-10-LT: FSGL    | python fsgl.py --dataset cifar10_lt --backbone resnet32 --epochs 50                | 0,1,2
-comparison, CIFAR-10-LT: TailCalibX | python tailcalibx.py --dataset cifar10_lt                                       | 0,1,2
-comparison, CIFAR-100-LT: CE     | python ssp_pretrain.py --dataset cifar100_lt --ssp none                            | 0,1,2
-comparison, CIFAR-100-LT: LDAM-DRW | python ssp_pretrain.py --dataset cifar100_lt --ssp none --loss ldam --rule drw   | 0,1,2
-comparison, CIFAR-100-LT: SSP    | python ssp_pretrain.py --dataset cifar100_lt --epochs 100 --train-epochs 100       | 0,1,2
-comparison, CIFAR-100-LT: KCL    | python tsc.py --dataset cifar100_lt --method kcl --epochs 100                      | 0,1,2
-comparison, CIFAR-100-LT: TSC    | python tsc.py --dataset cifar100_lt --method tsc --epochs 100                      | 0,1,2
-comparison, CIFAR-100-LT: BNS+IP-DPP | python bns_ipdpp.py --dataset cifar100_lt --backbone resnet32 --epochs 80 --finetune-epochs 130 | 0,1,2
-comparison, CIFAR-100-LT: FSGL   | python fsgl.py --dataset cifar100_lt --backbone resnet32 --epochs 50               | 0,1,2
-comparison, CIFAR-100-LT: TailCalibX | python tailcalibx.py --dataset cifar100_lt                                     | 0,1,2
+comparison, CIFAR-LT: CE         | python ssp_pretrain.py --dataset {cifar10_lt,cifar100_lt} --ssp none               | 0,1,2
+comparison, CIFAR-LT: LDAM-DRW   | python ssp_pretrain.py --dataset {cifar10_lt,cifar100_lt} --ssp none --loss ldam --rule drw | 0,1,2
+comparison, CIFAR-LT: SSP        | python ssp_pretrain.py --dataset {cifar10_lt,cifar100_lt} --epochs 100 --train-epochs 100 | 0,1,2
+comparison, CIFAR-LT: KCL        | python tsc.py --dataset {cifar10_lt,cifar100_lt} --method kcl --epochs 100         | 0,1,2
+comparison, CIFAR-LT: TSC        | python tsc.py --dataset {cifar10_lt,cifar100_lt} --method tsc --epochs 100         | 0,1,2
+comparison, CIFAR-LT: BNS+IP-DPP | python bns_ipdpp.py --dataset cifar10_lt --backbone resnet32 --epochs 80 --finetune-epochs 152 | 0,1,2
+comparison, CIFAR-LT: BNS+IP-DPP | python bns_ipdpp.py --dataset cifar100_lt --backbone resnet32 --epochs 80 --finetune-epochs 130 | 0,1,2
+comparison, CIFAR-LT: FSGL       | python fsgl.py --dataset {cifar10_lt,cifar100_lt} --backbone resnet32 --epochs 50  | 0,1,2
+comparison, CIFAR-LT: TailCalibX | python tailcalibx.py --dataset {cifar10_lt,cifar100_lt}                            | 0,1,2
 
 # --- the papers' tables
 

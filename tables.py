@@ -114,7 +114,7 @@ def why_not(cell: Cell, data_root: Path, cifar: bool, more: bool = True) -> str 
     """Why this machine does not run the cell; None when it does."""
     name = cell.dataset
     if cell.table.startswith("more ") and not more:
-        return "beyond the first twelve minutes (--more runs it)"
+        return "not of the first tables (--more runs it)"
     if name.startswith(("cifar", "svhn")) and name in KNOWN_SETS:
         here = cifar or torch.cuda.is_available()
         return None if here else "there is no GPU here (--cifar runs it on the CPU)"
@@ -222,7 +222,7 @@ def run_cells(
 
 def read_results(folders: Iterable[Path]) -> tuple[list[dict], int]:
     """The results below `folders` and how many files were not one of ours (each is named on stderr and left out)."""
-    results, bad = {}, 0
+    results, places, bad = {}, {}, 0
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"--runs {folder} is not a folder")
@@ -237,23 +237,18 @@ def read_results(folders: Iterable[Path]) -> tuple[list[dict], int]:
             key = (result["script"], result["dataset"], result["variant"], result["seed"])
             if key in results:
                 print(f"skipped {path}: another folder has this run already", file=sys.stderr)
-            results.setdefault(key, result)
+                continue
+            results[key] = places[path.resolve()] = result
         for record in sorted((folder / "cells").glob("*.json")):  # the tables that a result was made for
             try:
                 cell = json.loads(record.read_text())
-                paths = {str((folder / path).resolve()) for path in cell["results"]}
-                table = str(cell["table"])
+                paths, table = [(folder / path).resolve() for path in cell["results"]], str(cell["table"])
             except (OSError, ValueError, LookupError, TypeError):
                 continue
-            for key, result in results.items():
-                if str(_place(folder, key).resolve()) in paths:
-                    result.setdefault("made_for", []).append(table)
+            for path in paths:
+                if path in places:
+                    places[path].setdefault("made_for", []).append(table)
     return [results[key] for key in sorted(results)], bad
-
-
-def _place(folder: Path, key: tuple[str, str, str, int]) -> Path:
-    script, dataset, variant, seed = key
-    return folder / script / dataset / variant / f"seed{seed}" / "result.json"
 
 
 def _check_result(result: dict) -> None:
@@ -382,7 +377,6 @@ def _comparison_lines(runs: Iterable[list[dict]]) -> list[str]:
             tables.setdefault((name.partition(":")[0], seeds[0]["dataset"]), []).append(seeds)
     lines = []
     for (_, dataset), members in sorted(tables.items()):
-        labels = {id(seeds): _label(seeds) for seeds in members}
         members.sort(key=lambda seeds: -(_mean_std(_percent(seeds, "headline", "overall"))[0] or 0.0))
         passes = [result.get("image_passes") or 0 for seeds in members for result in seeds]
         alike = max(passes) <= 1.03 * min(passes)
@@ -391,20 +385,15 @@ def _comparison_lines(runs: Iterable[list[dict]]) -> list[str]:
         said = [
             "same training images" if len(data) == 1 else "NOT the same training images",
             f"backbone {_unique(sorted(map(str, backbones)))}",
-            "as many forward + backward image passes (within 3 %)"
-            if alike
-            else "image passes DIFFER, see their column",
+            "as many forward + backward image passes (within 3 %)" * alike or "image passes DIFFER, see their column",
         ]
-        head = ["method", "overall", *GROUPS, "worst class", "macro-F1", "ECE", "image passes", "seconds"]
-        rows = [head]
+        rows = [["method", "overall", *GROUPS, "worst class", "macro-F1", "ECE", "image passes", "seconds"]]
         for seeds in members:
-            row = [labels[id(seeds)], _cell(_percent(seeds, "headline", "overall"))]
+            row = [_label(seeds), _cell(_percent(seeds, "headline", "overall"))]
             for name in (*GROUPS, "worst_class", "macro_f1", "ece"):
                 row.append(_cell(_percent(seeds, "headline", name), "n/a" if name in GROUPS else "-", runs=len(seeds)))
             rows.append([*row, *_costs(seeds)[1:]])
-        own = (
-            "Each method has its own augmentation, optimiser and stages; ranked by overall accuracy of the last epoch."
-        )
+        own = "Each method has its own augmentation, optimiser and stages; ranked by overall accuracy, last epoch."
         lines += [f"## Comparison: {dataset}", "", f"{'; '.join(said)}. {own}", "", *_markdown(rows)]
     return lines
 

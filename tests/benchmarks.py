@@ -41,7 +41,7 @@ from augment import (  # noqa: E402
     SATURATION,
     Augment,
     Draws,
-    rotation_labels,  # noqa: E402
+    rotation_labels,
 )
 from data_lt import ImageSet, Loader, long_tail_counts  # noqa: E402
 from decode import DecodedLoader, build_cache  # noqa: E402
@@ -49,7 +49,7 @@ from file_lists import FileSet  # noqa: E402
 from models import (  # noqa: E402
     FSGLHeads,
     Net,
-    ProjectionHead,  # noqa: E402
+    ProjectionHead,
     backbone,
 )
 
@@ -860,8 +860,15 @@ ROWS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=ROWS, metavar="NAME", help=f"run this row alone: {', '.join(ROWS)}")
+    parser.add_argument("--gpu", action="store_true", help="speed of every method on a GPU instead, see gpu_speed.py")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.gpu:
+        if not torch.cuda.is_available():
+            parser.error("--gpu needs a CUDA device, this machine has none")
+        import gpu_speed
+
+        return gpu_speed.main()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     for name in [args.only] if args.only else ROWS:

@@ -6,7 +6,25 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import data_lt
+
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def tiny_letters(path: Path, train=(20,) * 10, test=(10,) * 10, side: int = 16) -> str:
+    """Write the first `train` and `test` letters of each kind as an .npz set of images with `side` pixels."""
+    arrays = {}
+    for split, part, counts in zip(("train", "test"), data_lt.load_pool("glyphs_lt"), (train, test), strict=False):
+        keep = torch.cat([torch.where(part.labels == c)[0][:n] for c, n in enumerate(counts)])
+        images = F.avg_pool2d(part.images[keep].float(), 16 // side).byte()
+        arrays[f"x_{split}"] = images.permute(0, 2, 3, 1).numpy()
+        arrays[f"y_{split}"] = part.labels[keep].numpy()
+    np.savez(path, **arrays)
+    return str(path)
 
 
 def environment() -> dict[str, str]:

@@ -521,14 +521,7 @@ SIZES = {"pretrain": SMALL, "probe": PROBE, "finetune": FINETUNE}
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> str:
     """Twenty letters of each kind to train on and ten to test."""
-    path = tmp_path_factory.mktemp("tiny") / "tiny.npz"
-    arrays = {}
-    for split, dataset, count in zip(("train", "test"), data_lt.load_pool("glyphs_lt"), (20, 10), strict=False):
-        keep = torch.cat([torch.where(dataset.labels == c)[0][:count] for c in range(10)])
-        arrays[f"x_{split}"] = dataset.images[keep].permute(0, 2, 3, 1).numpy()
-        arrays[f"y_{split}"] = dataset.labels[keep].numpy()
-    np.savez(path, **arrays)
-    return str(path)
+    return commands.tiny_letters(tmp_path_factory.mktemp("tiny") / "tiny.npz")
 
 
 def run_here(monkeypatch, out, dataset, *flags, stages="pretrain,finetune", stop=None, crash=None, pictures=False):

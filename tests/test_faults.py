@@ -20,6 +20,7 @@ import time
 import traceback
 from pathlib import Path
 
+import commands
 import fake_tree
 import numpy as np
 import pytest
@@ -76,6 +77,19 @@ def no_space() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
 
+def suspended() -> None:
+    """The process stops, as by Ctrl-Z, when its second epoch is saved."""
+    whole, saved = common.Stage.end_epoch, []
+
+    def end_epoch(self, *args, **kwargs):
+        saved.append(whole(self, *args, **kwargs))
+        if len(saved) == 2:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return saved[-1]
+
+    common.Stage.end_epoch = end_epoch
+
+
 def poisoned() -> None:
     """The second training batch holds numbers that are none."""
     whole = data_lt.Loader.__iter__
@@ -130,13 +144,8 @@ class Desk:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
     """The first letters of each kind, 10 to 4 to train on and 5 to test."""
-    path, arrays = tmp_path_factory.mktemp("faults") / "tiny.npz", {}
-    for split, part in zip(("train", "test"), data_lt.load_pool("glyphs_lt"), strict=False):
-        keep = [torch.where(part.labels == c)[0][: 5 if split == "test" else 10 - 2 * (c % 4)] for c in range(10)]
-        arrays[f"x_{split}"] = part.images[torch.cat(keep)].permute(0, 2, 3, 1).numpy()
-        arrays[f"y_{split}"] = part.labels[torch.cat(keep)].numpy()
-    np.savez(path, **arrays)
-    return path
+    train = tuple(10 - 2 * (c % 4) for c in range(10))
+    return Path(commands.tiny_letters(tmp_path_factory.mktemp("faults") / "tiny.npz", train, (5,) * 10))
 
 
 @pytest.fixture(scope="module")
@@ -155,50 +164,66 @@ def on_tree(script: str, tree: Path, out: Path, *flags) -> Desk:
     return Desk(script, out, "--dataset", "imagenet_lt", "--data-root", tree, *flags)
 
 
+def same_end(desk: Desk, whole: Desk) -> bool:
+    """Result and networks of two finished runs are the same, bit for bit."""
+    assert desk.result() == whole.result()
+    ours, theirs = (
+        {path.name: common.load_checkpoint(path)["state"].get("model", {}) for path in one.folder.glob("*.pt")
+         if path.stem not in ("last", "previous")} for one in (desk, whole)
+    )  # fmt: skip
+    assert ours.keys() == theirs.keys()
+    return all(torch.equal(net[key], theirs[name][key]) for name, net in ours.items() for key in net)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    """whole(script): its run from start to end without any fault, and the seconds that took."""
+    done = {}
+
+    def run(script: str) -> tuple[Desk, float]:
+        if script not in done:
+            desk, began = on_letters(script, tiny, tmp_path_factory.mktemp(script)), time.monotonic()
+            desk.run()
+            done[script] = desk, time.monotonic() - began
+            assert desk.rows() >= 2
+        return done[script]
+
+    return run
+
+
 @pytest.mark.parametrize("script", SMALL)
-def test_a_run_that_meets_everything_ends_as_if_nothing_had_been(script, tiny, tmp_path, pytestconfig):
-    whole = on_letters(script, tiny, tmp_path / "whole")
-    began = time.monotonic()
-    whole.run()
-    seconds, epochs = time.monotonic() - began, whole.rows()
-    assert epochs >= 2
-    desk, dice = on_letters(script, tiny, tmp_path / "desk"), random.Random(script)
-    for _ in range(10 if pytestconfig.getoption("--slow") else 1):  # killed wherever it is
+def test_killed_wherever_it_is_a_run_ends_as_if_nothing_had_been(script, whole, tiny, tmp_path, pytestconfig):
+    undisturbed, seconds = whole(script)
+    desk, dice = on_letters(script, tiny, tmp_path), random.Random(script)
+    for _ in range(10 if pytestconfig.getoption("--slow") else 1):
         process = desk.start()
         process.join(dice.uniform(0.2, 1.0) * seconds)
         process.kill()
         process.join()
-    if not (desk.out.glob("*/*/*/seed*/result.json") and desk.rows() == epochs):
-        process = desk.start()  # one that has saved something, and is then killed
-        done = desk.rows()
-        while process.is_alive() and desk.rows() <= done:
-            time.sleep(0.005)
-        second = desk.start()  # another process on the same folder
-        second.join(100)
-        if process.is_alive():
-            process.kill()
-            assert second.exitcode in (0, 2), second.said.read_text()
-            if second.exitcode == 2:
-                assert "another process" in second.said.read_text() or "lock" in second.said.read_text()
-        process.join()
-    if not (desk.folder / "result.json").exists():
-        said = desk.run(code=1, prepare="no_space")
-        assert "intact" in said or "cannot write" in said, said
-        last, previous = desk.folder / "last.pt", desk.folder / "previous.pt"
-        if last.exists() and previous.exists() and not list(desk.folder.glob("[!lp]*.pt")):
-            content = last.read_bytes()
-            last.write_bytes(content[: len(content) // 2])
-            assert "previous.pt" in desk.run(code=2)
-            last.write_bytes(content)
     desk.run()
-    assert desk.result() == whole.result()
-    states = [
-        {p.name: p for p in one.folder.glob("*.pt") if p.stem not in ("last", "previous")} for one in (whole, desk)
-    ]
-    assert states[0].keys() == states[1].keys()
-    for name, path in states[0].items():
-        ours, theirs = (common.load_checkpoint(p)["state"].get("model", {}) for p in (path, states[1][name]))
-        assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
+    assert same_end(desk, undisturbed)
+
+
+@pytest.mark.parametrize("script", SMALL)
+def test_a_second_process_a_full_disk_and_a_damaged_checkpoint_cost_nothing(script, whole, tiny, tmp_path):
+    desk = on_letters(script, tiny, tmp_path)
+    process = desk.start(prepare="suspended")
+    stat = Path(f"/proc/{process.pid}/stat")
+    while stat.read_text().rpartition(")")[2].split()[0] != "T":
+        assert process.is_alive(), process.said.read_text()
+        time.sleep(0.01)
+    assert desk.rows() == 2 and "in use by another process" in desk.run(code=2)
+    process.kill()
+    process.join()
+    last, previous = desk.folder / "last.pt", desk.folder / "previous.pt"
+    content = last.read_bytes()
+    said = desk.run(code=1, prepare="no_space")
+    assert "cannot write" in said and "intact" in said and last.read_bytes() == content
+    last.write_bytes(content[: len(content) // 2])
+    said = desk.run(code=2)
+    assert "last.pt is damaged" in said and f"--resume-from {previous}" in said
+    desk.run("--resume-from", str(previous))
+    assert same_end(desk, whole(script)[0])
 
 
 @pytest.mark.parametrize("script", SMALL)

@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import sys
+from pathlib import Path
 
 import commands
 import fake_tree
@@ -660,15 +661,7 @@ BASE = ["--batch-size", "40", "--backbone", "resnet8", "--epochs", "2", "--lr", 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """Ten letters, 120 images to train on, ten of each to test."""
-    path, arrays = tmp_path_factory.mktemp("tiny") / "tiny.npz", {}
-    for split, dataset, sizes in zip(
-        ("train", "test"), data_lt.load_pool("glyphs_lt"), (COUNTS, [10] * 10), strict=False
-    ):
-        keep = torch.cat([torch.where(dataset.labels == c)[0][:n] for c, n in enumerate(sizes)])
-        arrays[f"x_{split}"] = dataset.images[keep].permute(0, 2, 3, 1).numpy()
-        arrays[f"y_{split}"] = dataset.labels[keep].numpy()
-    np.savez(path, **arrays)
-    return path
+    return Path(commands.tiny_letters(tmp_path_factory.mktemp("tiny") / "tiny.npz", COUNTS))
 
 
 @pytest.fixture

@@ -205,6 +205,34 @@ def test_sigterm_reaches_both_ranks_and_the_run_continues(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+def steps_until_told(rank: int, world: int, folder: str, fused: bool):
+    """The second rank gets a stop signal in step 3; each rank writes the step after which it knows."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    try:
+        stage = object.__new__(common.Stage)
+        stage.name, stage.epoch, stage._pending, stage._told_to_stop = "train", 0, None, False
+        layer = torch.nn.Linear(3, 2)
+        optimizer = torch.optim.SGD(layer.parameters(), 0.1, momentum=0.9, fused=fused)
+        for stage.step in range(9):
+            common._stop_signal = signal.SIGTERM if rank == 1 and stage.step >= 3 else 0
+            loss = layer(torch.ones(4, 3)).square().mean()
+            loss.backward()
+            stage.guard(loss, optimizer)
+            optimizer.step()
+            if stage._told_to_stop:
+                break
+        Path(folder, f"{rank}.txt").write_text(str(stage.step))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("fused", "step"), [(False, "3"), (True, "4")])
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path, fused, step):
+    """A fused optimiser's flags are read one step later: no wait for the device."""
+    mp.spawn(steps_until_told, (2, str(tmp_path), fused), nprocs=2)
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)] == [step, step]
+
+
 # --- ranks on a tree of JPEGs: launchers, a dead rank, a stop signal
 
 

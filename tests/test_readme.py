@@ -1,15 +1,14 @@
 """Every command of the README, run with settings of seconds; what needs a GPU or a large set is parsed, or refused."""
 
+import importlib
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import commands
 import pytest
-import test_faults
 from test_faults import SMALL, Desk, tiny  # noqa: F401 (a fixture)
 
 ROOT = commands.ROOT
@@ -33,6 +32,7 @@ def method_of(words: list[str]) -> str | None:
 
 
 METHODS = [line for line in lines() if method_of(line.split())]
+OWN = [line for line in lines() if "my_letters" in line]  # the worked example, run in one go
 
 
 def test_the_readme_has_commands_and_says_nothing_else():
@@ -41,51 +41,35 @@ def test_the_readme_has_commands_and_says_nothing_else():
     assert {method_of(line.split()) for line in METHODS} == set(SMALL)
 
 
-@pytest.mark.parametrize("line", METHODS)
-def test_a_method_command_is_accepted(line, tmp_path, monkeypatch):
-    import importlib
-
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.parametrize("line", [line for line in METHODS if line not in OWN])
+def test_a_method_command_is_accepted(line):
     words = shlex.split(line)
-    for name in ("my_letters", "my_letters/train", "my_letters/test"):
-        (tmp_path / name).mkdir()
-    if any(word.startswith("my_letters") for word in words):
-        pytest.skip("needs the set that the command before it makes: the worked example below runs it")
     module = importlib.import_module(method_of(words))
     args = module.parse_args([*words[2:], *([] if "targets" in words else ["--device", "cpu"])])
     assert args.out is not None
 
 
 @pytest.mark.parametrize(
-    "line", [line for line in METHODS if not any(word in line for word in (*NOT_HERE, "my_letters"))]
+    "line", [line for line in METHODS if line not in OWN and not any(word in line for word in (*NOT_HERE, "--eval"))]
 )
 def test_a_method_command_runs_on_letters(line, tiny, tmp_path):  # noqa: F811
     words = shlex.split(line)
     script, flags = method_of(words), words[2:]
-    if "--eval" in flags:
-        pytest.skip("needs a file of the command before it: test_exported_weights_give_the_figure_again")
-    if flags[:1] == ["targets"]:
-        desk = Desk(script, tmp_path)
-        desk.words = [*flags, "--out", str(tmp_path)]
+    trains = "targets" not in flags and "--theory" not in flags
+    if "toy" in flags:
+        short = {"tsc": ["--epochs", "2", "--batch-size", "256"]}.get(script, [])
     else:
-        short = (
-            SHORT[script].split()
-            if "toy" not in flags
-            else ["--epochs", "2", "--batch-size", "256"] * (script == "tsc")
-        )
-        short = [] if "--theory" in flags or (script == "tailcalibx" and "toy" in flags) else short
-        base = ["--dataset", tiny, "--backbone", "resnet8"] if "toy" not in flags and "--theory" not in flags else []
-        head = [flag for flag in flags if flag == "toy"]
-        rest = [flag for flag in flags if flag != "toy"]
-        desk = Desk(script, tmp_path, *rest, *base, *short)
-        desk.words = head + desk.words
+        short = [*SHORT[script].split(), "--dataset", tiny, "--backbone", "resnet8"] if trains else []
+    desk = Desk(script, tmp_path, *flags, *short)
+    if "targets" in flags:  # trains nothing: it has flags of its own
+        desk.words = [*flags, "--out", str(tmp_path)]
     desk.run()
 
 
 def test_the_worked_example_of_own_images_runs(tmp_path):
     section = TEXT[TEXT.index("## Your own images") :]
     block = re.search(r"```bash\n(.*?)```", section, re.DOTALL)[1]
-    count = 0
+    ran = []
     for line in block.splitlines():
         words = shlex.split(line.split(" #")[0])
         script = method_of(words)
@@ -103,8 +87,8 @@ def test_the_worked_example_of_own_images_runs(tmp_path):
                 [sys.executable, ROOT / words[1], *words[2:]], capture_output=True, text=True, cwd=tmp_path
             )
             assert done.returncode == 0, done.stderr
-        count += 1
-    assert count == 6 and len(list((tmp_path / "my_letters" / "train").iterdir())) == 10
+        ran.append(" ".join(words))
+    assert ran == OWN and len(list((tmp_path / "my_letters" / "train").iterdir())) == 10
 
 
 @pytest.mark.parametrize(
@@ -140,15 +124,25 @@ def test_the_other_commands(tmp_path):
         "bash tests/run.sh -k", "bash tests/run.sh --golden", "bash tests/run.sh --slow", "torchrun --nproc-per-node 4",
         "torchrun --nnodes 2", "torchrun --nproc-per-node 2",
     }, rest  # fmt: skip
-    for line in rest:  # compare and export run in test_tables.py, ranks in test_ranks.py: here their flags
-        if line.startswith("python common.py"):
-            done = subprocess.run(
-                [sys.executable, ROOT / "common.py", *shlex.split(line)[2:]],
-                capture_output=True,
-                text=True,
-                cwd=tmp_path,
-            )
-            assert done.returncode == 2 and done.stderr.count("\n") == 1 and "runs/" in done.stderr, done.stderr
+
+
+def test_compare_export_and_the_figure_of_the_exported_file(tmp_path):
+    for script, variant in ("fsgl", "glmc"), ("fsgl", "fsgl"), ("tsc", "tsc"):
+        flags = ["--variant", variant, "--epochs", 1] if script == "fsgl" else SMALL[script].split()
+        commands.run(f"{script}.py", *flags, out=tmp_path / variant)
+        named = tmp_path / "runs" / script / "glyphs_lt_ir100" / variant
+        named.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(commands.folder(tmp_path / variant).parent, named)
+    wanted = [line for line in lines() if line.startswith(("python common.py", "python tsc.py --eval"))]
+    said = []
+    for line in wanted:
+        words = [sys.executable, ROOT / line.split()[1], *shlex.split(line)[2:]]
+        done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=commands.environment())
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout)
+    assert [line.split()[2] for line in wanted] == ["compare", "export", "--eval"]
+    assert "| overall |" in said[0] and "of this file" in said[1]
+    assert f"overall {re.search(r'([0-9.]+) % of this file', said[1])[1]}" in re.sub(r" +", " ", said[2])
 
 
 def test_files_and_folders_that_it_names_are_there():
@@ -156,4 +150,3 @@ def test_files_and_folders_that_it_names_are_there():
         assert target.startswith("http") or (ROOT / target).exists(), target
     for name in re.findall(r"\b(?:tests|results)/[\w./]+\w", TEXT):
         assert (ROOT / name).exists(), name
-    assert shutil.which("bash") and Path(test_faults.__file__).exists()

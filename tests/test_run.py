@@ -11,13 +11,13 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
+import commands
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 import common
-import data_lt
 
 ROOT = Path(common.__file__).resolve().parent
 SMALL = "--experiment sweep2 --epochs 2 --batch-size 16 --backbone resnet8 --device cpu --log none".split()
@@ -26,14 +26,7 @@ SMALL = "--experiment sweep2 --epochs 2 --batch-size 16 --backbone resnet8 --dev
 @pytest.fixture(scope="module", autouse=True)
 def tiny_set(tmp_path_factory):
     """Twenty letters of each kind to train on and ten to test: a whole sweep takes seconds."""
-    path = tmp_path_factory.mktemp("tiny") / "tiny.npz"
-    arrays = {}
-    for split, dataset, count in zip(("train", "test"), data_lt.load_pool("glyphs_lt"), (20, 10), strict=False):
-        keep = torch.cat([torch.where(dataset.labels == c)[0][:count] for c in range(10)])
-        arrays[f"x_{split}"] = dataset.images[keep].permute(0, 2, 3, 1).numpy()
-        arrays[f"y_{split}"] = dataset.labels[keep].numpy()
-    np.savez(path, **arrays)
-    TINY.append(str(path))
+    TINY.append(commands.tiny_letters(tmp_path_factory.mktemp("tiny") / "tiny.npz"))
 
 
 TINY = []

@@ -385,15 +385,9 @@ def test_two_ranks_equal_one(tmp_path):
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """Ten letters of each kind to train on and five to test, 8 px."""
-    path = tmp_path_factory.mktemp("tiny") / "tiny.npz"
-    arrays = {}
-    for split, dataset, count in zip(("train", "test"), data_lt.load_pool("glyphs_lt"), (10, 5), strict=False):
-        keep = torch.cat([torch.where(dataset.labels == c)[0][:count] for c in range(10)])
-        arrays[f"x_{split}"] = F.avg_pool2d(dataset.images[keep].float(), 2).byte().permute(0, 2, 3, 1).numpy()
-        arrays[f"y_{split}"] = dataset.labels[keep].numpy()
-    np.savez(path, **arrays)
+    path = commands.tiny_letters(tmp_path_factory.mktemp("tiny") / "tiny.npz", (10,) * 10, (5,) * 10, side=8)
     gc.freeze()  # `run` collects garbage after every stop: not that of the imports
-    yield str(path)
+    yield path
     gc.unfreeze()
 
 

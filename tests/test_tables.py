@@ -552,7 +552,7 @@ def test_every_line_of_run_all_is_accepted_by_its_script():
 def test_lines_of_more_run_only_when_asked_for(desk, capsys):
     lines = "a | FAKE | 0\nmore b | FAKE --accuracy 7 | 0\n"
     assert desk(lines) == 0 and len(desk.starts()) == 1
-    assert "skipped: 1 cell(s): beyond the first twelve minutes" in capsys.readouterr().out
+    assert "skipped: 1 cell(s): not of the first tables (--more runs it)" in capsys.readouterr().out
     assert desk(lines, "--more") == 0 and len(desk.starts()) == 2
     assert desk("more c | FAKE --accuracy 8 | 0\n", "--only", "more c") == 0 and len(desk.starts()) == 3
 

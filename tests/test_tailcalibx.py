@@ -16,7 +16,6 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 import common
-import data_lt
 import models
 import tables
 import tailcalibx as tc
@@ -513,23 +512,10 @@ COUNTS = (20, 16, 12, 9, 7, 5, 4, 3, 2, 1)
 TINY = "--backbone resnet8 --batch-size 16 --pad 2 --device cpu --log none --quiet".split()
 
 
-def letters(path: Path, train_counts) -> str:
-    """A set of the first letters of each kind; ten of each to test."""
-    arrays = {}
-    for split, dataset, counts in zip(
-        ("train", "test"), data_lt.load_pool("glyphs_lt"), (train_counts, [10] * 10), strict=False
-    ):
-        keep = torch.cat([torch.where(dataset.labels == c)[0][:n] for c, n in enumerate(counts)])
-        arrays[f"x_{split}"] = dataset.images[keep].permute(0, 2, 3, 1).numpy()
-        arrays[f"y_{split}"] = dataset.labels[keep].numpy()
-    np.savez(path, **arrays)
-    return str(path)
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> str:
     """Letters, 20 to 1 of each."""
-    return letters(tmp_path_factory.mktemp("tiny") / "tiny.npz", COUNTS)
+    return commands.tiny_letters(tmp_path_factory.mktemp("tiny") / "tiny.npz", COUNTS)
 
 
 @pytest.fixture(autouse=True)
@@ -668,7 +654,7 @@ def test_the_head_starts_where_the_stage_before_ended(straight, tiny):
 def test_the_teacher_is_cosine_ce_of_its_seed_and_images(straight, tiny, tmp_path, capsys):
     own = weights(straight("cbd") / "teacher.pt")
     assert same(own, weights(alone(tiny, tmp_path, "cosine_ce", "--seed", 1000) / "cosine_ce.pt"))
-    balanced = letters(tmp_path / "balanced.npz", [20] * 10)
+    balanced = commands.tiny_letters(tmp_path / "balanced.npz", [20] * 10)
     long = ["--dataset", balanced, *TINY, "--epochs", 1, "--imb-ratio", 5]
     other = train(
         tmp_path / "b", *long, "--pipeline", "cbd", "--teacher-data-seed", 7, "--teacher-seed", 5, "--seed", 2

@@ -519,15 +519,7 @@ FAST = (
 @pytest.fixture(scope="module", autouse=True)
 def tiny_set(tmp_path_factory):
     """Letters, 20 to train on and 5 to test of each kind but 19 of the last: no batch size divides 199 images."""
-    path, arrays = tmp_path_factory.mktemp("tiny") / "tiny.npz", {}
-    for split, dataset, count in zip(("train", "test"), data_lt.load_pool("glyphs_lt"), (20, 5), strict=False):
-        keep = torch.cat(
-            [torch.where(dataset.labels == c)[0][: count - (c == 9 and split == "train")] for c in range(10)]
-        )
-        arrays[f"x_{split}"] = dataset.images[keep].permute(0, 2, 3, 1).numpy()
-        arrays[f"y_{split}"] = dataset.labels[keep].numpy()
-    np.savez(path, **arrays)
-    TINY[:] = [str(path)]
+    TINY[:] = [commands.tiny_letters(tmp_path_factory.mktemp("tiny") / "tiny.npz", (20,) * 9 + (19,), (5,) * 10)]
 
 
 def line(*flags) -> list[str]:
