@@ -620,7 +620,7 @@ def pretrain(run: common.Run, args, splits: data_lt.Splits, encoder: nn.Module) 
     for epoch in stage.epochs():
         for views, labels, _ in stage.batches(loader, 2):
             t = epoch + stage.step / len(loader)
-            lr = common.set_lr(optimizer, common.warmup_cosine_lr(args.lr, t, args.epochs, args.warmup * args.epochs))
+            common.set_lr(optimizer, common.warmup_cosine_lr(args.lr, t, args.epochs, args.warmup * args.epochs))
             with common.autocast(args):
                 z1, z2 = replica(views)  # [b, P] each
             if args.bns_form == "paper":
@@ -634,7 +634,7 @@ def pretrain(run: common.Run, args, splits: data_lt.Splits, encoder: nn.Module) 
             scaler.step(optimizer)
             scaler.update()
             stage.add(len(labels), loss=loss)
-        stage.end_epoch(lr=lr)
+        stage.end_epoch()
     stage.finish()
 
 
@@ -785,7 +785,7 @@ def train_classifier(run: common.Run, args, splits: data_lt.Splits, name: str, e
                 net.backbone.eval()
             for views, labels, _ in stage.batches(loader, 0 if frozen else 1):
                 t = epoch + stage.step / len(loader)
-                lr = common.set_lr(optimizer, common.warmup_cosine_lr(peak, t, epochs, warmup * epochs))
+                common.set_lr(optimizer, common.warmup_cosine_lr(peak, t, epochs, warmup * epochs))
                 with common.autocast(args):
                     logits = replica(views[0])  # [b, C]
                 losses = F.cross_entropy(logits.float(), labels, reduction="none")  # [b]
@@ -802,7 +802,7 @@ def train_classifier(run: common.Run, args, splits: data_lt.Splits, name: str, e
                 if val_loader:
                     scores["val"] = common.logged(common.figures(args, net, val_loader, counts))
                     selected = scores["val"]["overall"]
-            stage.end_epoch(lr=lr, score=selected, **scores)
+            stage.end_epoch(score=selected, **scores)
         close(loader)
         stage.finish()
     if val_loader:

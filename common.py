@@ -9,7 +9,7 @@ A script reads
     run = common.Run(args, "tsc", fingerprint)           # folder, lock, logs, what was finished before
     stage = run.stage("pretrain", epochs, model=model, optimizer=optimizer)
     for epoch in stage.epochs():                         # continues where the last process stopped
-        lr = common.set_lr(optimizer, common.step_lr(args.lr, epoch, epochs))
+        common.set_lr(optimizer, common.step_lr(args.lr, epoch, epochs))
         for views, labels, indices in stage.batches(loader):
             loss = ...
             optimizer.zero_grad(set_to_none=True)
@@ -17,7 +17,7 @@ A script reads
             stage.guard(loss, optimizer)                 # a non-finite loss never reaches the weights
             optimizer.step()
             stage.add(len(labels), loss=loss)            # running means, kept on the device
-        stage.end_epoch(lr=lr, test=scores)              # metrics.jsonl, TensorBoard, last.pt
+        stage.end_epoch(test=scores)                     # metrics.jsonl, TensorBoard, last.pt
     stage.finish()                                       # pretrain.pt
 
 Randomness is counter-based: every draw comes from `generator(seed, purpose, epoch, step)`, so a run that continues
@@ -897,7 +897,7 @@ class Stage:
         """Whether the epoch that just ran is one to evaluate: every `every` epochs and always the last."""
         return (self.epoch + 1) % every == 0 or self.epoch + 1 == self.total
 
-    def end_epoch(self, lr: float | None = None, score: float | None = None, **metrics) -> dict:
+    def end_epoch(self, score: float | None = None, **metrics) -> dict:
         """Close the epoch: one row in metrics.jsonl and TensorBoard, last.pt and previous.pt.
 
         metrics: plain numbers or dicts of them. score: validation figure; a strictly higher one than before also keeps
@@ -909,7 +909,8 @@ class Stage:
         self._reduce_sums()
         seconds = time.perf_counter() - self._clock
         row = {"stage": self.name, "epoch": self.epoch, "steps": self.step, "passes": self.passes}
-        row |= {"lr": lr} if lr is not None else {}
+        if "optimizer" in self.parts:  # the rate of the last step, also where that was taken before a stop
+            row["lr"] = float(self.parts["optimizer"].param_groups[0]["lr"])
         row |= {key: total / weight for key, (total, weight) in self.sums.items()} | metrics
         row["timing"] = {
             "seconds": round(seconds + self.seconds, 3),

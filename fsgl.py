@@ -680,7 +680,7 @@ def train(run: common.Run, args, splits: data_lt.Splits, net: models.Net, test_l
     run.say(f"{args.backbone}, {models.count_parameters(net):,} parameters; gain {max(gains):g}..{min(gains):g}")
     replica = common.distribute(torch.compile(views) if args.compile else views)
     for epoch in stage.epochs():
-        lr = common.set_lr(optimizer, learning_rate(args, epoch))
+        common.set_lr(optimizer, learning_rate(args, epoch))
         alpha = cumulative_weight(epoch, args.epochs)
         net.train()
         for batch in stage.batches(loader, passes):
@@ -697,7 +697,7 @@ def train(run: common.Run, args, splits: data_lt.Splits, net: models.Net, test_l
             if val_loader:
                 scores["val"] = common.figures(args, net, val_loader, counts)
                 selected = scores["val"]["overall"]
-        stage.end_epoch(lr=lr, score=selected, **{name: common.logged(full) for name, full in scores.items()})
+        stage.end_epoch(score=selected, **{name: common.logged(full) for name, full in scores.items()})
     stage.finish()
 
 

@@ -751,7 +751,7 @@ def pretrain_rotation(run: common.Run, args, splits) -> models.Net:
     run.say(f"pretrain: rotation, {len(splits.train)} images, {args.epochs} epochs of {len(loader)} steps")
     replica = callable_of(args, net)
     for epoch in stage.epochs():
-        lr = common.set_lr(optimizer, schedule(args.schedule, args.lr, epoch, args.epochs, args.lr_bug))
+        common.set_lr(optimizer, schedule(args.schedule, args.lr, epoch, args.epochs, args.lr_bug))
         net.train()
         for views, _, _ in stage.batches(loader):
             size, begin, end = loader.share(stage.step)
@@ -768,7 +768,7 @@ def pretrain_rotation(run: common.Run, args, splits) -> models.Net:
             scaler.update()
             stage.add(len(turns), loss=losses.mean(), rotation_accuracy=(logits.argmax(1) == turns).float().mean())
         found = rotation_figures(args, net, splits) if stage.due(args.eval_every) else None
-        stage.end_epoch(lr=lr, score=found, **({} if found is None else {"test_rotation_accuracy": found}))
+        stage.end_epoch(score=found, **({} if found is None else {"test_rotation_accuracy": found}))
     stage.finish()
     return net
 
@@ -794,7 +794,7 @@ def pretrain_moco(run: common.Run, args, splits) -> models.Net:
     run.say(f"pretrain: MoCo, {len(splits.train)} images, {args.epochs} epochs of {len(loader)} steps")
     replica = callable_of(args, net)
     for epoch in stage.epochs():
-        lr = common.set_lr(optimizer, schedule(args.schedule, args.lr, epoch, args.epochs, args.lr_bug))
+        common.set_lr(optimizer, schedule(args.schedule, args.lr, epoch, args.epochs, args.lr_bug))
         net.train()
         momentum.train()
         for views, _, _ in stage.batches(loader):
@@ -810,7 +810,7 @@ def pretrain_moco(run: common.Run, args, splits) -> models.Net:
             queue.enqueue(keys)
             average_running_statistics(net, momentum)
             stage.add(len(losses), loss=losses.mean(), contrast_accuracy=found)
-        stage.end_epoch(lr=lr)
+        stage.end_epoch()
     stage.finish()
     return net
 
@@ -883,7 +883,7 @@ def fit(run: common.Run, args, name: str, net: models.Net, splits, train=None, l
                 if val_loader:
                     scores["val"] = common.logged(common.figures(args, net, val_loader, splits.counts))
                     selected = scores["val"]["overall"]
-            stage.end_epoch(lr=lr, score=selected, **scores)
+            stage.end_epoch(score=selected, **scores)
         stage.finish()
     if val_loader:
         stage.load_best()

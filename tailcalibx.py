@@ -727,8 +727,7 @@ def train_on_images(run: common.Run, args, name: str, net: Net, splits: data_lt.
         judged = {key: evaluable(args, net, part, splits, cached) for key, part in evaluations(args, splits).items()}
         replica = common.distribute(torch.compile(net) if args.compile else net)
         for epoch in stage.epochs():
-            lr = learning_rate(args, name, epoch, epochs)
-            common.set_lr(optimizer, lr)
+            common.set_lr(optimizer, learning_rate(args, name, epoch, epochs))
             if args.clf_schedule == "constant" and not head_only:
                 optimizer.param_groups[-1]["lr"] = args.lr
             net.train()
@@ -756,7 +755,7 @@ def train_on_images(run: common.Run, args, name: str, net: Net, splits: data_lt.
                 stage.guard(total, optimizer)
                 scaler.step(optimizer)
                 scaler.update()
-            close_epoch(stage, args, judged, counts, lr)
+            close_epoch(stage, args, judged, counts)
         stage.finish()
     if args.select == "val":
         stage.load_best()
@@ -771,13 +770,13 @@ def learning_rate(args, name: str, epoch: int, epochs: int) -> float:
     return common.cosine_lr(args.lr, epoch, epochs, shift=args.lr_step == "before")
 
 
-def close_epoch(stage: common.Stage, args, judged: dict, counts: list[int], lr: float) -> None:
+def close_epoch(stage: common.Stage, args, judged: dict, counts: list[int]) -> None:
     """Evaluate where it is due, write the row of the epoch."""
     scores = {}
     if stage.due(args.eval_every):
         for key, (net, loader) in judged.items():
             scores[key] = common.logged(common.figures(args, net, loader, counts))
-    stage.end_epoch(lr=lr, score=scores["val"]["overall"] if "val" in scores else None, **scores)
+    stage.end_epoch(score=scores["val"]["overall"] if "val" in scores else None, **scores)
 
 
 def evaluable(args, net: Net, dataset, splits: data_lt.Splits, cached: bool) -> tuple:
@@ -866,7 +865,7 @@ def train_on_features(run: common.Run, args, name: str, net: Net, splits: data_l
                 stage.guard(loss, optimizer)
                 optimizer.step()
                 stage.add(len(labels), loss=losses.mean(), accuracy=(logits.argmax(1) == labels).float().mean())
-            close_epoch(stage, args, judged, counts, args.clf_lr)
+            close_epoch(stage, args, judged, counts)
         stage.finish()
     if args.select == "val":
         stage.load_best()

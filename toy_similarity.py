@@ -460,7 +460,7 @@ def train_point(run: common.Run, args, point: Point, source: data_lt.Pool, head:
         run.say(f"{point.name}: {len(train)} images, {epochs} epochs of {len(loader)} steps")
         replica = common.distribute(torch.compile(net) if args.compile else net)
         for epoch in stage.epochs():
-            lr = common.set_lr(optimizer, learning_rate(args, epoch, epochs))
+            common.set_lr(optimizer, learning_rate(args, epoch, epochs))
             net.train()
             for views, labels, _ in stage.batches(loader):
                 with common.autocast(args):
@@ -479,7 +479,7 @@ def train_point(run: common.Run, args, point: Point, source: data_lt.Pool, head:
                 if val_loader:
                     scores["val"] = common.logged(common.figures(args, net, val_loader, counts))
                     selected = scores["val"]["overall"]
-            stage.end_epoch(lr=lr, score=selected, **scores)
+            stage.end_epoch(score=selected, **scores)
         stage.finish()
     if val_loader:
         stage.load_best()

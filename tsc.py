@@ -941,7 +941,7 @@ def pretrain(run: common.Run, args, name: str, epochs: int, state: Pretraining, 
         net.train()
         for views, labels, _ in stage.batches(loader, 1 if moco else 2):
             step = stage.step
-            lr = common.set_lr(optimizer, pretrain_lr(args, epoch + step / len(loader), epochs, first))
+            common.set_lr(optimizer, pretrain_lr(args, epoch + step / len(loader), epochs, first))
             n, begin, end = loader.share(step)
             every_label = gather_rows(labels, n)  # [B]
             rng = common.generator(seed, "positives", epoch, step)
@@ -1021,7 +1021,7 @@ def pretrain(run: common.Run, args, name: str, epochs: int, state: Pretraining, 
             figures["matching"] = {"cosine": float(matching.matched_cosine())}
         if diagnose and stage.due(args.diagnostics_every):
             figures |= diagnose(net)
-        stage.end_epoch(lr=lr, **figures)
+        stage.end_epoch(**figures)
     stage.finish()
     return stage
 
@@ -1080,7 +1080,7 @@ def train_classifier(run: common.Run, args, splits: data_lt.Splits, backbone: nn
             f"{epochs} epochs of {len(loader)} steps")  # fmt: skip
     replica = common.distribute(torch.compile(net) if args.compile else net)
     for epoch in stage.epochs():
-        lr = common.set_lr(optimizer, common.milestone_lr(args.classifier_lr, epoch, milestones))
+        common.set_lr(optimizer, common.milestone_lr(args.classifier_lr, epoch, milestones))
         net.train()
         if args.lin_bn == "eval":
             net.backbone.eval()
@@ -1112,7 +1112,7 @@ def train_classifier(run: common.Run, args, splits: data_lt.Splits, backbone: nn
             if val_loader:
                 scores["val"] = common.logged(common.figures(args, net, val_loader, counts))
                 selected = scores["val"]["overall"]
-        stage.end_epoch(lr=lr, score=selected, **scores)
+        stage.end_epoch(score=selected, **scores)
     stage.finish()
     return stage, net
 

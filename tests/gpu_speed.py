@@ -3,7 +3,7 @@
 Every method runs as its user starts it, at its CIFAR-10-LT settings, on random images of that set's size for a few
 epochs, eager and with --compile; what it did in the last epoch of each stage is read from its own metrics.jsonl. The
 bare step is forward, backward and optimiser of the same network on one fixed batch of the same size, eager, compiled,
-and on a GPU captured as a graph ("reduce-overhead"). One JSON line a stage:
+and on a GPU captured as a graph ("reduce-overhead"). One JSON line a stage that trains the network:
 
   passes_per_second          images forward and backward a second, all views (passes without a gradient count 0)
   data_wait                  share of the training time spent waiting for the next batch
@@ -50,7 +50,7 @@ PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # operations a second, 
 
 def cifar_like(path: Path, n_max: int, n_test: int, side: int) -> None:
     """Random images in the numbers of CIFAR-10-LT (ratio 100): n_max in the first of ten classes."""
-    rng, counts = np.random.default_rng(0), long_tail_counts(n_max, 10, 100, "exp")
+    rng, counts = np.random.default_rng(0), long_tail_counts(10, n_max, 100, "exp")
     arrays = {"y_train": np.repeat(np.arange(10), counts), "y_test": np.repeat(np.arange(10), n_test)}
     for split in ("train", "test"):
         shape = (len(arrays[f"y_{split}"]), side, side, 3)
@@ -135,8 +135,8 @@ def measure(name: str, words: str, data: Path, device: str, epochs: int, compile
     peak = next((PEAK[key] for key in PEAK if device.startswith("cuda") and key in torch.cuda.get_device_name()), None)
     bare = {}
     for row in rows:
-        if not row["passes"]:
-            continue  # a stage on a frozen network
+        if not row["passes"] or row["stage"] == "tailcalibx":
+            continue  # a classifier on a frozen network: nothing to compare with its whole step
         batch, passes = batch_of(row), row["timing"]["passes_per_second"]
         if batch not in bare:
             bare[batch] = bare_steps(args["backbone"], batch, side, device, args["precision"], compiled)

@@ -55,7 +55,7 @@ def main(args) -> None:
             optimizer.step()
             stage.add(len(labels), loss=losses.mean())
         full = common.figures(args, net, test, splits.counts)
-        stage.end_epoch(lr=args.lr, test=common.logged(full))
+        stage.end_epoch(test=common.logged(full))
     stage.finish()
     run.finish(**run.outcome("train", full, splits.train.classes, splits.counts))
 

@@ -19,7 +19,7 @@ else
 fi
 parallel=()
 if "$PY" -c 'import xdist' 2> /dev/null; then # one thread a process; `-n 0` runs all tests in one
-  parallel=(-n auto --maxprocesses 4 --dist loadfile)
+  parallel=(-n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder)
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 fi
 "$PY" ${measured[@]+"${measured[@]}"} -m pytest -o testpaths=tests ${parallel[@]+"${parallel[@]}"} "$@" || code=$?

@@ -68,13 +68,27 @@ def child(script: str, words: list[str], said: str, prepare: str | None) -> None
     except BaseException:
         traceback.print_exc()
         code = 70
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.getrlimit(resource.RLIMIT_FSIZE)[1],) * 2)
     atexit._run_exitfuncs()  # as at the end of a process of its own
     os._exit(code)
 
 
 def no_space() -> None:
-    """Files end at 20 kB, as on a disk that is full."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    """Files end at 20 kB, as on a disk that is full, until the script has ended."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit))
+
+
+def stopped_late() -> None:
+    """A stop signal in the last step of the first epoch that has steps left."""
+    guard = common.Stage.guard
+
+    def guarded(self, *args):
+        if self.step == self._steps - 1:
+            common._stop_signal = signal.SIGTERM
+        guard(self, *args)
+
+    common.Stage.guard = guarded
 
 
 def suspended() -> None:
@@ -202,6 +216,17 @@ def test_killed_wherever_it_is_a_run_ends_as_if_nothing_had_been(script, whole, 
         process.join()
     desk.run()
     assert same_end(desk, undisturbed)
+
+
+@pytest.mark.parametrize("script", SMALL)
+def test_stopped_after_the_last_step_of_every_epoch_it_ends_the_same(script, whole, tiny, tmp_path):
+    desk, ends = on_letters(script, tiny, tmp_path), []
+    while 0 not in ends:
+        process = desk.start(prepare="stopped_late")
+        process.join(200)
+        ends.append(process.exitcode)
+        assert ends[-1] in (0, 143) and len(ends) < 20, process.said.read_text()
+    assert ends.count(143) >= 2 and same_end(desk, whole(script)[0])
 
 
 @pytest.mark.parametrize("script", SMALL)

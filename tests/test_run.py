@@ -141,7 +141,7 @@ def fit(run, stop_at, poison_at, fused, epochs):
             if poison_at == (epoch, stage.step):  # the fused optimiser was told on the device
                 assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
             stage.add(len(y), loss=loss)
-        stage.end_epoch(lr=0.1)
+        stage.end_epoch()
     stage.finish()
     run.finish(headline={"overall": 0.5})
     return model
@@ -202,7 +202,7 @@ def test_a_nan_in_the_last_step_of_an_epoch_is_not_saved(tmp_path, fused):
 def test_a_skipped_first_step_leaves_no_momentum(monkeypatch):
     """Fused SGD makes its buffers before it looks at the flag; then they would hold whatever the memory held."""
     stage, w = object.__new__(common.Stage), torch.nn.Parameter(torch.zeros(5))
-    stage.step = 0
+    stage.step, stage._pending = 0, None
     optimizer = torch.optim.SGD([w], 0.1, momentum=0.9, fused=True)
     monkeypatch.setattr(torch, "empty_like", lambda like: torch.full_like(like, float("nan")))
     for found_inf, expected in ((1.0, 0.0), (0.0, -0.1), (0.0, -0.29)):
