@@ -158,7 +158,8 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         try:
             found, rest = super().parse_known_args(args, namespace)
-            found.command_line = list(sys.argv[1:] if args is None else args)  # for args.json and `export`
+            words = list(sys.argv[1:] if args is None else args)
+            found.command_line = self._read_args_from_files(words)  # for `resolve`, args.json and `export`
             return found, rest
         except UnicodeDecodeError:
             self.error("an @file of flags is not text in UTF-8")
@@ -261,13 +262,11 @@ def resolve(parser, args, presets: dict[str, dict], image_size, released: dict[s
             parser.error(f"--recipe released: nothing was released for --dataset {args.dataset} here")
         chosen |= released[name]
     standard = {key: parser.get_default(key) for key in vars(args)} | chosen
-    words = {word.partition("=")[0] for word in getattr(args, "command_line", ())}
+    words = {word.partition("=")[0] for word in args.command_line}
     said = {action.dest for action in parser._actions if words & set(action.option_strings)}  # even if the default
     for key, value in chosen.items():
-        own = key in said and getattr(args, key) is not None
-        if not own and (
-            getattr(args, key) is None or (args.recipe == "released" and getattr(args, key) == parser.get_default(key))
-        ):
+        own = getattr(args, key)
+        if own is None or (args.recipe == "released" and key not in said and own == parser.get_default(key)):
             setattr(args, key, value)
     if args.select != "val" and "val_from" not in said:  # the recipe's goes with the recipe's --select
         args.val_from = standard["val_from"] = None

@@ -1144,7 +1144,7 @@ def toy(args) -> None:
     shape = [len(torch.arange(a, b, 0.02)) for a, b in zip(low, high, strict=True)]
     for row, (name, accuracy, ((x, y), net)) in enumerate(zip(names, figures, fitted, strict=True)):
         with torch.no_grad():
-            surface = net(grid).sigmoid().view(shape).T
+            surface = net(grid).sigmoid().view(shape).T.numpy()
         real = len(x) if row < 2 else len(imbalanced[0])
         for column, panel in enumerate(axes[row]):
             if column:
@@ -1153,8 +1153,9 @@ def toy(args) -> None:
                 text = f"test accuracy {accuracy:.2f}\nratio {int((y == 1).sum()) / int((y == 0).sum()):g}"
                 panel.text(0.97, 0.03, text, transform=panel.transAxes, ha="right", va="bottom", fontsize=8,
                            bbox={"facecolor": "white", "edgecolor": "grey"})  # fmt: skip
-            panel.scatter(*test_x.T.tolist(), c=test_y, cmap="RdBu", s=10, alpha=0.25)
-            panel.scatter(*x[:real].T.tolist(), c=y[:real], cmap="RdBu", s=12, edgecolors="black", linewidths=0.3)
+            panel.scatter(*test_x.T.tolist(), c=test_y.tolist(), cmap="RdBu", s=10, alpha=0.25)
+            colours = {"c": y[:real].tolist(), "cmap": "RdBu", "edgecolors": "black"}
+            panel.scatter(*x[:real].T.tolist(), **colours, s=12, linewidths=0.3)
             panel.scatter(*x[real:].T.tolist(), marker="*", color="gold", s=18, edgecolors="black", linewidths=0.2)
             panel.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), title=name if not column else "decision surface")
     figure.tight_layout()

@@ -429,7 +429,7 @@ def loss_and_gradients(name: str, part: slice | None = None):
 # --- arguments ------------------------------------------------------------------------------------------------------
 
 
-def test_presets_are_the_published_ones_and_released_says_what_it_sets():
+def test_presets_are_the_published_ones_and_released_says_what_it_sets(tmp_path):
     fields = "backbone batch_size epochs lr temperature projection projection_hidden jitter_strength".split()
     fields += "probe_samples probe_jitter_strength num_samples finetune_lr probe_lr many_above few_below".split()
     published = {
@@ -448,6 +448,10 @@ def test_presets_are_the_published_ones_and_released_says_what_it_sets():
         assert released == ["legacy", "n2", "augmented", True, "train", "balanced"] and args.bns_local
         args = bns.parse_args(["--dataset", name, "--recipe", "released", "--subset-mode", "kdpp", "--no-fixed-order"])
         assert (args.subset_mode, args.fixed_order, args.p_view) == ("kdpp", False, "augmented")
+        (tmp_path / "flags.txt").write_text("--subset-mode kdpp  # a default, but said\n--no-fixed-order")
+        filed = bns.parse_args(["--dataset", name, "--recipe", "released", f"@{tmp_path / 'flags.txt'}"])
+        assert vars(filed) | {"command_line": None} == vars(args) | {"command_line": None}
+        assert sorted(filed.command_line) == sorted(args.command_line)
     args = bns.parse_args(["--dataset", "cifar10_lt", "--batch-size", "256", "--finetune-epochs", "50"])
     assert args.lr == 1e-3 and args.resample_every == 5
     assert bns.parse_args(["--dataset", "imagenet_lt"]).preset == "large"
