@@ -672,12 +672,15 @@ def train(run: common.Run, args, splits: data_lt.Splits, net: models.Net, test_l
     if args.select == "val" and splits.val is not splits.test:
         val_loader = data_lt.evaluation_loader(args, splits.val, (splits.mean, splits.std), splits.image_size)
     decimals = None if args.fsm_round == "none" else int(args.fsm_round)
-    gains = torch.tensor(class_gains(counts, args.fcc, args.fsm_mode, args.fsm_order, decimals), device=args.device)
+    every_gain = class_gains(counts, args.fcc, args.fsm_mode, args.fsm_order, decimals)
+    gains = torch.tensor(every_gain, device=args.device)
     weights = torch.tensor(class_weights(counts, args.label_weighting), device=args.device, dtype=torch.float32)
     views = net if args.variant == "ce" else TwoViews(net, args.concat_views)
     passes = (1 if args.variant == "ce" else 2) * (2 if sam else 1)
     run.say(f"{args.variant}: {len(splits.train)} images, {args.epochs} epochs of {len(loader)} steps")
-    run.say(f"{args.backbone}, {models.count_parameters(net):,} parameters; gain {max(gains):g}..{min(gains):g}")
+    run.say(
+        f"{args.backbone}, {models.count_parameters(net):,} parameters; gain {max(every_gain):g}..{min(every_gain):g}"
+    )
     replica = common.distribute(torch.compile(views) if args.compile else views)
     for epoch in stage.epochs():
         common.set_lr(optimizer, learning_rate(args, epoch))

@@ -18,6 +18,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import commands
@@ -49,8 +50,8 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["torch", "numpy", "common", "data_lt", "decode", "tables", *SMALL])
 
 
-def child(script: str, words: list[str], said: str, prepare: str | None) -> None:
-    """In the forked process: run the script as its command line would; `prepare` names a function of this file."""
+def child(script: str, words: list[str], said: str, prepare: Callable | None) -> None:
+    """In the forked process: run the script as its command line would; after `prepare()`."""
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of decoding workers, as in a process of its own
     output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -59,7 +60,7 @@ def child(script: str, words: list[str], said: str, prepare: str | None) -> None
     sys.stdout, sys.stderr = (io.TextIOWrapper(os.fdopen(os.dup(n), "wb", 0), write_through=True) for n in (1, 2))
     sys.argv = [f"{script}.py", *words]
     if prepare:
-        globals()[prepare]()
+        prepare()
     module, code = importlib.import_module(script), 0
     try:
         common.launch(module.main, module.parse_args(words))
@@ -123,7 +124,7 @@ class Desk:
         out.mkdir(parents=True, exist_ok=True)
         self.words = [*map(str, flags), "--out", str(out), "--device", "cpu", "--log-to", "none", "--quiet"]
 
-    def start(self, *more: str, prepare: str | None = None):
+    def start(self, *more: str, prepare: Callable | None = None):
         self.count += 1
         said = self.out / f"said{self.count}.txt"
         process = SERVER.Process(target=child, args=(self.script, [*self.words, *more], str(said), prepare))
@@ -131,7 +132,7 @@ class Desk:
         process.start()
         return process
 
-    def run(self, *more: str, code: int = 0, prepare: str | None = None) -> str:
+    def run(self, *more: str, code: int = 0, prepare: Callable | None = None) -> str:
         """Run to the end; what was said, where it should fail the one line that says why."""
         process = self.start(*more, prepare=prepare)
         process.join(200)
@@ -222,7 +223,7 @@ def test_killed_wherever_it_is_a_run_ends_as_if_nothing_had_been(script, whole, 
 def test_stopped_after_the_last_step_of_every_epoch_it_ends_the_same(script, whole, tiny, tmp_path):
     desk, ends = on_letters(script, tiny, tmp_path), []
     while 0 not in ends:
-        process = desk.start(prepare="stopped_late")
+        process = desk.start(prepare=stopped_late)
         process.join(200)
         ends.append(process.exitcode)
         assert ends[-1] in (0, 143) and len(ends) < 20, process.said.read_text()
@@ -232,7 +233,7 @@ def test_stopped_after_the_last_step_of_every_epoch_it_ends_the_same(script, who
 @pytest.mark.parametrize("script", SMALL)
 def test_a_second_process_a_full_disk_and_a_damaged_checkpoint_cost_nothing(script, whole, tiny, tmp_path):
     desk = on_letters(script, tiny, tmp_path)
-    process = desk.start(prepare="suspended")
+    process = desk.start(prepare=suspended)
     stat = Path(f"/proc/{process.pid}/stat")
     while stat.read_text().rpartition(")")[2].split()[0] != "T":
         assert process.is_alive(), process.said.read_text()
@@ -242,7 +243,7 @@ def test_a_second_process_a_full_disk_and_a_damaged_checkpoint_cost_nothing(scri
     process.join()
     last, previous = desk.folder / "last.pt", desk.folder / "previous.pt"
     content = last.read_bytes()
-    said = desk.run(code=1, prepare="no_space")
+    said = desk.run(code=1, prepare=no_space)
     assert "cannot write" in said and "intact" in said and last.read_bytes() == content
     last.write_bytes(content[: len(content) // 2])
     said = desk.run(code=2)
@@ -254,7 +255,7 @@ def test_a_second_process_a_full_disk_and_a_damaged_checkpoint_cost_nothing(scri
 @pytest.mark.parametrize("script", SMALL)
 def test_a_number_that_is_none_ends_the_run_and_reaches_no_checkpoint(script, tiny, tmp_path):
     desk = on_letters(script, tiny, tmp_path)
-    assert "not finite" in desk.run(code=1, prepare="poisoned")
+    assert "not finite" in desk.run(code=1, prepare=poisoned)
     for path in desk.folder.glob("*.pt"):
         state = common.load_checkpoint(path)["state"]["model"]
         assert all(torch.isfinite(value).all() for value in state.values() if value.is_floating_point())
