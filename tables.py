@@ -644,7 +644,7 @@ def main_cli(argv: Sequence[str]) -> int:
     add("--dry-run", action="store_true", help="only say what would run")
     add("--only", metavar="PATTERN", help="lines in which this regular expression is found")
     add("--seeds", type=number(int, 1), default=1, help="use the first N seeds of each line (default: 1)")
-    add("--jobs", type=number(int, 1), help="cells at a time (default: one a GPU, else cores / threads + 1)")
+    add("--jobs", type=number(int, 1), help="cells at a time (default: one a GPU, else cores / threads)")
     add("--threads", type=number(int, 1), default=1, help="threads of a cell (default: 1); moves last digits")
     add("--cifar", action="store_true", help="run CIFAR and SVHN cells without a GPU too")
     add(
@@ -698,8 +698,7 @@ def _run_command(args) -> int:
     done = [cell for cell in cells if cell not in skipped and _finished(cell, args.out)]
     todo = [cell for cell in cells if cell not in skipped and cell not in done]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # one more than there are cores: a cell's start and end leave its core idle
-    jobs = args.jobs or torch.cuda.device_count() or cores // args.threads + 1
+    jobs = args.jobs or torch.cuda.device_count() or max(cores // args.threads, 1)
     print(f"will run {len(todo)} cell(s), {jobs} at a time, threads a cell: {args.threads}; logs: {args.out / 'cells'}")
     for cell in todo:
         print(f"  run: {cell}")

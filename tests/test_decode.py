@@ -350,7 +350,7 @@ sys.exit(3)
 def test_workers_end_when_the_main_process_is_killed(files):
     script = LEAVE.replace("sys.exit(3)", "os.kill(os.getpid(), 9)")
     command = [sys.executable, "-c", script, files.root / "n0000"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT)
     assert done.returncode == -9, done.stderr
     pids = [int(word) for word in done.stdout.split()[:-1]]
     assert len(pids) == 2 and ends_within(pids, 15)
@@ -358,7 +358,7 @@ def test_workers_end_when_the_main_process_is_killed(files):
 
 def test_workers_end_with_the_process(files):
     command = [sys.executable, "-c", LEAVE, files.root / "n0000"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT)
     assert done.returncode == 3 and done.stderr == ""
     *pids, left = done.stdout.split()
     assert len(pids) == 2 and time.time() - float(left) < 5 and ends_within([int(pid) for pid in pids], 1)
