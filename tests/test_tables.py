@@ -239,7 +239,7 @@ def start_and_wait(desk, lines: str) -> tuple[subprocess.Popen, int]:
 def test_a_signal_lets_the_cells_save_and_ends_them(desk, number, code):
     process, pid = start_and_wait(desk, "long | FAKE --hang | 0\nnever | FAKE | 0")
     process.send_signal(number)
-    said, _ = process.communicate(timeout=20)
+    said, _ = process.communicate(timeout=100)
     assert process.returncode == code, said
     assert "the same command continues" in said
     assert (desk.path / "runs" / "saved").exists() and not alive(pid)
@@ -252,7 +252,7 @@ def test_a_second_signal_kills_cells_that_do_not_listen(desk):
     time.sleep(0.5)
     assert process.poll() is None and alive(pid)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=20)
+    process.communicate(timeout=100)
     assert process.returncode == 143 and not alive(pid)
 
 
