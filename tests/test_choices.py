@@ -26,7 +26,11 @@ ALONG = {  # what a value needs beside it; flags later on the line win
     "ssp_pretrain --focal-exact": "--loss focal --rule reweight",
     "ssp_pretrain --rs-exact": "--rule resample",
     "ssp_pretrain --cos-shift": "--train-schedule cosine",
-    "toy_similarity --experiment sweep1": "--points 5 --tail-count 4",
+    "toy_similarity --experiment sweep1": "--points 4 --tail-count 2",
+    **dict.fromkeys(
+        (f"toy_similarity {flag}" for flag in ("--imb-type step", "--imb-type exp", "--subset-rule fsgl")),
+        "--experiment verification --points 0.5 --imb-ratio 2",
+    ),
     "toy_similarity --experiment verification": "--points 0.5",
     "toy_similarity --control": "--experiment verification --points 0.5",
     "tsc --backend moco": "--queue 40",
@@ -34,7 +38,7 @@ ALONG = {  # what a value needs beside it; flags later on the line win
     "tsc --unbiased": "--method kcl",
     "tsc --reweight cb": "--classifier ldam",
     "tsc --reweight drw": "--classifier ldam",
-    "tsc --classifier linear": "--reweight none",
+    "tsc --recipe released": "--targets paper",
     "tsc --cifar-target repeat": "--target-repeat 2",
     "bns_ipdpp --bns-neg-reduction sum": "--bns-form paper",
     "bns_ipdpp --bns-neg-reduction mean": "--bns-form paper",
@@ -42,7 +46,11 @@ ALONG = {  # what a value needs beside it; flags later on the line win
     "bns_ipdpp --probe-data all": "--stages pretrain,probe,finetune",
     "bns_ipdpp --probe-bn eval": "--stages pretrain,probe,finetune",
     "bns_ipdpp --probe-bn train": "--stages pretrain,probe,finetune",
-    "fsgl --schedule warmup": "",
+    "fsgl --lr-timing legacy": "--schedule warmup",
+    "fsgl --stem imagenet": "--backbone resnet10",
+    "tailcalibx --cbd-schedule cosine": "--pipeline cbd_tailcalibx",
+    "tailcalibx --cbd-schedule constant": "--pipeline cbd_tailcalibx",
+    "tailcalibx --frozen-bn-train": "--pipeline crt",
     "fsgl --concat-views": "--variant glmc",
 }
 DROPPED = {  # flags of the micro settings that the value has no use for
@@ -52,9 +60,22 @@ DROPPED = {  # flags of the micro settings that the value has no use for
     "tailcalibx --pipeline cbd": ("--clf-epochs",),
     "fsgl --variant ce": ("--projection-dim",),
     **dict.fromkeys(
-        ("toy_similarity --experiment sweep1", "toy_similarity --experiment verification", "toy_similarity --control"),
+        (
+            f"toy_similarity {flag}"
+            for flag in (
+                "--experiment sweep1",
+                "--experiment verification",
+                "--control",
+                "--imb-type step",
+                "--imb-type exp",
+                "--subset-rule fsgl",
+            )
+        ),
         ("--experiment", "--points"),
     ),
+    "bns_ipdpp --recipe released": ("--resample-every",),
+    "bns_ipdpp --subset-mode legacy": ("--resample-every",),
+    "bns_ipdpp --subset-mode all": ("--resample-every", "--num-samples"),
     **{f"ssp_pretrain --depth {depth}": ("--backbone",) for depth in (20, 32, 44, 56, 110)},
 }
 ELSEWHERE = {
@@ -73,7 +94,7 @@ ELSEWHERE = {
     "tailcalibx toy": "test_tailcalibx.py",
     "tsc --targets file": "test_tsc.py",
     "fsgl --acsl": "test_fsgl.py",
-    "--recipe": "the golden tests and those of each script",
+    "fsgl --recipe": "of CIFAR alone: test_fsgl.py",
     "bns_ipdpp --dpp-sampler dppy": "refused where it would overflow: test_bns.py",
 }
 
