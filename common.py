@@ -156,13 +156,17 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
     def parse_known_args(self, args=None, namespace=None):
+        words = list(sys.argv[1:] if args is None else args)
         try:
-            found, rest = super().parse_known_args(args, namespace)
-            words = list(sys.argv[1:] if args is None else args)
-            found.command_line = self._read_args_from_files(words)  # for `resolve`, args.json and `export`
+            if self.fromfile_prefix_chars:
+                words = self._read_args_from_files(words)
+            found, rest = super().parse_known_args(words, namespace)
+            found.command_line = words  # for `resolve`, args.json and `export`
             return found, rest
         except UnicodeDecodeError:
             self.error("an @file of flags is not text in UTF-8")
+        except argparse.ArgumentError as error:  # of a file that is not there, from Python 3.12 on
+            self.error(str(error))
 
     def convert_arg_line_to_args(self, line: str) -> list[str]:
         try:
@@ -828,7 +832,7 @@ class Stage:
         the count of image passes.
         """
         loader.set_epoch(self.epoch, self.step)
-        self._images, self._steps, self._passes = 0, len(loader), self.passes
+        self._images, self._steps, self._passes, self._first = 0, len(loader), self.passes, self.step
         self._wait, self._bar, begin = 0.0, 0.0, time.perf_counter()
         self._training = 0.0
         iterator = iter(loader)
@@ -981,8 +985,8 @@ class Stage:
             return
         self._bar = now
         speed = self._images / max(now - begin, 1e-9)
-        left = (self._steps - self.step + (self.total - self.epoch - 1) * self._steps) * (now - begin) * 1.0
-        left /= max(self._images and self.step, 1)
+        left = (self._steps - self.step + (self.total - self.epoch - 1) * self._steps) * (now - begin)
+        left /= max(self.step - self._first, 1)
         filled = 20 * self.step // max(self._steps, 1)
         bar = "#" * filled + "." * (20 - filled)
         text = f"{self.name} {self.epoch + 1}/{self.total} [{bar}] {speed:,.0f} images/s, {left:,.0f} s left"

@@ -11,7 +11,7 @@ exec "$PY" common.py run "$@" <<'CELLS'
 
 # All methods with as many forward + backward image passes (200 times the training set), see the head of RESULTS.md
 comparison, letters: CE          | python ssp_pretrain.py --ssp none                                                  | 0,1,2
-comparison, letters: CE, batch 32 | python fsgl.py --variant ce                                                       | 0,1,2
+comparison, letters: CE, as in FSGL | python fsgl.py --variant ce                                                 | 0,1,2
 comparison, letters: LDAM-DRW    | python ssp_pretrain.py --ssp none --loss ldam --rule drw                           | 0,1,2
 comparison, letters: SSP         | python ssp_pretrain.py --ssp rotation --epochs 40 --train-epochs 160               | 0,1,2
 comparison, letters: KCL         | python tsc.py --method kcl                                                         | 0,1,2
@@ -53,7 +53,7 @@ comparison, CIFAR-LT: TSC        | python tsc.py --dataset {cifar10_lt,cifar100_
 comparison, CIFAR-LT: BNS+IP-DPP | python bns_ipdpp.py --dataset cifar10_lt --backbone resnet32 --epochs 80 --finetune-epochs 152 | 0,1,2
 comparison, CIFAR-LT: BNS+IP-DPP | python bns_ipdpp.py --dataset cifar100_lt --backbone resnet32 --epochs 80 --finetune-epochs 130 | 0,1,2
 comparison, CIFAR-LT: FSGL       | python fsgl.py --dataset {cifar10_lt,cifar100_lt} --backbone resnet32 --epochs 50  | 0,1,2
-comparison, CIFAR-LT: TailCalibX | python tailcalibx.py --dataset {cifar10_lt,cifar100_lt}                            | 0,1,2
+comparison, CIFAR-LT: TailCalibX | python tailcalibx.py --dataset {cifar10_lt,cifar100_lt} --backbone resnet32 --epochs 200 | 0,1,2
 
 # --- the papers' tables
 
