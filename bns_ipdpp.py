@@ -571,6 +571,8 @@ def make_classifier(args, encoder: nn.Module, num_classes: int) -> models.Net:
 def make_augment(args, size: int, strength: float) -> data_lt.Augment:
     """The released augmentation: crop, flip, jitter of strength s, grey, a blur that is always there and is floored."""
     kernel = max(3, int(0.1 * size) | 1)
+    if size < 2:
+        raise common.UserError(f"images of {size} px are too small for this augmentation: it blurs them")
     return data_lt.Augment(
         size, *PLAIN, crop="resized", scale=(args.crop_min, 1.0), flip=args.flip, grey=0.2, jitter_p=0.8,
         jitter=(0.8 * strength,) * 3 + (0.2 * strength,), blur_p=1.0, blur_kernel=kernel, blur_floor=True,

@@ -341,12 +341,16 @@ def to_square(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def _checked_side(height: int, width: int, source: object) -> int:
-    """The side of images that are used as they are: they must be square and small."""
+FROM_FILES = ", or S above it to train from the files"
+
+
+def _checked_side(height: int, width: int, source: object, hint: str = "") -> int:
+    """The side of images that are used as they are: they must be square and small; hint: what else would do."""
     if height != width or height > MAX_SIZE:
         why = "not square" if height != width else f"and images in memory have at most {MAX_SIZE} px"
-        raise UserError(f"{source}: {width}x{height} px, {why}; give --image-size S, S <= {MAX_SIZE} to shrink "
-                        f"them, or S above it to train from the files")  # fmt: skip
+        raise UserError(
+            f"{source}: {width}x{height} px, {why}; give --image-size S, S <= {MAX_SIZE} to shrink them{hint}"
+        )
     return height
 
 
@@ -448,7 +452,7 @@ def _folder_pool(root: Path, size: int | None) -> dict[str, ImageSet]:
         with ThreadPoolExecutor() as workers:
             pixels = list(workers.map(lambda item: _decode(*item, size), listed))
         for (path, _), image in zip(listed, pixels, strict=True):
-            found = _checked_side(*image.shape[:2], path)
+            found = _checked_side(*image.shape[:2], path, FROM_FILES)
             side = side or found
             if found != side:
                 raise UserError(f"{path}: {found}x{found} px among images of {side}x{side}; give --image-size S")
@@ -535,7 +539,7 @@ def peek_image_size(dataset: str, data_root: str | Path = "data", image_size: in
         return load_pool(dataset)[3].size
     path = next(iter(class_folders(found / "train").values()))[0]
     height, width, _ = _decode(path, path.parent.name, None).shape
-    return _checked_side(height, width, path)
+    return _checked_side(height, width, path, FROM_FILES)
 
 
 def _stays_files(found: SetInfo | Path, image_size: int | None) -> bool:

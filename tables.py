@@ -29,6 +29,7 @@ from common import (
     UserError,
     is_main,
     load_checkpoint,
+    make_folder,
     number,
     save_checkpoint,
     write_atomic,
@@ -225,7 +226,7 @@ def read_results(folders: Iterable[Path]) -> tuple[list[dict], int]:
     results, places, bad = {}, {}, 0
     for folder in folders:
         if not folder.is_dir():
-            raise UserError(f"--runs {folder} is not a folder")
+            raise UserError(f"{folder} is not a folder of runs")
         for path in sorted(folder.rglob("result.json")):
             try:
                 result = json.loads(path.read_text(), parse_constant=lambda name: None)
@@ -675,6 +676,7 @@ def main_cli(argv: Sequence[str]) -> int:
             print(export(args.run, args.out, args.data_root))
             return 0
         results, bad = read_results(args.runs)
+        make_folder(args.out.parent if args.command == "tables" else args.out)
         if args.command == "tables":
             write_tables(results, args.out)
             print(f"wrote {args.out}: {len(results)} runs")
@@ -691,7 +693,10 @@ def main_cli(argv: Sequence[str]) -> int:
 def _run_command(args) -> int:
     if args.cells == "-" and sys.stdin.isatty():
         raise UserError("no lines: name a file, or send `table | script and arguments | seeds` lines to standard input")
-    text = sys.stdin.read() if args.cells == "-" else Path(args.cells).read_text()
+    try:
+        text = sys.stdin.read() if args.cells == "-" else Path(args.cells).read_text()
+    except UnicodeDecodeError:
+        raise UserError(f"{args.cells} is not text in UTF-8") from None
     cells = read_cells(text, args.seeds, args.only)
     more = args.more or args.only is not None
     skipped = {cell: why for cell in cells if (why := why_not(cell, args.data_root, args.cifar, more))}
@@ -713,6 +718,8 @@ def _run_command(args) -> int:
     sys.stdout.flush()
     if args.dry_run:
         return 0
+    for folder in (args.out, args.results.parent, args.figures):
+        make_folder(folder)
     failed = run_cells(todo, out=args.out, data_root=args.data_root, jobs=jobs, threads=args.threads)
     results, bad = read_results([args.out])
     try:
@@ -798,6 +805,7 @@ def export(run: Path, out: Path, data_root: Path) -> str:
         raise UserError(f"{run}: its result has no headline, there is no one network to export")
     if out.exists():
         raise UserError(f"{out} exists; choose another name")
+    make_folder(out.parent)
     source = run / f"{stage}_best.pt" if result["args"].get("select") == "val" else run / f"{stage}.pt"
     checkpoint = load_checkpoint(source)
     state = checkpoint["state"].get("model")

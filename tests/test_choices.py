@@ -34,7 +34,6 @@ ALONG = {  # what a value needs beside it; flags later on the line win
     "toy_similarity --experiment verification": "--points 0.5",
     "toy_similarity --control": "--experiment verification --points 0.5",
     "tsc --backend moco": "--queue 40",
-    "tsc --contrast-weights cb": "",
     "tsc --unbiased": "--method kcl",
     "tsc --reweight cb": "--classifier ldam",
     "tsc --reweight drw": "--classifier ldam",
@@ -110,9 +109,9 @@ def actions(script: str, monkeypatch) -> list:
 def values(script: str, monkeypatch) -> list[str]:
     found = []
     for action in actions(script, monkeypatch):
-        name = next((text for text in action.option_strings if text.startswith("--")), action.dest)
-        found += [f"{name} {value}" for value in action.choices or ()] if action.option_strings else []
-        found += [name] if action.nargs == 0 and name not in ("--help",) else []
+        names = [text for text in action.option_strings if text.startswith("--")]  # --mlp, --no-mlp
+        found += [f"{names[0]} {value}" for value in action.choices or ()] if names else []
+        found += names if action.nargs == 0 and "--help" not in names else []
     return found
 
 

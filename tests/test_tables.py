@@ -541,10 +541,13 @@ def test_every_line_of_run_all_is_accepted_by_its_script():
     text = (ROOT / "run_all.sh").read_text()
     cells = tables.read_cells(text[text.index("<<'CELLS'") + 9 : text.rindex("CELLS")], 9)
     assert len(cells) > 500 and {cell.words[0] for cell in cells} == {path.name for path in METHODS}
-    modules = {path.name: importlib.import_module(path.stem) for path in METHODS}
+    modules, backbones = {path.name: importlib.import_module(path.stem) for path in METHODS}, {}
     for cell in cells:
         args = modules[cell.words[0]].parse_args([*cell.words[1:], "--seed", str(cell.seed), "--device", "cpu"])
         assert args.seed == cell.seed, cell
+        if cell.table.startswith("comparison"):
+            backbones.setdefault(args.dataset, set()).add(args.backbone)
+    assert backbones == {"glyphs_lt": {"resnet8"}, "cifar10_lt": {"resnet32"}, "cifar100_lt": {"resnet32"}}
     names = {str(cell.table) for cell in cells}
     assert {"letters, verification", "comparison, letters: TSC", "CIFAR-LT, SSP"} <= names
 
