@@ -803,12 +803,12 @@ class Stage:
 
     def _reduce_sums(self) -> None:
         """Sums of this process so far as floats over all ranks; what was summed before a pause is already there."""
-        for key, (total, weight) in self.sums.items():
-            if isinstance(total, Tensor):
-                pair = torch.stack([total, torch.full_like(total, weight)])
-                if world_size() > 1:
-                    dist.all_reduce(pair)
-                self.sums[key] = tuple(pair.tolist())
+        fresh = {key: pair for key, pair in self.sums.items() if isinstance(pair[0], Tensor)}
+        if fresh:
+            pairs = torch.stack([torch.stack([total, torch.full_like(total, n)]) for total, n in fresh.values()])
+            if world_size() > 1:
+                dist.all_reduce(pairs)
+            self.sums |= dict(zip(fresh, map(tuple, pairs.tolist()), strict=True))
 
     def epochs(self):
         """Yield the 0-based epochs that are still to be done."""

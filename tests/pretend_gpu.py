@@ -110,7 +110,11 @@ class Rules(TorchDispatchMode):
         ours = [leaf for leaf in leaves if isinstance(leaf, OnGpu)]
         if function in (aten._pin_memory.default, aten.pin_memory.default):
             return args[0].clone()
-        if not ours and not is_gpu(target):
+        rng, on_gpu = kwargs.get("generator"), bool(ours) or is_gpu(target)
+        if rng is not None and on_gpu != (rng._cdata in {own._cdata for own in self.generators}):
+            wanted, found = ("cuda", "cpu") if on_gpu else ("cpu", "cuda")
+            raise RuntimeError(f"{function}: expected a {wanted!r} generator, found {found!r}")
+        if not on_gpu:
             if kwargs.get("pin_memory"):
                 kwargs["pin_memory"] = False
             return function(*args, **kwargs)
@@ -123,9 +127,6 @@ class Rules(TorchDispatchMode):
             raise RuntimeError(f"{name}: expected all tensors to be on one device, found cuda:0 and cpu")
         if function in INDEXING and ours and not isinstance(args[0], OnGpu):
             raise RuntimeError(f"{name}: a tensor of the cpu indexed by one of cuda:0")
-        rng = kwargs.get("generator")
-        if rng is not None and rng.initial_seed() not in {own.initial_seed() for own in self.generators}:
-            raise RuntimeError(f"{name}: expected a 'cuda' generator, found 'cpu'")
         if function in READS or function in BY_VALUE:
             self.note_sync(name)
         if function in INDEXING and any(

@@ -7,6 +7,7 @@ import re
 import commands
 import pretend_gpu
 import pytest
+import torch
 from test_faults import LARGE, SMALL, Desk, on_tree, same_end, stopped_late, tiny, tree  # noqa: F401 (fixtures)
 
 CASES = {
@@ -19,15 +20,21 @@ CASES = {
     "fsgl": ["", "--variant ce", "--variant glmc_sam --sam-bn first"],
     "tailcalibx": ["", "--pipeline tailcalib", "--pipeline cbd_tailcalibx", "--pipeline modals", "--pipeline crt"],
 }  # fmt: skip
-WAITS = {  # where the host may wait for the GPU
-    "common.py:_reduce_sums": "the figures of an epoch",
-    "common.py:evaluate": "the scores of an evaluation",
-    "ssp_pretrain.py:__iter__": "a batch of the rotation test",
-    "tsc.py:make_targets": "once a run",
-    "tsc.py:best_matching": "the assignment is solved on the host, in steps where the centres call for it",
-    "tsc.py:pretrain": "the diagnostics of an epoch",
-    "bns_ipdpp.py:collect": "p(i) of all images, once a draw",
-    "tailcalibx.py": "features are generated once an epoch",
+WAITS = {  # where the host may wait for the GPU, and how often in an epoch (a row of metrics.jsonl)
+    "common.py:_reduce_sums": 1,
+    "common.py:evaluate": 2,
+    "ssp_pretrain.py:__iter__": 1,  # a batch of the rotation test
+    "tsc.py:make_targets": 1,
+    "tsc.py:best_matching": 3,  # solved on the host, in steps where the centres call for it
+    "tsc.py:pretrain": 1,  # diagnostics
+    "bns_ipdpp.py:collect": 1,  # p(i) of all images
+    "tailcalibx.py:generate": 1,
+    "tailcalibx.py:generate_lowrank": 2,
+    "tailcalibx.py:balanced": 2,
+    "tailcalibx.py:lenders": 1,
+    "tailcalibx.py:modals_noise": 1,
+    "tailcalibx.py:<listcomp>": 10,  # deviations of each class
+    "tailcalibx.py:<genexpr>": 2,
 }
 HELD = []  # the open context: it would close when nobody knows it any more
 
@@ -76,8 +83,8 @@ def test_a_gpu_gives_the_rows_of_the_cpu_and_no_step_waits_for_it(script, flags,
             assert row["loss"] == pytest.approx(other["loss"], rel=1e-4)
     waits, operations = re.search(r"waits (.*) operations (\d+)", said).groups()
     assert int(operations) > 500
-    for place in json.loads(waits):
-        assert place.rpartition(": ")[0] in WAITS or place.partition(":")[0] in WAITS, place
+    for place, count in json.loads(waits).items():
+        assert count <= WAITS[place.rpartition(": ")[0]] * len(ours) + 2, (place, count, len(ours))
 
 
 @pytest.mark.parametrize("script", SMALL)
@@ -103,3 +110,26 @@ def test_a_tree_of_jpegs_on_a_gpu(script, slow, tree, tmp_path):  # noqa: F811
     desk = on_tree(script, tree, tmp_path, "--workers", 0)
     desk.run("--device", "cuda", prepare=with_a_gpu)
     assert desk.result()["headline"] or script == "bns_ipdpp"
+
+
+def test_the_rules_of_a_gpu():
+    with pretend_gpu.pretend_gpu() as gpu:
+        x, own = torch.ones(4, device="cuda"), torch.Generator(device="cuda").manual_seed(1)
+        assert x.is_cuda and x.device.type == "cuda" and (x + 1).is_cuda and not x.cpu().is_cuda
+        assert torch.rand(2, generator=own, device="cuda").is_cuda
+        assert torch.rand(2, generator=torch.Generator().manual_seed(1)).shape == (2,)
+        for wrong in (
+            lambda: x + torch.ones(4), lambda: torch.ones(4)[x.long()], lambda: x.numpy(),
+            lambda: torch.rand(2, generator=own),
+            lambda: torch.rand(2, generator=torch.Generator().manual_seed(1), device="cuda"),
+        ):  # fmt: skip
+            with pytest.raises((RuntimeError, TypeError)):
+                wrong()
+        before = sum(gpu.syncs.values())
+        for waits in (lambda: float(x[0]), lambda: x.tolist(), lambda: x.nonzero(), lambda: x[x > 0], lambda: x.cpu()):
+            waits()
+            assert sum(gpu.syncs.values()) == before + 1
+            before += 1
+        torch.ones(3).pin_memory().to("cuda", non_blocking=True)
+        assert sum(gpu.syncs.values()) == before
+    assert torch.Generator().device.type == "cpu" and not torch.cuda.is_available()
