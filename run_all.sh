@@ -55,6 +55,13 @@ comparison, CIFAR-LT: BNS+IP-DPP | python bns_ipdpp.py --dataset cifar100_lt --b
 comparison, CIFAR-LT: FSGL       | python fsgl.py --dataset {cifar10_lt,cifar100_lt} --backbone resnet32 --epochs 50  | 0,1,2
 comparison, CIFAR-LT: TailCalibX | python tailcalibx.py --dataset {cifar10_lt,cifar100_lt} --backbone resnet32 --epochs 200 | 0,1,2
 
+# a handful of epochs, to see that the path works: half an hour of a CPU with --cifar
+CIFAR-10-LT, few epochs          | python ssp_pretrain.py --dataset cifar10_lt --compare --epochs 1 --train-epochs 2  | 0
+CIFAR-10-LT, few epochs          | python tsc.py --dataset cifar10_lt --epochs 2 --classifier-epochs 1 --batch-size 256 | 0
+CIFAR-10-LT, few epochs          | python bns_ipdpp.py --dataset cifar10_lt --backbone resnet32 --epochs 1 --finetune-epochs 2 | 0
+CIFAR-10-LT, few epochs          | python fsgl.py --dataset cifar10_lt --backbone resnet32 --epochs 1                 | 0
+CIFAR-10-LT, few epochs          | python tailcalibx.py --dataset cifar10_lt --epochs 2 --clf-epochs 1                | 0
+
 # --- the papers' tables
 
 # Similarity or sample number
