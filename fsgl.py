@@ -27,9 +27,8 @@ on the letters epochs differ):
 
 What to expect. fc_cb is at chance after the first epoch: alpha is exactly 1 there, so it gets no gradient, only weight
 decay (the row `plain` of metrics.jsonl has fc). At the end it is the other way round.
-Letters, overall accuracy, seeds 0 to 2, one CPU thread of a busy machine: ce 92.1 +- 0.8 (200 epochs, 197,600 image
-passes, about 2 minutes), glmc 96.1 +- 0.4 (100 epochs, as many passes), fsgl 96.7 +- 0.4 (100 epochs, twice the
-passes; about 5 minutes), 70.3 +- 5.3 at 50 epochs, where it has had glmc's passes in half the steps. CIFAR at full
+Letters, overall accuracy, seeds 0 to 2, one CPU thread: ce 92.1 +- 0.8 (200 epochs, 197,600 image passes, 102 s),
+glmc 96.1 +- 0.4 (100 epochs, as many passes, 97 s), fsgl 96.7 +- 0.4 (100 epochs, twice the passes), 70.3 +- 5.3 at 50 epochs, where it has had glmc's passes in half the steps. CIFAR at full
 length: not measured yet.
 
 "ResNet-34" is the ImageNet one, 64 wide, behind a 3x3 stem: 21,484,372 parameters for ten classes, heads included; not

@@ -9,6 +9,9 @@ exec "$PY" common.py run "$@" <<'CELLS'
 
 # --- letters: what a first call runs
 
+# Similarity or sample number
+letters, verification            | python toy_similarity.py --experiment verification --dataset glyphs_lt             | 0,1,2
+
 # All methods with as many forward + backward image passes (200 times the training set), see the head of RESULTS.md
 comparison, letters: CE          | python ssp_pretrain.py --ssp none                                                  | 0,1,2
 comparison, letters: CE, as in FSGL | python fsgl.py --variant ce                                                 | 0,1,2
@@ -21,11 +24,8 @@ comparison, letters: GLMC        | python fsgl.py --variant glmc                
 comparison, letters: FSGL        | python fsgl.py --variant fsgl --epochs 50                                          | 0,1,2
 comparison, letters: TailCalibX  | python tailcalibx.py                                                               | 0,1,2
 
-# Similarity or sample number
-letters, verification            | python toy_similarity.py --experiment verification --dataset glyphs_lt             | 0,1,2
-
 # Baselines
-letters, TailCalibX              | python tailcalibx.py --pipeline {crt,tailcalib}                                    | 0,1,2
+letters, TailCalibX              | python tailcalibx.py --pipeline crt                                                | 0,1,2
 
 # --- letters, the other rows (--more)
 more letters, verification (control) | python toy_similarity.py --experiment verification --dataset glyphs_lt --control | 0,1,2
@@ -41,7 +41,7 @@ more letters, BNS (subsets)      | python bns_ipdpp.py --subset-mode {uniform,le
 more letters, BNS (subsets)      | python bns_ipdpp.py --dpp-scale n2                                                 | 0,1,2
 more letters, BNS (probe)        | python bns_ipdpp.py --stages pretrain,probe                                        | 0,1,2
 more letters, FSGL               | python fsgl.py --variant {fsgl,glmc_sam}                                        | 0,1,2
-more letters, TailCalibX         | python tailcalibx.py --pipeline {ce,cosine_ce,cbd,modals,cbd_tailcalibx,ce_tailcalib} | 0,1,2
+more letters, TailCalibX         | python tailcalibx.py --pipeline {tailcalib,ce,cosine_ce,cbd,modals,cbd_tailcalibx,ce_tailcalib} | 0,1,2
 more letters, TailCalibX         | python tailcalibx.py --no-generate                                                 | 0,1,2
 
 # --- CIFAR: all methods with as many image passes, ResNet-32

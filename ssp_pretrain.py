@@ -28,7 +28,7 @@ Stages: pretrain (no labels) -> train (nothing frozen) [-> classifier: backbone 
   python ssp_pretrain.py --stage semi --pseudo-labels runs/.../pseudo.npz --unlabeled-source leftover
   python ssp_pretrain.py --eval runs/.../train.pt
 
-What to expect: overall accuracy on the letters, seeds 0 to 2, one CPU thread, 197,600 image passes, 75 to 140 s a run:
+What to expect: overall accuracy on the letters, seeds 0 to 2, one CPU thread, 197,600 image passes, 84 to 88 s a run:
 CE 83.4 +- 2.2, LDAM-DRW 84.3 +- 1.9, SSP + CE (`--epochs 40 --train-epochs 160`) 88.1 +- 1.9; results/RESULTS.md has
 the rest. CIFAR at 200 epochs, ImageNet-LT, iNaturalist 2018: not measured yet.
 
