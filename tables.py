@@ -381,12 +381,13 @@ def _comparison_lines(runs: Iterable[list[dict]]) -> list[str]:
         members.sort(key=lambda seeds: -(_mean_std(_percent(seeds, "headline", "overall"))[0] or 0.0))
         passes = [result.get("image_passes") or 0 for seeds in members for result in seeds]
         alike = max(passes) <= 1.03 * min(passes)
+        spent = "(forward + backward) the same within 3 %" if alike else "DIFFER, see their column"
         data = {result.get("data") for seeds in members for result in seeds}
         backbones = {result["args"].get("backbone") for seeds in members for result in seeds if result.get("args")}
         said = [
             "same training images" if len(data) == 1 else "NOT the same training images",
             f"backbone {_unique(sorted(map(str, backbones)))}",
-            "as many forward + backward image passes (within 3 %)" * alike or "image passes DIFFER, see their column",
+            f"image passes {spent}",
         ]
         rows = [["method", "overall", *GROUPS, "worst class", "macro-F1", "ECE", "image passes", "seconds"]]
         for seeds in members:
@@ -412,6 +413,7 @@ def write_tables(results: Sequence[dict], path: Path, figures: Path | None = Non
 
     figures: folder whose pictures are linked (default: `figures` beside the file, where it is there).
     """
+    make_folder(path.parent)
     lines = [
         "# Results",
         "",
@@ -490,7 +492,7 @@ def draw_result(result: dict, folder: Path) -> None:
 def write_figures(results: Sequence[dict], folder: Path) -> list[Path]:
     """Draw every table with a `plot`, recall against class size and confusion as PNG; returns the files."""
     plt = pyplot()
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     written: list[Path] = []
 
     def picture(draw, size: tuple[float, float], name: Sequence[str], *what) -> None:
@@ -676,7 +678,6 @@ def main_cli(argv: Sequence[str]) -> int:
             print(export(args.run, args.out, args.data_root))
             return 0
         results, bad = read_results(args.runs)
-        make_folder(args.out.parent if args.command == "tables" else args.out)
         if args.command == "tables":
             write_tables(results, args.out)
             print(f"wrote {args.out}: {len(results)} runs")

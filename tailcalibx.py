@@ -31,8 +31,8 @@ re-training (crt), class-balanced distillation (cbd), Gaussian feature noise (mo
 
 What to expect: overall accuracy on the letters, seeds 0 to 2, one CPU thread, 85 s: cosine CE 81.9 +- 4.0,
 TailCalibX from it 88.1 +- 3.9, CE 82.9 +- 1.0, cRT 87.4 +- 1.1, TailCalib from CE 88.9 +- 0.9. CBD ends below its
-teacher there (74.1 +- 6.3): its class-aware batches show each of the 4 images of the last class some 24 times an epoch,
-and the published beta of 100 is too strong at this size. CIFAR, mini-ImageNet: not measured yet.
+teacher there (74.1 +- 6.3): its class-aware batches show each of the 4 images of the last class some 24 times an epoch.
+CIFAR, mini-ImageNet: not measured yet.
 
 Where this differs from the paper and its code:
  1. The weights of the cosine head are normalised by class, as a cosine is; the released code divides by the norm over

@@ -23,9 +23,9 @@ evaluate on the balanced test set. Nothing is frozen, nothing is passed on.
   python toy_similarity.py --theory                                     # the closed form, no training
   python toy_similarity.py --init-from runs/.../sweep2_8.pt             # similarity diagnostics of any checkpoint
 
-On the letters verification took 157 s (one CPU thread). Tail recall measured there (R, 40
-images beside 400 of P; seeds 0, 1, 2; last epoch): 86.8 +- 0.8 at p = 0, 39.6 +- 4.5, 22.1 +- 3.3, 4.0 +- 1.2 at
-p = 0.1, 0.2, 0.5; with --control 86.8 +- 0.4 and 86.9 +- 3.1 at p = 0.2 and 0.5.
+On the letters verification took 157 s (one CPU thread). Tail recall measured there (R, 40 images beside 400 of P; seeds
+0, 1, 2; last epoch): 86.8 +- 0.8 at p = 0, 39.6 +- 4.5, 22.1 +- 3.3, 4.0 +- 1.2 at p = 0.1, 0.2, 0.5; with --control
+86.8 +- 0.4 and 86.9 +- 3.1 at p = 0.2 and 0.5.
 CIFAR-10 at 200 epochs: not measured yet.
 
 Where this differs from the paper and its code:

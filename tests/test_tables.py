@@ -577,7 +577,7 @@ def test_a_comparison_says_what_is_not_the_same(tmp_path):
         record = {"table": "comparison, x", "results": [str(path.relative_to(tmp_path))]}
         (tmp_path / "cells" / f"{k}.json").write_text(json.dumps(record))
         text = make_tables(tmp_path)[1]
-        told = "same training images; backbone resnet8; as many forward + backward image passes (within 3 %)" in text
+        told = "same training images; backbone resnet8; image passes (forward + backward) the same within 3 %" in text
         assert told == (k < 2)
     assert "NOT the same training images; backbone resnet8, vgg; image passes DIFFER" in text
     assert "| tsc v2 | 70.0 (1 seed) |" in text
