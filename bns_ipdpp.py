@@ -37,8 +37,8 @@ Where this differs from the paper and its released code:
  5. Batches are reshuffled every epoch; the code sees one permutation for ever (`--fixed-order`).
  6. Several ranks gather their embeddings: the loss is that of the whole batch (`--bns-local`: each rank for itself).
  7. In the probe the frozen encoder keeps its batch statistics (`--probe-bn train`: they drift, as in the code). Its
-    training data are at most --probe-samples images a class (`--probe-data all`: the whole long-tailed set). Where
-    classes have fewer this is not balanced: on letters 40 to 4 images a class.
+    training data are at most --probe-samples images a class (`--probe-data all`: the whole long-tailed set). This
+    "balanced" set is not balanced on letters: 40 to 4 images a class, because small classes have no more.
  8. Fine-tuning trains the whole network as the code does; the article speaks of the classifier (`--freeze-encoder`).
  9. An encoder pre-trained on other images, another ratio or another subset is refused: it would leak tail images.
 10. Warm-up and re-sampling scale with `--epochs` and `--finetune-epochs`; exact at the published lengths.
@@ -171,7 +171,7 @@ def parse_args(argv: list[str] | None = None):
         add(f"--{name}-warmup", type=number(float, 0, 1), help=f"share of the epochs (default: {warmup})")
         add(f"--{name}-jitter-strength", type=number(float, 0, 2.5), help="colour jitter s (default: by data set)")
         if name == "probe":
-            add("--probe-data", choices=("balanced", "all"), help="a random subset (default), or all images")
+            add("--probe-data", choices=("balanced", "all"), help="some of each class (default), or all images")
             add("--probe-samples", type=number(int, 1), help="most images of a class in it (default: by data set)")
             add("--probe-bn", choices=("eval", "train"), help="BN of the frozen encoder (default: eval)")
     add("--freeze-encoder", action=switch, default=None, help="train the linear layer alone")
