@@ -335,7 +335,7 @@ def kdpp_rows(d: Tensor, u: Tensor, k: int, tries: int, generator: torch.Generat
 def sample_kdpp(log_p: Tensor, k: int, generator: torch.Generator, scale: str = "n", tries: int = 100_000) -> Tensor:
     """Ascending positions [min(k, N)] of the images kept of a class, drawn from its k-DPP; log_p [N].
 
-    500 of 5000 take some 100 tries; RunError after `tries`. Where all p are exactly 1 at scale n every
+    500 of 5000 take 50 to 75 tries; RunError after `tries`. Where all p are exactly 1 at scale n every
     determinant is 0: the limit for equal p is drawn, which is uniform, with a warning. ValueError when
     log p is above 0 or not a number.
     """
