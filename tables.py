@@ -785,8 +785,8 @@ def compare(one: Path, other: Path) -> list[str]:
 
 # --- weights of a run -----------------------------------------------------------------------------------------------
 
-LEFT_OUT = {"--fresh": 0, "--resume-from": 1, "--init-from": 1, "--eval": 1, "--save-features": 1, "--gpus": 1,
-            "--out": 1, "--data-root": 1, "--log": 1, "--log-to": 1, "--quiet": 0, "--device": 1}  # fmt: skip
+LEFT_OUT = {"--fresh": 0, "--init-from": 1, "--eval": 1, "--save-features": 1, "--gpus": 1,
+            "--out": 1, "--data-root": 1, "--logger": 1, "--quiet": 0, "--device": 1}  # fmt: skip
 
 
 def export(run: Path, out: Path, data_root: Path) -> str:
@@ -820,7 +820,7 @@ def export(run: Path, out: Path, data_root: Path) -> str:
     small = {key: checkpoint[key] for key in kept} | {"state": {"model": half}, "exported": exported}
     save_checkpoint(out, small)
     command = [sys.executable, str(ROOT / f"{result['script']}.py"), *flags, "--eval", str(out)]
-    extra = ["--data-root", str(data_root), "--log", "none"]
+    extra = ["--data-root", str(data_root), "--logger", "none"]
     done = subprocess.run([*command, *extra], capture_output=True, text=True)
     said = re.search(r"overall (\d+\.\d+) ?%", done.stdout)
     if done.returncode or not said:

@@ -831,10 +831,7 @@ def encode_keys(encoder: nn.Module, images: Tensor, n: int, order: Tensor | None
 def build(args, head) -> models.Net:
     """Backbone of the flags with `head(feature_dim)` on it, on the device."""
     small = args.preset in ("glyphs_lt", "small")
-    try:
-        backbone = models.backbone(args.backbone, stem="cifar" if small else None, init=args.init)
-    except ValueError as error:
-        raise common.UserError(f"--backbone {args.backbone}: {error}") from None
+    backbone = models.backbone(args.backbone, stem="cifar" if small else None, init=args.init)
     return models.Net(backbone, head(backbone.feature_dim)).to(args.device, memory_format=torch.channels_last)
 
 
@@ -908,11 +905,8 @@ def pretrain(run: common.Run, args, name: str, epochs: int, state: Pretraining, 
     if targeted and matching is not None and args.centre_init == "random":
         noise = torch.randn(matching.centres.shape, generator=common.generator(args.seed, "centres"))
         matching.centres.copy_(F.normalize(noise, dim=1))
-    optimizer = torch.optim.SGD(
-        net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=args.device.startswith("cuda")
-    )
-    scaler = common.grad_scaler(args)
-    stage = run.stage(name, epochs, {"counts": counts}, **state.parts(), optimizer=optimizer, scaler=scaler)
+    optimizer = common.sgd(net.parameters(), args.lr, args.weight_decay)
+    stage = run.stage(name, epochs, {"counts": counts}, **state.parts(), optimizer=optimizer)
     if stage.finished:
         return stage
     augment = data_lt.Augment(size, *statistics, **AUGMENT[args.augment][0])
@@ -995,12 +989,11 @@ def pretrain(run: common.Run, args, name: str, epochs: int, state: Pretraining, 
                 share = torch.ones(len(rows), device=args.device)
                 share[own_rows.numel() :] = 1 / world  # every rank has the same target anchors
             losses = (class_part + target_part) * share
-            loss = common.batch_mean(losses, total)
+            loss = losses.sum() * (world / total)
             optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
-            stage.guard(loss, optimizer)
-            scaler.step(optimizer)
-            scaler.update()
+            loss.backward()
+            stage.guard(loss)
+            optimizer.step()
             if moco:
                 state.queue.push(keys, every_label)
             other = keys[begin:end] if moco else z[1].detach()
@@ -1022,7 +1015,6 @@ def pretrain(run: common.Run, args, name: str, epochs: int, state: Pretraining, 
         if diagnose and stage.due(args.diagnostics_every):
             figures |= diagnose(net)
         stage.end_epoch(**figures)
-    stage.finish()
     return stage
 
 
@@ -1056,13 +1048,8 @@ def train_classifier(run: common.Run, args, splits: data_lt.Splits, backbone: nn
     net = models.Net(backbone.requires_grad_(False), classifier_head(args, backbone.feature_dim, len(counts)))
     net = net.to(args.device, memory_format=torch.channels_last)
     batch, epochs = args.classifier_batch_size, args.classifier_epochs
-    optimizer = torch.optim.SGD(
-        net.head.parameters(), args.classifier_lr, momentum=0.9, fused=args.device.startswith("cuda")
-    )
-    scaler = common.grad_scaler(args)
-    stage = run.stage("classifier", epochs, {"counts": counts}, model=net, optimizer=optimizer, scaler=scaler)
-    if stage.finished:
-        return stage, net
+    optimizer = common.sgd(net.head.parameters(), args.classifier_lr)
+    stage = run.stage("classifier", epochs, {"counts": counts}, model=net, optimizer=optimizer)
     augment = data_lt.Augment(size, *statistics, **AUGMENT[args.augment][1])
     options = {"sampler": "class_aware", "drop_last": True} if args.classifier == "linear" else {}
     seed = common.derive_seed(args.seed, "classifier")
@@ -1078,7 +1065,8 @@ def train_classifier(run: common.Run, args, splits: data_lt.Splits, backbone: nn
     (deferred,) = common.scale_milestones((160,), 200, epochs)
     run.say(f"classifier: {args.classifier}, lr {args.classifier_lr:g}, batch {batch}, batch norm {args.lin_bn}, "
             f"{epochs} epochs of {len(loader)} steps")  # fmt: skip
-    replica = common.distribute(torch.compile(net) if args.compile else net)
+    replica = common.replicate(args, net)
+    judge = common.Judge(args, net, counts, test_loader, val_loader)
     for epoch in stage.epochs():
         common.set_lr(optimizer, common.milestone_lr(args.classifier_lr, epoch, milestones))
         net.train()
@@ -1093,27 +1081,18 @@ def train_classifier(run: common.Run, args, splits: data_lt.Splits, backbone: nn
             if args.classifier == "ldam":
                 logits = logits.scatter_add(1, labels[:, None], -LDAM_SCALE * margins[labels][:, None])
             losses = F.cross_entropy(logits, labels, reduction="none")  # [b]
-            whole = loader.global_batch
             if weighted:  # LDAM's code divides by the weights of the batch
-                whole = balanced[labels].sum()
-                if common.world_size() > 1:
-                    dist.all_reduce(whole)
+                loss = common.weighted_mean(losses, balanced[labels])
                 losses = losses * balanced[labels]
-            loss = common.batch_mean(losses, whole)
+            else:
+                loss = losses.mean()
             optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
-            stage.guard(loss, optimizer)
-            scaler.step(optimizer)
-            scaler.update()
+            loss.backward()
+            stage.guard(loss)
+            optimizer.step()
             stage.add(len(labels), loss=losses.mean(), accuracy=right.float().mean())
-        scores, selected = {}, None
-        if stage.due(args.eval_every):
-            scores["test"] = common.logged(common.figures(args, net, test_loader, counts))
-            if val_loader:
-                scores["val"] = common.logged(common.figures(args, net, val_loader, counts))
-                selected = scores["val"]["overall"]
-        stage.end_epoch(score=selected, **scores)
-    stage.finish()
+        stage.end_epoch(judge)
+    judge.chosen(stage)
     return stage, net
 
 
@@ -1285,9 +1264,7 @@ def evaluate_checkpoint(args, splits: data_lt.Splits) -> None:
     counts = checkpoint["info"]["counts"]
     loader = data_lt.evaluation_loader(args, splits.test, (splits.mean, splits.std), splits.image_size)
     full = common.figures(args, net, loader, counts)
-    if common.is_main():
-        groups = "  ".join(f"{g} {'n/a' if full[g] is None else f'{100 * full[g]:.2f}%'}" for g in common.GROUPS)
-        print(f"{args.eval}: overall {100 * full['overall']:.2f}%  {groups}")
+    common.tell_figures(args, checkpoint, full)
 
 
 def main(args) -> None:
@@ -1309,9 +1286,6 @@ def main(args) -> None:
         saved = common.load_checkpoint(args.eval)["args"]
         common.check_same(args.eval, saved, common.result_args(args), ["dataset", "backbone", "classifier"])
     splits = data_lt.load(args, files=True)
-    if args.select == "val" and splits.val is None:
-        args.val_from = "train"
-        splits = data_lt.load(args, files=True)
     for name, count in zip(splits.train.classes, splits.counts, strict=True):
         if count == 0:
             raise common.UserError(f"class {name} of {args.dataset} has no training image: take it out of the list")
@@ -1327,8 +1301,7 @@ def main(args) -> None:
     classes, statistics, size = len(splits.counts), (splits.mean, splits.std), splits.image_size
     distances = class_distances(args, classes)
     run = common.Run(args, args.method, splits.train.fingerprint())
-    features = run.folder / f"features_{args.save_features}.npz"
-    if run.result and not (args.save_features and not features.exists()):
+    if run.complete():
         return run.show()
     test_loader = data_lt.evaluation_loader(args, splits.test, statistics, size)
 
@@ -1345,13 +1318,10 @@ def main(args) -> None:
                      first=name == "kcl" or warm == 0)  # fmt: skip
     parameters = models.count_parameters(state.net)
     stage, net = train_classifier(run, args, splits, state.net.backbone)
-    if args.select == "val":
-        stage.load_best()
     if args.save_features:
         dataset = getattr(splits, args.save_features)
         loader = data_lt.evaluation_loader(args, dataset, statistics, size)
-        scores = common.evaluate(net, loader, autocast=lambda: common.autocast(args), features=net.features)
-        common.save_features(scores, dataset.indices, features)
+        common.keep_features(run, net, dataset, loader)
         if run.result:
             return run.show()
     full = common.figures(args, net, test_loader, splits.counts)

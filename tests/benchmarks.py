@@ -423,16 +423,16 @@ def sam_step_overhead() -> dict:
     images = [x.to(memory_format=torch.channels_last) for x in torch.randn(2, 64, 3, 32, 32, generator=rng)]
     a, b = torch.randint(0, 10, (2, 64), generator=rng)
     scale, weights = torch.ones(64), torch.ones(10)
-    batch = fsgl.Batch(images, a, 64, b, (0.3, 0.3), (scale, scale))
+    batch = fsgl.Batch(images, a, b, (0.3, 0.3), (scale, scale))
     torch.manual_seed(0)
     net = Net(backbone("resnet20"), FSGLHeads(64, 10)).to(memory_format=torch.channels_last)
     nets = net, copy.deepcopy(net)
     optimisers = [torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-3) for net in nets]
-    views, scaler = [fsgl.TwoViews(net) for net in nets], common.grad_scaler(args)
+    views = [fsgl.TwoViews(net) for net in nets]
     sam = fsgl.SAM(nets[0].parameters(), args.rho)
 
     def ours() -> None:
-        fsgl.training_step(args, views[0], optimisers[0], scaler, sam, batch, 0.5, weights, lambda *_: None)
+        fsgl.training_step(args, views[0], optimisers[0], sam, batch, 0.5, weights, lambda *_: None)
 
     def bare(rho: float = 0.0) -> None:
         for full in (False, True):
@@ -561,7 +561,7 @@ def tsc_step_overhead() -> dict:
     dataset, folder = random_set(1280), tempfile.mkdtemp()
     flags = "--dataset cifar10_lt --backend moco --backbone resnet20 --batch-size 128 --queue 512 --warmup-frac 0"
     args = tsc.parse_args(
-        [*flags.split(), "--epochs", "3", "--device", "cpu", "--quiet", "--log", "none", "--out", folder]
+        [*flags.split(), "--epochs", "3", "--device", "cpu", "--quiet", "--logger", "none", "--out", folder]
     )
     args.precision = "fp32"
     run = common.Run(args, "tsc", "data")

@@ -63,7 +63,7 @@ def run_method(
 ) -> tuple[dict, list[dict]]:
     """Arguments of a finished run and the last row of each of its stages."""
     line = [sys.executable, str(ROOT / words[0]), *words[1:], "--dataset", str(data), "--out", str(out)]
-    line += ["--device", device, "--log", "none", "--quiet", "--eval-every", "1000", *more]
+    line += ["--device", device, "--logger", "none", "--quiet", "--eval-every", "1000", *more]
     done = subprocess.run(line, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"benchmarks.py: error: {' '.join(words)}: {done.stderr.strip().splitlines()[-1]}")

@@ -180,13 +180,12 @@ def pretend_gpu():
             raise TypeError("can't convert cuda:0 device type tensor to numpy")
         return numpy(tensor, *args, **kwargs)
 
-    state = torch.zeros(16, dtype=torch.uint8)
     here = {
         "is_available": lambda: True, "_lazy_init": lambda: None, "device_count": lambda: 1,
         "set_device": lambda device: None,
         "current_device": lambda: 0, "get_device_name": lambda *_: "a GPU that is none", "Event": Event,
-        "is_bf16_supported": lambda *_: True, "get_rng_state": lambda *_: state, "synchronize": lambda *_: None,
-        "set_rng_state": lambda *_: None, "get_device_properties": lambda *_: mock.Mock(major=9, minor=0),
+        "get_device_capability": lambda *_: (9, 0), "synchronize": lambda *_: None,
+        "get_device_properties": lambda *_: mock.Mock(major=9, minor=0),
     }  # fmt: skip
     with contextlib.ExitStack() as stack:
         for name, stand_in in here.items():

@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import signal
 import sys
 import warnings
 from fractions import Fraction
@@ -544,7 +543,7 @@ def run_here(monkeypatch, out, dataset, *flags, stages="pretrain,finetune", stop
     for flag in {"all": ("--num-samples", "--resample-every"), "legacy": ("--resample-every",)}.get(mode, ()):
         at = sizes.index(flag)
         sizes = sizes[:at] + sizes[at + 2 :]
-    line = ["--dataset", dataset, "--stages", stages, *sizes, *flags, "--out", str(out), "--log", "none", "--quiet"]
+    line = ["--dataset", dataset, "--stages", stages, *sizes, *flags, "--out", str(out), "--logger", "none", "--quiet"]
     args, runs = bns.parse_args([*line, "--device", "cpu"]), []
     common._choose_device(args, False)
     add, start = common.Stage.add, common.Run.__init__
@@ -558,11 +557,10 @@ def run_here(monkeypatch, out, dataset, *flags, stages="pretrain,finetune", stop
         if crash == (stage.name, stage.epoch, stage.step):
             raise KeyboardInterrupt
         if stop == (stage.name, stage.epoch, stage.step):
-            common._stop_signal = signal.SIGTERM
+            raise SystemExit(143)
 
     with monkeypatch.context() as patch:
         patch.setattr(sys, "argv", ["bns_ipdpp.py"])
-        patch.setattr(common, "_stop_signal", 0)
         patch.setattr(common.Run, "__init__", kept)
         patch.setattr(common.Stage, "add", add_and_stop)
         if not pictures:
@@ -821,7 +819,7 @@ def test_the_command_line_with_pictures_and_evaluation(tmp_path, monkeypatch, ti
     assert groups["rows"][1]["values"][0] == pytest.approx(100 * overall) and "n/a" in done.stdout
 
     def say(*line) -> str:
-        args = bns.parse_args([*map(str, line), "--device", "cpu", "--out", str(tmp_path / "a"), "--log", "none"])
+        args = bns.parse_args([*map(str, line), "--device", "cpu", "--out", str(tmp_path / "a"), "--logger", "none"])
         common._choose_device(args, False)
         bns.main(args)
         return capsys.readouterr().out

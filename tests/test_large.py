@@ -26,7 +26,7 @@ def call(monkeypatch, capsys, tmp_path):
 
     def call(data_root: Path, *flags, dataset: str = "imagenet_lt") -> tuple[int, str]:
         line = ["plain_ce.py", "--dataset", dataset, "--data-root", data_root, "--out", tmp_path / "runs"]
-        line += ["--device", "cpu", "--log", "none", "--quiet", "--epochs", 1, "--workers", 0, *flags]
+        line += ["--device", "cpu", "--logger", "none", "--quiet", "--epochs", 1, "--workers", 0, *flags]
         monkeypatch.setattr(sys, "argv", list(map(str, line)))
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         code = 0

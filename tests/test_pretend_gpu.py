@@ -21,7 +21,8 @@ CASES = {
     "tailcalibx": ["", "--pipeline tailcalib", "--pipeline cbd_tailcalibx", "--pipeline modals", "--pipeline crt"],
 }  # fmt: skip
 WAITS = {  # where the host may wait for the GPU, and how often in an epoch (a row of metrics.jsonl)
-    "common.py:_reduce_sums": 1,
+    "common.py:means": 1,
+    "common.py:look": 1,
     "common.py:evaluate": 2,
     "ssp_pretrain.py:__iter__": 1,  # a batch of the rotation test
     "tsc.py:make_targets": 1,
@@ -102,7 +103,7 @@ def test_stopped_on_a_gpu_it_continues_to_the_same(script, slow, tiny, tmp_path)
         process.join(200)
         ends.append(process.exitcode)
         assert ends[-1] in (0, 143) and len(ends) < 20, process.said.read_text()
-    assert ends.count(143) >= 2 and same_end(desk, whole)
+    assert ends.count(143) >= 1 and same_end(desk, whole)
 
 
 @pytest.mark.parametrize("script", LARGE)

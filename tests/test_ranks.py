@@ -51,7 +51,7 @@ def epoch_of_gradients(net, loader):
     replica, losses = common.distribute(net), []
     for views, labels, _ in loader:
         values = F.cross_entropy(replica(views[0].double()), labels, reduction="none")
-        loss = common.batch_mean(values, loader.global_batch)
+        loss = values.mean()
         loss.backward()
         loss = loss.detach() / common.world_size()
         if common.world_size() > 1:
@@ -135,22 +135,10 @@ def rank_entry(rank: int, world: int, folder: str, batch: int):
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(("world", "batch"), [(2, 16), (3, 13)])
+@pytest.mark.parametrize(("world", "batch"), [(2, 16), (4, 20)])
 def test_n_ranks_equal_one_in_loss_and_gradients(tmp_path, world, batch):
-    """Shares of unequal size included: 40 images in batches of 13 leave a last batch of 1 (dropped under 3 ranks)."""
     mp.spawn(rank_entry, (world, str(tmp_path), batch), nprocs=world)
     losses, gradients = losses_and_gradients(batch)
-    if 40 % batch and 40 % batch < world:
-        net, loader = small_problem(batch)
-        net.zero_grad()
-        losses = losses[:-1]
-        gradients = [torch.zeros_like(g) for g in gradients]
-        for i, (views, labels, _) in enumerate(loader):
-            if i < len(losses):
-                loss = F.cross_entropy(net(views[0].double()), labels)
-                gradients = [
-                    g + h for g, h in zip(gradients, torch.autograd.grad(loss, list(net.parameters())), strict=True)
-                ]
     for rank in range(world):
         theirs, their_gradients = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
         assert theirs == pytest.approx(losses, rel=1e-12)
@@ -158,7 +146,48 @@ def test_n_ranks_equal_one_in_loss_and_gradients(tmp_path, world, batch):
             torch.testing.assert_close(other, ours, rtol=1e-9, atol=1e-12)
 
 
-FLAGS = "--experiment sweep2 --epochs 1 --device cpu --log-to none".split()
+def test_training_shares_are_equal_and_what_is_left_over_is_dropped():
+    images = torch.zeros(40, 3, 4, 4, dtype=torch.uint8)
+    dataset = data_lt.ImageSet(images, torch.arange(40) % 10, torch.arange(40), list("abcdefghij"))
+    augment = data_lt.Augment(4, (0.5,) * 3, (0.2,) * 3)
+    for batch, sizes in ((13, [4, 4, 4]), (12, [4, 4, 4, 1]), (18, [6, 6, 1])):
+        shares = []
+        for rank in range(3):
+            loader = data_lt.Loader(dataset, batch, augment=augment, seed=3, shard=(rank, 3))
+            shares.append([rows for _, _, rows in loader])
+        assert [[len(rows) for rows in share] for share in shares] == [sizes] * 3
+        assert len(torch.cat([rows for share in shares for rows in share]).unique()) == 3 * sum(sizes)
+
+
+def weighted(world: int, rank: int):
+    losses = torch.arange(1.0, 9.0, dtype=torch.float64)[rank::world].requires_grad_()
+    weights = torch.tensor([1, 0, 2, 0.5, 3, 1, 0, 4], dtype=torch.float64)[rank::world]
+    loss = common.weighted_mean(losses, weights)
+    loss.backward()
+    return loss.detach() / world, losses.grad / world
+
+
+def weighted_entry(rank: int, world: int, folder: str):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    try:
+        torch.save(weighted(world, rank), f"{folder}/rank{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_weighted_mean_is_that_of_the_whole_batch(tmp_path):
+    mp.spawn(weighted_entry, (2, str(tmp_path)), nprocs=2)
+    loss, gradient = weighted(1, 0)
+    assert loss == pytest.approx((1 + 6 + 2 + 15 + 6 + 32) / 11.5)
+    parts = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    assert sum(part[0] for part in parts) == pytest.approx(loss.item())
+    for rank, part in enumerate(parts):
+        torch.testing.assert_close(part[1], gradient[rank::2])
+    with torch.no_grad():
+        assert common.weighted_mean(torch.ones(3), torch.zeros(3)) == 0
+
+
+FLAGS = "--experiment sweep2 --epochs 1 --device cpu --logger none".split()
 
 
 def test_two_local_ranks_end_to_end_and_torchrun_gives_the_same(tmp_path):
@@ -205,32 +234,29 @@ def test_sigterm_reaches_both_ranks_and_the_run_continues(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def steps_until_told(rank: int, world: int, folder: str, fused: bool):
-    """The second rank gets a stop signal in step 3; each rank writes the step after which it knows."""
+def steps_until_known(rank: int, world: int, folder: str):
+    """The loss of the second rank is not finite in step 3; each rank writes the step in which it ends."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     try:
-        stage = object.__new__(common.Stage)
-        stage.name, stage.epoch, stage._pending, stage._told_to_stop = "train", 0, None, False
         layer = torch.nn.Linear(3, 2)
-        optimizer = torch.optim.SGD(layer.parameters(), 0.1, momentum=0.9, fused=fused)
+        stage = object.__new__(common.Stage)
+        stage.name, stage.epoch, stage.total, stage.bad = "train", 0, 2, None
+        stage.parts = {"optimizer": common.sgd(layer.parameters(), 0.1)}
         for stage.step in range(9):
-            common._stop_signal = signal.SIGTERM if rank == 1 and stage.step >= 3 else 0
             loss = layer(torch.ones(4, 3)).square().mean()
-            loss.backward()
-            stage.guard(loss, optimizer)
-            optimizer.step()
-            if stage._told_to_stop:
+            try:
+                stage.guard(loss * (float("nan") if rank == 1 and stage.step == 3 else 1))
+            except common.RunError as error:
+                Path(folder, f"{rank}.txt").write_text(str(error))
                 break
-        Path(folder, f"{rank}.txt").write_text(str(stage.step))
     finally:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(("fused", "step"), [(False, "3"), (True, "4")])
-def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path, fused, step):
-    """A fused optimiser's flags are read one step later: no wait for the device."""
-    mp.spawn(steps_until_told, (2, str(tmp_path), fused), nprocs=2)
-    assert [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)] == [step, step]
+def test_a_loss_that_is_not_finite_on_one_rank_ends_all_in_the_same_step(tmp_path):
+    mp.spawn(steps_until_known, (2, str(tmp_path)), nprocs=2)
+    said = {(tmp_path / f"{rank}.txt").read_text() for rank in range(2)}
+    assert len(said) == 1 and "stage train, epoch 1 of 2, step 4, lr 0.1" in said.pop()
 
 
 # --- ranks on a tree of JPEGs: launchers, a dead rank, a stop signal
@@ -319,7 +345,7 @@ def test_a_rank_that_dies_ends_all_with_one_line_and_costs_an_epoch_at_most(tree
     assert commands.rows(tmp_path) == two_ranks
 
 
-def test_sigterm_ends_both_ranks_at_one_step_and_they_continue(tree, two_ranks, tmp_path):
+def test_sigterm_ends_both_ranks_and_they_continue_to_the_same(tree, two_ranks, tmp_path):
     line = on_tree(tree, tmp_path, "--gpus", 2)
     process = started(line, tmp_path)
     process.send_signal(signal.SIGTERM)

@@ -1,6 +1,7 @@
 """The run folder's promises: continuing equals not having stopped, checkpoints survive what happens to disks and
 processes, ranks agree, bad input is one line. Each test breaks the promise on purpose."""
 
+import errno
 import json
 import os
 import pickle
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 import common
 
 ROOT = Path(common.__file__).resolve().parent
-SMALL = "--experiment sweep2 --epochs 2 --batch-size 16 --backbone resnet8 --device cpu --log none".split()
+SMALL = "--experiment sweep2 --epochs 2 --batch-size 16 --backbone resnet8 --device cpu --logger none".split()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -90,11 +91,11 @@ class FakeLoader:
     def __len__(self):
         return self.steps
 
-    def set_epoch(self, epoch, start_step=0):
-        self.epoch, self.start = epoch, start_step
+    def set_epoch(self, epoch):
+        self.epoch = epoch
 
     def __iter__(self):
-        for step in range(self.start, self.steps):
+        for step in range(self.steps):
             draw = common.generator(5, "batch", self.epoch, step)
             x = torch.randn(8, 4, generator=draw, dtype=torch.float64)
             yield x, (x.sum(1) > 0).long(), torch.arange(8)
@@ -102,25 +103,26 @@ class FakeLoader:
 
 def make_args(out, **extra):
     fields = {
-        "dataset": "glyphs_lt", "imb_ratio": 10.0, "seed": 0, "out": str(out), "fresh": False, "resume_from": None,
-        "quiet": True, "log": "none", "device": "cpu", "precision": "fp32", "backbone": "linear", "lr": 0.1,
+        "dataset": "glyphs_lt", "imb_ratio": 10.0, "seed": 0, "out": str(out), "fresh": False,
+        "eval_every": 1, "select": "last", "save_features": None,
+        "quiet": True, "logger": "none", "device": "cpu", "precision": "fp32", "backbone": "linear", "lr": 0.1,
         "changed": {}, "preset": "glyphs_lt",
     }  # fmt: skip
     return Namespace(**(fields | extra))
 
 
-def train(out, stop_at=None, poison_at=None, fused=False, epochs=3, args=None, data="data"):
+def train(out, stop_at=None, poison_at=None, epochs=3, args=None, data="data"):
     """Train a linear layer; `stop_at` = (epoch, step) raises there as a crash would."""
     run = common.Run(args or make_args(out), "unit", data)
     try:
-        return run, fit(run, stop_at, poison_at, fused, epochs)
+        return run, fit(run, stop_at, poison_at, epochs)
     finally:
         run.lock.close()  # as the end of the process would
 
 
-def fit(run, stop_at, poison_at, fused, epochs):
+def fit(run, stop_at, poison_at, epochs):
     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 2)).double()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, fused=fused)
+    optimizer = common.sgd(model.parameters(), 0.1)
     stage = run.stage("fit", epochs, model=model, optimizer=optimizer)
     for epoch in stage.epochs():
         for x, y, _ in stage.batches(FakeLoader()):
@@ -133,16 +135,13 @@ def fit(run, stop_at, poison_at, fused, epochs):
                 raise KeyboardInterrupt
             before = [p.detach().clone() for p in model.parameters()]
             try:
-                stage.guard(loss, optimizer)
+                stage.guard(loss)
             except common.RunError:
                 assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
                 raise
             optimizer.step()
-            if poison_at == (epoch, stage.step):  # the fused optimiser was told on the device
-                assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
             stage.add(len(y), loss=loss)
         stage.end_epoch()
-    stage.finish()
     run.finish(headline={"overall": 0.5})
     return model
 
@@ -158,88 +157,118 @@ def test_a_crash_between_and_inside_epochs_changes_nothing(tmp_path):
         assert all(torch.equal(p, q) for p, q in zip(expected.parameters(), model.parameters(), strict=True))
 
 
-def test_a_stop_signal_saves_inside_the_epoch_and_the_next_batch_follows(tmp_path, monkeypatch):
-    straight, expected = train(tmp_path / "a")
+def test_what_was_begun_is_begun_again_with_the_same_numbers(tmp_path, monkeypatch):
+    straight, _ = train(tmp_path / "a")
     add, seen = common.Stage.add, []
 
-    def add_then_signal(stage, count, **values):
+    def note(stage, count, **values):
+        seen.append((stage.epoch, stage.step, values["loss"].item()))
         add(stage, count, **values)
-        seen.append((stage.epoch, stage.step))
-        if (stage.epoch, stage.step) == (1, 2):
-            monkeypatch.setattr(common, "_stop_signal", signal.SIGTERM)
 
-    monkeypatch.setattr(common.Stage, "add", add_then_signal)
-    with pytest.raises(SystemExit) as stopped:
-        train(tmp_path / "b")
-    assert stopped.value.code == 143
-    monkeypatch.setattr(common, "_stop_signal", 0)
-    assert seen[-1] == (1, 2)
+    monkeypatch.setattr(common.Stage, "add", note)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "b", stop_at=(1, 4))
+    begun = seen[6:]
+    assert [place[:2] for place in begun] == [(1, 0), (1, 1), (1, 2), (1, 3)]
     seen.clear()
-    monkeypatch.setattr(common.Stage, "add", lambda s, n, **v: (seen.append((s.epoch, s.step)), add(s, n, **v)))
-    again, model = train(tmp_path / "b")
-    assert seen[0] == (1, 3), "the run must go on with the very next batch"
+    again, _ = train(tmp_path / "b")
+    assert seen[:4] == begun and len(seen) == 12
     assert rows(again.folder) == rows(straight.folder)
-    assert all(torch.equal(p, q) for p, q in zip(expected.parameters(), model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_nan_loss_never_reaches_the_weights_and_names_the_place(tmp_path, fused):
-    with pytest.raises(common.RunError, match=r"stage fit, epoch 1, step 2, lr 0\.1"):
-        train(tmp_path, poison_at=(1, 2), fused=fused)
+def test_a_nan_loss_never_reaches_the_weights_and_names_the_place(tmp_path):
+    with pytest.raises(common.RunError, match=r"stage fit, epoch 2 of 3, step 3, lr 0\.1"):
+        train(tmp_path, poison_at=(1, 2))
     (last,) = tmp_path.glob("**/last.pt")
     saved = common.load_checkpoint(last)
     assert saved["epoch"] == 1 and all(torch.isfinite(v).all() for v in saved["state"]["model"].values())
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_nan_in_the_last_step_of_an_epoch_is_not_saved(tmp_path, fused):
-    with pytest.raises(common.RunError, match="epoch 2, step 5"):
-        train(tmp_path, poison_at=(2, 5), fused=fused)
+@pytest.mark.parametrize("bad", [[2], [5], [3, 4, 5]])
+def test_a_gpu_is_asked_at_the_end_of_the_epoch_and_nothing_is_kept(tmp_path, monkeypatch, bad):
+    """The device of the loss decides; `look` is what reads a number from it."""
+    looked, look = [], common.Stage.look
+    monkeypatch.setattr(common.Stage, "look", lambda stage: looked.append(stage.step) or look(stage))
+    run = common.Run(make_args(tmp_path), "unit", "data")
+    weight = torch.nn.Parameter(torch.zeros(3))
+    stage = run.stage("fit", 2, optimizer=common.sgd([weight], 0.1))
+
+    class OnGpu(torch.Tensor):
+        device = torch.device("cuda")
+
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            found = super().__torch_function__(function, types, args, kwargs or {})
+            return found.as_subclass(cls) if isinstance(found, torch.Tensor) else found
+
+    with pytest.raises(common.RunError, match=f"epoch 2 of 2, step {bad[0] + 1}, lr 0.1; what was saved"):
+        for epoch in stage.epochs():
+            for _ in stage.batches(FakeLoader()):
+                wrong = epoch == 1 and stage.step in bad
+                stage.guard(torch.tensor(float("inf") if wrong else 1.0).as_subclass(OnGpu))
+            stage.end_epoch()
+    run.lock.close()
+    assert looked == [6, 6], "once an epoch"
+    assert common.load_checkpoint(run.folder / "last.pt")["epoch"] == 1
+    assert not (run.folder / "fit.pt").exists() and len(rows(run.folder)) == 1
+
+
+def test_a_nan_in_the_last_step_of_an_epoch_is_not_saved(tmp_path):
+    with pytest.raises(common.RunError, match="epoch 3 of 3, step 6"):
+        train(tmp_path, poison_at=(2, 5))
     (last,) = tmp_path.glob("**/last.pt")
     assert common.load_checkpoint(last)["epoch"] == 2
 
 
-def test_a_skipped_first_step_leaves_no_momentum(monkeypatch):
-    """Fused SGD makes its buffers before it looks at the flag; then they would hold whatever the memory held."""
-    stage, w = object.__new__(common.Stage), torch.nn.Parameter(torch.zeros(5))
-    stage.step, stage._pending = 0, None
-    optimizer = torch.optim.SGD([w], 0.1, momentum=0.9, fused=True)
-    monkeypatch.setattr(torch, "empty_like", lambda like: torch.full_like(like, float("nan")))
-    for found_inf, expected in ((1.0, 0.0), (0.0, -0.1), (0.0, -0.29)):
-        w.grad = torch.ones(5)
-        stage.guard(torch.zeros(()), optimizer)
-        optimizer.found_inf = torch.tensor(found_inf)  # by a loss scaler, or by FSGL for a gradient that is not finite
-        optimizer.step()
-        torch.testing.assert_close(w.detach(), torch.full((5,), expected))
-
-
-def test_torch_save_failing_half_way_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
+@pytest.mark.parametrize("nth", [1, 3, 5])
+def test_a_full_disk_is_named_with_what_is_free_and_what_was_saved_is_intact(tmp_path, monkeypatch, nth):
+    """Whichever write it is: args.json, metrics.jsonl, a checkpoint."""
     straight, _ = train(tmp_path / "a")
-    real_save, calls = torch.save, []
+    real, calls = os.fsync, []
 
-    def failing_save(value, file):
+    def full(number):
         calls.append(1)
-        if len(calls) == 3:
-            file.write(b"half of a checkpoint")
-            raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
-        real_save(value, file)
+        if len(calls) == nth:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(number)
 
-    monkeypatch.setattr(torch, "save", failing_save)
-    with pytest.raises(common.RunError, match="intact"):
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(common.RunError, match=r"cannot write .*seed0.*: the disk is full \([\d,.]+ MB free\).*intact"):
         train(tmp_path / "b")
-    monkeypatch.setattr(torch, "save", real_save)
+    monkeypatch.setattr(os, "fsync", real)
     (folder,) = (tmp_path / "b").glob("*/*/*/seed0")
-    assert common.load_checkpoint(folder / "last.pt")["epoch"] == 2
-    assert common.load_checkpoint(folder / "previous.pt")["epoch"] == 1
+    if nth > 3:  # args.json, metrics.jsonl, last.pt, last.pt, fit.pt
+        assert common.load_checkpoint(folder / "last.pt")["epoch"] == 2
     assert not list(folder.glob(".*.tmp"))
     again, _ = train(tmp_path / "b")
     assert rows(again.folder) == rows(straight.folder)
 
 
+def test_a_full_disk_in_the_middle_of_a_row(tmp_path, monkeypatch):
+    straight, _ = train(tmp_path / "a")
+    append = common.log_row
+
+    def torn(stage, row):
+        if stage.epoch == 2:
+            with open(stage.run.folder / "metrics.jsonl", "a") as file:
+                file.write('{"stage": "fi')
+            with common.writing(stage.run.folder / "metrics.jsonl"):
+                raise OSError(errno.EDQUOT, "Disk quota exceeded")
+        append(stage, row)
+
+    monkeypatch.setattr(common, "log_row", torn)
+    with pytest.raises(common.RunError, match="metrics.jsonl: the disk is full"):
+        train(tmp_path / "b")
+    monkeypatch.undo()
+    again, _ = train(tmp_path / "b")
+    assert rows(again.folder) == rows(straight.folder)
+
+
 def test_last_is_there_at_every_moment_of_a_save(tmp_path, monkeypatch):
-    """A crash at any system call of the save leaves a loadable last.pt."""
-    for name in ("fsync", "link", "replace"):
-        for nth in range(1, 9):
+    """A crash at any system call of a save leaves a loadable last.pt, and the run ends the same."""
+    straight, _ = train(tmp_path / "a", epochs=2)
+    for name in ("fsync", "replace"):
+        for nth in range(1, 7):
             out, count, real = tmp_path / f"{name}{nth}", [0], getattr(os, name)
 
             def crash(*args, count=count, nth=nth, real=real, **kwargs):
@@ -256,8 +285,20 @@ def test_last_is_there_at_every_moment_of_a_save(tmp_path, monkeypatch):
             monkeypatch.setattr(os, name, real)
             for last in out.glob("**/last.pt"):
                 common.load_checkpoint(last)
-            _, model = train(out, epochs=2)
-    assert all(torch.isfinite(p).all() for p in model.parameters())
+            again, _ = train(out, epochs=2)
+            assert rows(again.folder) == rows(straight.folder)
+
+
+def test_a_checkpoint_is_renamed_and_never_linked(tmp_path, monkeypatch):
+    """Some file systems have no hard links."""
+
+    def refuse(*_, **__):
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(os, "symlink", refuse)
+    run, _ = train(tmp_path)
+    assert sorted(path.name for path in run.folder.glob("*.pt")) == ["fit.pt", "last.pt"]
 
 
 def test_a_malicious_pickle_is_refused_and_not_run(tmp_path):
@@ -275,16 +316,17 @@ def test_a_malicious_pickle_is_refused_and_not_run(tmp_path):
     assert not (tmp_path / "owned").exists()
 
 
-def test_a_damaged_last_names_the_previous_one_and_that_one_works(tmp_path):
+def test_a_damaged_last_says_what_to_delete_and_that_is_enough(tmp_path):
     straight, expected = train(tmp_path / "a")
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "b", stop_at=(2, 3))
     (folder,) = (tmp_path / "b").glob("*/*/*/seed0")
     data = (folder / "last.pt").read_bytes()
     (folder / "last.pt").write_bytes(data[: len(data) // 2])
-    with pytest.raises(common.UserError, match=r"--resume-from .*previous\.pt"):
+    with pytest.raises(common.UserError, match=r"last\.pt is damaged.*delete it.*--fresh"):
         train(tmp_path / "b")
-    again, model = train(tmp_path / "b", args=make_args(tmp_path / "b", resume_from=str(folder / "previous.pt")))
+    (folder / "last.pt").unlink()
+    again, model = train(tmp_path / "b")
     assert rows(again.folder) == rows(straight.folder)
     assert all(torch.equal(p, q) for p, q in zip(expected.parameters(), model.parameters(), strict=True))
 
@@ -306,18 +348,25 @@ def test_other_data_and_another_script_are_refused(tmp_path, monkeypatch):
     (last,) = tmp_path.glob("**/last.pt")
     monkeypatch.setattr(sys, "argv", ["another_script.py"])
     with pytest.raises(common.UserError, match="another_script"):
-        train(tmp_path, args=make_args(tmp_path, resume_from=str(last)))
+        common.Run(make_args(tmp_path), "unit", "data").read(last)
 
 
 def test_a_finished_stage_brings_its_rows_when_last_is_gone(tmp_path):
     straight, _ = train(tmp_path / "a")
-    for lost in (["last.pt"], ["last.pt", "previous.pt"]):
-        out = tmp_path / str(len(lost))
-        run, _ = train(out)
-        for name in [*lost, "result.json"]:
-            (run.folder / name).unlink()
-        again, _ = train(out)
-        assert rows(again.folder) == rows(straight.folder) and again.result is not None
+    run, _ = train(tmp_path / "b")
+    for name in ("last.pt", "result.json"):
+        (run.folder / name).unlink()
+    again, _ = train(tmp_path / "b")
+    assert rows(again.folder) == rows(straight.folder) and again.result is not None
+
+
+def test_the_file_of_a_finished_stage_comes_back(tmp_path):
+    run, _ = train(tmp_path)
+    content = common.load_checkpoint(run.folder / "fit.pt")
+    for name in ("fit.pt", "result.json"):
+        (run.folder / name).unlink()
+    train(tmp_path)
+    assert common.load_checkpoint(run.folder / "fit.pt")["rows"] == content["rows"]
 
 
 def test_a_finished_run_needs_only_its_result(tmp_path):
@@ -343,6 +392,49 @@ def test_a_damaged_stage_names_the_remedy(tmp_path):
         train(tmp_path)
     (run.folder / "fit.pt").unlink()
     train(tmp_path)
+
+
+@pytest.mark.parametrize("why", ["no such module", "no such call", "no locks here"])
+def test_without_locks_a_run_goes_on_with_one_warning(tmp_path, monkeypatch, capsys, why):
+    if why == "no such module":
+        monkeypatch.setitem(sys.modules, "fcntl", None)
+    else:
+
+        def refuse(*_):
+            raise OSError(errno.ENOLCK, why)
+
+        monkeypatch.setattr("fcntl.flock", refuse)
+    train(tmp_path)
+    assert capsys.readouterr().err.count("warning") == 1
+
+
+def judged(tmp_path, select: str, test: list[float], val: list[float] | None):
+    """Four epochs whose figures are told in advance; the weight is the epoch. What is chosen, and the run."""
+    args = make_args(tmp_path / select, select=select, eval_every=2)
+    run, net = common.Run(args, "unit", "data"), torch.nn.Linear(1, 1)
+    stage = run.stage("fit", 4, model=net, optimizer=common.sgd(net.parameters(), 0.1))
+    figure = {"per_class": [], "confusion": []}
+    judge = common.Judge(args, net, [1], "test", val and "val", lambda: {"test": figure | {"overall": test[epoch]}})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "figures", lambda args, net, loader, counts: figure | {"overall": val[epoch]})
+        for epoch in stage.epochs():
+            for _ in stage.batches(FakeLoader()):
+                net.weight.data.fill_(epoch)
+            stage.end_epoch(judge)
+    judge.chosen(stage)
+    run.lock.close()
+    return net.weight.item(), rows(run.folder)
+
+
+def test_the_judge_evaluates_where_due_and_chooses_as_told(tmp_path):
+    test, val = [0.9, 0.8, 0.9, 0.5], [0.9, 0.3, 0.9, 0.4]
+    for select, epoch in (("last", 3), ("test", 1), ("val", 3)):
+        chosen, lines = judged(tmp_path, select, test, val if select == "val" else None)
+        assert chosen == epoch
+        assert [line["epoch"] for line in lines if "test" in line] == [1, 3], "every second and the last"
+        assert ["val" in line for line in lines] == [False, select == "val"] * 2
+        assert all("confusion" not in line["test"] for line in lines if "test" in line)
+        assert bool(list(tmp_path.glob(f"{select}/**/fit_best.pt"))) == (select != "last")
 
 
 def test_fresh_starts_over_and_drops_what_was_there(tmp_path):
@@ -450,8 +542,8 @@ BAD = [
     (["--dataset", "glyphs_lt", "--experiment", "sweep1", "--tail-count", "5000"], "5000"),
     (["--batch-size", "0"], "batch-size"),
     (["--gpus", "4", "--device", "auto"], "GPU"),
-    (["--fresh", "--resume-from", "x.pt"], "contradict"),
-    (["--resume-from", "x.pt"], "x.pt"),
+    (["--fresh", "--eval", "x.pt"], "contradict"),
+    (["--resume-from", "x.pt"], "--resume-from"),
     (["--control"], "control"),
     (["--out", "/proc/nothing"], "/proc/nothing"),
     (["--backbone", "vgg"], "vgg"),
@@ -460,7 +552,7 @@ BAD = [
     (["--head-class", "10"], "10"),
     (["--lr", "-1"], "lr"),
     (["--unknown"], "unknown"),
-    (["--precision", "tf32"], "tf32"),
+    (["--precision", "fp16"], "fp16"),
     (["--val-from", "test"], "select val"),
     (["--steps", "5", "--epochs", "5"], "contradict"),
     (["--data-seed", "5000000000"], "data-seed"),

@@ -329,7 +329,7 @@ def moco_problem():
         order = torch.randperm(batch, generator=draw)
         mine = views[:, rank * batch // ranks : (rank + 1) * batch // ranks]
         losses, _, keys = ssp.moco_step(replica, query, key, queue, mine, order, args)
-        loss = common.batch_mean(losses, batch)
+        loss = losses.mean()
         replica.zero_grad()
         loss.backward()
         queue.enqueue(keys)
@@ -405,7 +405,7 @@ def here(monkeypatch):
 
 def run(*flags, out, code: int | None = None) -> Path | None:
     """The script in this process on the CPU; its run folder, or None where it must end with exit code `code`."""
-    line = [*map(str, flags), "--out", str(out), "--device", "cpu", "--log", "none", "--quiet"]
+    line = [*map(str, flags), "--out", str(out), "--device", "cpu", "--logger", "none", "--quiet"]
     try:
         common.launch(ssp.main, ssp.parse_args(line))
     except SystemExit as stopped:
@@ -426,10 +426,9 @@ def stop_at(monkeypatch, stage: str, epoch: int, step: int) -> None:
     def add_then_signal(self, count, **values):
         add(self, count, **values)
         if (self.name, self.epoch, self.step) == (stage, epoch, step):
-            common._stop_signal = signal.SIGTERM
+            raise SystemExit(143)
 
     monkeypatch.setattr(common.Stage, "add", add_then_signal)
-    monkeypatch.setattr(common, "_stop_signal", 0)
 
 
 def rows(folder: Path) -> list[dict]:
@@ -602,7 +601,7 @@ def test_evaluation_names_what_it_measures(tmp_path, tiny, pretrained, capsys):
         (["--eval", first], "rotation accuracy", "rotation_accuracy"),
         (["--stage", "eval", "--init-from", trained], "overall", "overall"),
     ):
-        line = [*map(str, [*common_flags, *flags]), "--out", str(tmp_path), "--device", "cpu", "--log", "none"]
+        line = [*map(str, [*common_flags, *flags]), "--out", str(tmp_path), "--device", "cpu", "--logger", "none"]
         capsys.readouterr()
         common.launch(ssp.main, ssp.parse_args(line))
         assert named in capsys.readouterr().out

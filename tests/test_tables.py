@@ -609,7 +609,7 @@ def test_two_runs_are_compared_seed_by_seed(tmp_path, capsys):
 
 def test_exported_weights_give_the_figure_again(tmp_path, capsys):
     script = [sys.executable, str(common.ROOT / "fsgl.py")]
-    flags = ["--variant", "ce", "--epochs", "2", "--device", "cpu", "--log", "none", "--quiet", "--seed", "3"]
+    flags = ["--variant", "ce", "--epochs", "2", "--device", "cpu", "--logger", "none", "--quiet", "--seed", "3"]
     subprocess.run([*script, *flags, "--out", str(tmp_path)], check=True, capture_output=True)
     folder, out = tmp_path / "fsgl" / "glyphs_lt_ir100" / "ce_epochs2" / "seed3", tmp_path / "ce.pt"
     whole = json.loads((folder / "result.json").read_text())["headline"]["overall"]
@@ -624,7 +624,7 @@ def test_exported_weights_give_the_figure_again(tmp_path, capsys):
     assert saved["exported"]["full"] == whole and abs(saved["exported"]["half"] - whole) < 0.02
     command = said[-1].split()[1:]
     assert command[:3] == ["fsgl.py", "--variant", "ce"] and "--eval" in command and "--out" not in command
-    again = subprocess.run([*script, *command[1:], "--log", "none"], capture_output=True, text=True, cwd=tmp_path)
+    again = subprocess.run([*script, *command[1:], "--logger", "none"], capture_output=True, text=True, cwd=tmp_path)
     assert again.returncode == 0 and f"overall {100 * saved['exported']['half']:.2f}%" in again.stdout, again.stderr
     assert tables.main_cli(["export", str(folder), "--out", str(out)]) == 2 and "exists" in capsys.readouterr().err
     assert tables.main_cli(["export", str(tmp_path), "--out", str(tmp_path / "x.pt")]) == 2
@@ -636,7 +636,7 @@ def test_recorded_weights_give_their_figure_again(tmp_path, pytestconfig):
     assert files and all(path.stat().st_size < 2e6 for path in files)
     for path in files if pytestconfig.getoption("--slow") else files[:2]:
         exported = common.load_checkpoint(path)["exported"]
-        words = [str(ROOT / exported["command"][0]), *exported["command"][1:], "--eval", str(path), "--log", "none"]
+        words = [str(ROOT / exported["command"][0]), *exported["command"][1:], "--eval", str(path), "--logger", "none"]
         done = subprocess.run(
             [sys.executable, *words, "--out", str(tmp_path)], capture_output=True, text=True, env=commands.environment()
         )

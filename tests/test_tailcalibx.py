@@ -2,7 +2,6 @@
 
 import json
 import math
-import signal
 import sys
 from pathlib import Path
 
@@ -517,7 +516,7 @@ def test_other_members_of_the_package():
 # --- stages ---------------------------------------------------------------------------------------------------------
 
 COUNTS = (20, 16, 12, 9, 7, 5, 4, 3, 2, 1)
-TINY = "--backbone resnet8 --batch-size 16 --pad 2 --device cpu --log none --quiet".split()
+TINY = "--backbone resnet8 --batch-size 16 --pad 2 --device cpu --logger none --quiet".split()
 
 
 @pytest.fixture(scope="module")
@@ -711,17 +710,16 @@ def test_continuing_equals_not_having_stopped(straight, tiny, tmp_path, monkeypa
     def add_then_stop(self, *args, **kwargs):
         add(self, *args, **kwargs)
         if (self.name, self.epoch, self.step) == (stage, epoch, step):
-            monkeypatch.setattr(common, "_stop_signal", signal.SIGTERM)
+            raise SystemExit(143)
 
     with monkeypatch.context() as patch:
         patch.setattr(common.Stage, "add", add_then_stop)
         with pytest.raises(SystemExit) as stopped:
             whole(tiny, tmp_path, pipeline)
     assert stopped.value.code == 143
-    monkeypatch.setattr(common, "_stop_signal", 0)
-    (last,) = tmp_path.glob("**/last.pt")
-    saved = common.load_checkpoint(last)
-    assert (saved["stage"], saved["epoch"], saved["step"]) == (stage, epoch, step + 1)
+    for last in tmp_path.glob("**/last.pt"):
+        saved = common.load_checkpoint(last)
+        assert saved["epoch"] == (epoch if saved["stage"] == stage else 2)
     folder = whole(tiny, tmp_path, pipeline)
     assert rows(folder) == rows(straight(pipeline)) and result(folder) == result(straight(pipeline))
     for name in tc.PIPELINES[pipeline]:
@@ -927,7 +925,7 @@ def test_accumulated_batches(tiny, tmp_path):
     expected = net[1].weight.grad.clone()
     net[1].weight.grad = None
     for part_x, part_y in zip(x.tensor_split(3), y.tensor_split(3), strict=True):
-        common.batch_mean(F.cross_entropy(net(part_x), part_y, reduction="none"), 24).backward()
+        (F.cross_entropy(net(part_x), part_y, reduction="none").sum() / 24).backward()
     close(net[1].weight.grad, expected)
 
 
@@ -1088,14 +1086,14 @@ def distilling():
     args = parse(*TINY)
     net = tc.build(args, 10, "cosine", teachers=2).double().eval()
     teachers = [models.backbone("resnet8").double().eval() for _ in range(2)]
-    x, y = torch.rand(9, 3, 16, 16, dtype=torch.float64), torch.arange(9)
+    x, y = torch.rand(10, 3, 16, 16, dtype=torch.float64), torch.arange(10)
     x, y = (part.tensor_split(common.world_size())[common.rank()] for part in (x, y))
     replica = common.distribute(net)
     logits, student = replica(x, distil=True)
     with torch.no_grad():
         target = tc.teacher_vector([teacher(x) for teacher in teachers])
     losses = 0.8 * tc.distillation(student, target, 100.0) + 0.2 * F.cross_entropy(logits, y, reduction="none")
-    loss = common.batch_mean(losses, 9)
+    loss = losses.mean()
     loss.backward()
     value = loss.detach() / common.world_size()
     if common.world_size() > 1:
@@ -1159,7 +1157,7 @@ def mini_imagenet(root: Path) -> None:
 def test_mini_imagenet_through_the_lists(tmp_path):
     mini_imagenet(tmp_path)
     flags = "--dataset mini_imagenet_lt --backbone resnet10 --image-size 64 --batch-size 4 --workers 0 --clf-epochs 2"
-    flags = [*flags.split(), "--data-root", tmp_path, *"--device cpu --log none --quiet".split()]
+    flags = [*flags.split(), "--data-root", tmp_path, *"--device cpu --logger none --quiet".split()]
     folder = train(tmp_path / "a", *flags, "--epochs", 1, "--pipeline", "cbd_tailcalibx", "--select", "val")
     found = result(folder)
     assert found["dataset"] == "mini_imagenet_lt_ir100" and found["counts"] == [8, 5, 4, 2, 2]

@@ -511,7 +511,7 @@ def test_class_distances_know_superclasses_and_look_alikes(tmp_path):
 
 TINY = []
 FAST = (
-    "--backbone resnet8 --init default --device cpu --log-to none --quiet --batch-size 42 --lr 0.05 --workers 0"
+    "--backbone resnet8 --init default --device cpu --logger none --quiet --batch-size 42 --lr 0.05 --workers 0"
     " --classifier-batch-size 64 --eval-every 99 --diagnostics-every 99"
 ).split()
 
@@ -532,14 +532,14 @@ def call(*flags, out) -> dict:
     torch.set_num_threads(1)
     words = line(*flags)
     args = tsc.parse_args(sorted(words, key="toy".__ne__))  # the command stands first
-    args.out, runs, opened = str(out), [], common.Run._open
+    args.out, locks, lock = str(out), [], common.lock
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common.Run, "_open", lambda run: (runs.append(run), opened(run)))
+        patch.setattr(common, "lock", lambda path: locks.append(lock(path)) or locks[-1])
         try:
             common.launch(tsc.main, args)
         finally:
-            for run in runs:
-                run.lock.close()  # as the end of the process would
+            for file in locks:
+                file.close()  # as the end of the process would
     folder = commands.folder(out)
     rows = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
     return {"rows": rows, "result": json.loads((folder / "result.json").read_text()), "folder": folder}
@@ -549,7 +549,6 @@ def call(*flags, out) -> dict:
 def as_script(monkeypatch):
     monkeypatch.setattr(sys, "argv", [str(commands.ROOT / "tsc.py")])
     monkeypatch.setattr("tables.draw_result", lambda result, folder: None)
-    monkeypatch.setattr(common, "_stop_signal", 0)
 
 
 def plain(rows: list[dict]) -> list[dict]:
@@ -588,14 +587,13 @@ def test_three_stages_end_to_end_and_continued_in_the_middle_of_each(tmp_path, m
 
         def stopping(stage, *rest, stop=stop):
             if (stage.name, stage.epoch, stage.step) == stop:
-                monkeypatch.setattr(common, "_stop_signal", 15)
+                raise SystemExit(143)
             guard(stage, *rest)
 
         monkeypatch.setattr(common.Stage, "guard", stopping)
         with pytest.raises(SystemExit) as stopped:
             call(*flags, out=tmp_path / "b")
         assert stopped.value.code == 143
-        monkeypatch.setattr(common, "_stop_signal", 0)
     monkeypatch.setattr(common.Stage, "guard", guard)
     again = call(*flags, out=tmp_path / "b")
     assert plain(again["rows"]) == plain(straight["rows"])
