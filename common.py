@@ -719,7 +719,7 @@ class Run:
         head = {
             "kind": "long-tail-result", "data": self.fingerprint,
             "script": self.script, "dataset": dataset_tag(args), "variant": self.variant, "method": self.method,
-            "seed": args.seed, "args": result_args(args), "changed": sorted(args.changed), "headline": None,
+            "seed": args.seed, "args": result_args(args), "changed": args.changed, "headline": None,
             "best_on_test": None,
         }  # fmt: skip
         timing = {"seconds": round(sum(row["timing"]["seconds"] for row in self.rows), 2)}

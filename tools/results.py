@@ -133,7 +133,8 @@ class Published:
         for row in rows:
             key = (row["script"], row["dataset"], row["ratio"])
             self.rows.setdefault(key, []).append(row)
-        self.methods = {(row["script"], row["method"]) for own in self.rows.values() for row in own}
+        every = [row for own in self.rows.values() for row in own]
+        self.methods = {(r["script"], r["method"]) for r in every if r["metric"] == "overall"}
 
     @classmethod
     def read(cls, path: Path = ROOT / "results" / "published.csv") -> "Published":
@@ -157,7 +158,7 @@ class Published:
             return []
         ratio = args.get("imb_ratio")
         key = (result["script"], args.get("dataset"), "" if ratio is None else f"{ratio:g}")
-        return [row for row in self.rows.get(key, []) if _fits(row["patterns"], args, set(changed))]
+        return [row for row in self.rows.get(key, []) if _fits(row["patterns"], args, changed)]
 
     def headline(self, result: dict, released: bool = False) -> dict | None:
         """{"overall": percent, "source": where and which epoch} of the published run, or None."""
@@ -204,11 +205,11 @@ def _patterns(flags: str) -> dict[str, str] | None:
     return patterns
 
 
-def _fits(patterns: dict[str, str] | None, args: dict, changed: set[str]) -> bool:
-    if patterns is None or changed - HARMLESS - set(patterns):
+def _fits(patterns: dict[str, str] | None, args: dict, changed: dict) -> bool:
+    if patterns is None or set(changed) - HARMLESS - set(patterns):
         return False
     for name, pattern in patterns.items():
-        value = args.get(name, name in changed)
+        value = changed.get(name, args.get(name))
         if not re.fullmatch(pattern, f"{value:g}" if type(value) is float else str(value)):
             return False
     return True
