@@ -604,6 +604,11 @@ def main(args) -> None:
     if args.experiment == "verification":
         shown = max((q for q in points if q.p == 0 or q.head_weight == args.head_weight), key=lambda q: q.p)
     last, classes = rows[shown.name], source.train.classes
+    for name, row in rows.items():
+        figures = row[args.select]
+        recall = figures["per_class"][tail]
+        told = "n/a" if recall is None else f"{100 * recall:.1f} %"
+        run.say(f"{name}: {classes[tail]} (tail) {told}, overall {100 * figures['overall']:.1f} %")
     run.finish(
         rows=rows, tables=tables(args, points, rows, classes, head, tail), classes=classes, counts=last["counts"],
         per_class=last[args.select]["per_class"], confusion=last[args.select]["confusion"], confusion_of=shown.name,
