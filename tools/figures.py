@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import common
 import tailcalibx
@@ -247,28 +248,32 @@ def principal_plane(features: np.ndarray) -> np.ndarray:
 
 
 def draw_features(axes, path: Path, result: dict) -> None:
-    """Saved features, one colour a class; of TailCalib's training features the generated, too."""
+    """Saved features, one colour a class (of many the five largest and the five smallest).
+
+    Beside TailCalib's training features, what it generates from them.
+    """
     with np.load(path) as file:
         features, labels = file["features"], file["labels"]
     real, args = len(labels), result.get("args") or {}
     title = f"{result['script']} {result['variant']}: {path.stem}"
     if path.stem == "features_train" and args.get("topk"):
         power, alpha, topk = args["tukey"], args["alpha"], args["topk"]
-        unit = features / np.linalg.norm(features, axis=1, keepdims=True).clip(1e-12)
+        unit = F.normalize(torch.from_numpy(features), dim=1)
         x, y, _ = tailcalibx.tailcalib("pytorch").generate(
-            torch.from_numpy(unit), torch.from_numpy(labels), tukey_value=power, alpha=alpha,
+            unit, torch.from_numpy(labels), tukey_value=power, alpha=alpha,
             topk=topk, shuffle=False, seed=result["seed"],
         )  # fmt: skip
-        features, labels = x.numpy(), y.numpy()
+        features, labels = F.normalize(x, dim=1).numpy(), y.numpy()
         title += "\nreal (dots) and generated (stars)"
     x, y = principal_plane(features).T
     names, counts = result.get("classes"), result.get("counts")
-    for c in np.unique(labels):
+    order = np.argsort(-np.bincount(labels[:real]), kind="stable")
+    for c in order if len(order) <= 10 else [*order[:5], *order[-5:]]:
         own = np.flatnonzero(labels == c)
         dots, stars = own[own < real][:200], own[own >= real][:200]
         name = f"{names[c]} ({counts[c]})" if names and counts else str(c)
         axes.scatter(x[stars], y[stars], marker="*", s=14, alpha=0.35, color=f"C{c % 10}")
-        axes.scatter(x[dots], y[dots], s=5, color=f"C{c % 10}", label=name if c < 20 else None)
+        axes.scatter(x[dots], y[dots], s=5, color=f"C{c % 10}", label=name)
     _dress(axes, "first principal component", "second", title)
 
 

@@ -20,20 +20,7 @@ from pathlib import Path
 
 import torch
 
-from common import (
-    GROUPS,
-    KNOWN_SETS,
-    ROOT,
-    Parser,
-    RunError,
-    UserError,
-    load_checkpoint,
-    make_folder,
-    number,
-    save_checkpoint,
-    write_atomic,
-    write_json,
-)
+import common
 from tools.figures import write_figures
 from tools.results import (
     Published,
@@ -94,7 +81,7 @@ def read_cells(text: str, seeds: int = 1, only: str | None = None) -> list[Cell]
     try:
         pattern = re.compile(only or "", re.IGNORECASE)
     except re.error as error:
-        raise UserError(f"--only {only!r} is not a regular expression: {error}") from None
+        raise common.UserError(f"--only {only!r} is not a regular expression: {error}") from None
     cells, kept = {}, False
     for place, line in enumerate(text.splitlines(), 1):
         line = re.sub(r"(^|\s)#.*", "", line).strip()
@@ -109,7 +96,7 @@ def read_cells(text: str, seeds: int = 1, only: str | None = None) -> list[Cell]
             for seed in numbers[:seeds]:
                 cells.setdefault((words, seed), Cell(table, words, seed))
     if only and not kept:
-        raise UserError(f"--only {only!r} fits no line")
+        raise common.UserError(f"--only {only!r} fits no line")
     return list(cells.values())
 
 
@@ -117,10 +104,10 @@ def _split_line(line: str, where: str) -> tuple[str, str, list[int]]:
     table, *rest = (field.strip() for field in line.split("|"))
     if len(rest) != 2 or not table:
         wanted = "`table | script and arguments | seeds`"
-        raise UserError(f"{where}: needs {wanted}, got: {line}")
+        raise common.UserError(f"{where}: needs {wanted}, got: {line}")
     if not re.fullmatch(r"\d+(\s*,\s*\d+)*", rest[1]):
         message = f"seeds are whole numbers with commas between them, got {rest[1]!r}"
-        raise UserError(f"{where}: {message}")
+        raise common.UserError(f"{where}: {message}")
     return table, rest[0], list(dict.fromkeys(map(int, rest[1].split(","))))
 
 
@@ -129,15 +116,15 @@ def _words(call: str, where: str) -> tuple[str, ...]:
     try:
         words = shlex.split(call)
     except ValueError as error:
-        raise UserError(f"{where}: {error}: {call}") from None
+        raise common.UserError(f"{where}: {error}: {call}") from None
     words = words[1:] if words[:1] in (["python"], ["python3"]) else words
     script = words[0] if words else ""
-    if not script.endswith(".py") or not (ROOT / script).is_file():
-        raise UserError(f"{where}: no script {script!r} in {ROOT}")
+    if not script.endswith(".py") or not (common.ROOT / script).is_file():
+        raise common.UserError(f"{where}: no script {script!r} in {common.ROOT}")
     for word in words[1:]:
         flag = word.split("=")[0]
         if flag in ("--seed", "--out", "--data-root"):
-            raise UserError(f"{where}: {flag} is set by the run itself, take it out: {call}")
+            raise common.UserError(f"{where}: {flag} is set by the run itself, take it out: {call}")
     return tuple(words)
 
 
@@ -146,10 +133,10 @@ def why_not(cell: Cell, data_root: Path, cifar: bool, more: bool = True) -> str 
     name = cell.dataset
     if cell.table.startswith("more ") and not more:
         return "not of the first tables (--more runs it)"
-    if name.startswith(("cifar", "svhn")) and name in KNOWN_SETS:
+    if name.startswith(("cifar", "svhn")) and name in common.KNOWN_SETS:
         here = cifar or torch.cuda.is_available()
         return None if here else "there is no GPU here (--cifar runs it on the CPU)"
-    place = data_root / name if name in KNOWN_SETS else Path(name)
+    place = data_root / name if name in common.KNOWN_SETS else Path(name)
     return None if name == "glyphs_lt" or place.exists() else f"{place} is not there"
 
 
@@ -164,7 +151,7 @@ def _finished(cell: Cell, out: Path) -> bool:
 
 def _start(cell: Cell, slot: int, args) -> subprocess.Popen:
     """Start a cell in a session of its own, output into its log; slots share out the GPUs."""
-    command = [sys.executable, str(ROOT / cell.words[0]), *cell.words[1:]]
+    command = [sys.executable, str(common.ROOT / cell.words[0]), *cell.words[1:]]
     command += ["--seed", str(cell.seed), "--out", str(args.out)]
     command += ["--data-root", str(args.data_root)]
     environment = dict(os.environ, PYTHONUNBUFFERED="1")
@@ -194,7 +181,7 @@ def _close(cell: Cell, code: int, seconds: float, out: Path) -> str:
         last = lines[-1] if lines else "no output"
         return f"FAILED {cell}  {seconds:.1f} s  exit code {code}: {last} (log: {log})"
     named = [line.removeprefix("result: ") for line in lines if line.startswith("result: ")]
-    write_json(out / "cells" / f"{cell.key}.json", {
+    common.write_json(out / "cells" / f"{cell.key}.json", {
         "table": cell.table, "command": list(cell.words), "seed": cell.seed,
         "seconds": round(seconds, 1),
         "results": list(dict.fromkeys(os.path.relpath(path, out) for path in named)),
@@ -221,7 +208,7 @@ class Runner:
 
     def run(self) -> list[Cell]:
         """The cells that failed; the others go on."""
-        make_folder(self.args.out / "cells")
+        common.make_folder(self.args.out / "cells")
         before = {}
         for caught in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(caught) != signal.SIG_IGN:
@@ -284,13 +271,10 @@ class Runner:
 
 def _markdown(rows: list[list]) -> list[str]:
     """A Markdown table; the first row is the head, the first column text, the others numbers."""
-    lines = []
-    for row in rows:
-        lines.append("| " + " | ".join(str(value).replace("|", "\\|") for value in row) + " |")
-    return [lines[0], "|" + "|".join([" --- "] + [" ---: "] * (len(rows[0]) - 1)) + "|"] + [
-        *lines[1:],
-        "",
-    ]
+    rule = [" --- "] + [" ---: "] * (len(rows[0]) - 1)
+    lines = [" | ".join(str(value).replace("|", "\\|") for value in row) for row in rows]
+    lines = [f"| {line} |" for line in lines]
+    return [lines[0], f"|{'|'.join(rule)}|", *lines[1:], ""]
 
 
 def _costs(seeds: list[dict]) -> list[str]:
@@ -312,7 +296,7 @@ def _headline_row(seeds: list[dict], beside: dict[str, dict | None]) -> list[str
     row = [f"{seeds[0]['dataset']}, {seeds[0]['variant']}"]
     row.append(mean_text(percent(seeds, "headline", "overall")))
     row += [mean_text([(known or {}).get("overall")], runs=1) for known in beside.values()]
-    row += [group_cell(seeds, name) for name in (*GROUPS, "macro_f1", "ece")]
+    row += [group_cell(seeds, name) for name in (*common.GROUPS, "macro_f1", "ece")]
     best = mean_text(percent(seeds, "best_on_test", "overall"), runs=len(seeds))
     epochs = unique(r["best_on_test"].get("epoch") for r in seeds if r.get("best_on_test"))
     return [*row, best if best == "-" else f"{best} (epoch {epochs})", *_costs(seeds)]
@@ -326,7 +310,7 @@ def _table_lines(seeds: list[dict], table: dict) -> list[str]:
     for name, (values, paper) in table["rows"].items():
         ours = []
         for column, own in zip(table["columns"], zip(*values, strict=True), strict=True):
-            empty = "n/a" if {name, str(column)} & set(GROUPS) else "-"
+            empty = "n/a" if {name, str(column)} & set(common.GROUPS) else "-"
             ours.append(mean_text(own, empty, runs=count))
         rows.append([name, *ours])
         if paper:
@@ -362,7 +346,10 @@ def _comparison_lines(runs: Iterable[list[dict]]) -> list[str]:
         ]
         for seeds in members:
             row = [label(seeds), mean_text(percent(seeds, "headline", "overall"))]
-            row += [group_cell(seeds, name) for name in (*GROUPS, "worst_class", "macro_f1", "ece")]
+            row += [
+                group_cell(seeds, name)
+                for name in (*common.GROUPS, "worst_class", "macro_f1", "ece")
+            ]
             rows.append([*row, *_costs(seeds)[1:]])
         said = _what_is_alike(members)
         lines += [f"## Comparison: {dataset}", "", said, "", *_markdown(rows)]
@@ -412,7 +399,7 @@ def write_tables(results: Sequence[dict], path: Path, figures: Path | None = Non
 
     figures: folder whose pictures are linked (default: `figures` beside the file, if there).
     """
-    make_folder(path.parent)
+    common.make_folder(path.parent)
     lines = [
         "# Results",
         "",
@@ -430,12 +417,12 @@ def write_tables(results: Sequence[dict], path: Path, figures: Path | None = Non
     lines += ["## Pictures", ""] * bool(pictures)
     for picture in pictures:
         lines.append(f"- [{picture.stem}]({os.path.relpath(picture, path.parent)})")
-    write_atomic(path, lambda file: file.write(("\n".join(lines).rstrip() + "\n").encode()))
+    common.write_atomic(path, lambda file: file.write(("\n".join(lines).rstrip() + "\n").encode()))
 
 
 # --- two runs side by side ------------------------------------------------------------------------
 
-FIGURES = ("overall", *GROUPS, "macro_f1", "harmonic_mean", "worst_class", "ece")
+FIGURES = ("overall", *common.GROUPS, "macro_f1", "harmonic_mean", "worst_class", "ece")
 
 
 def compare(one: Path, other: Path) -> list[str]:
@@ -448,13 +435,15 @@ def compare(one: Path, other: Path) -> list[str]:
     for folder in (one, other):
         groups = by_run(r for r in read_results([folder])[0] if r.get("headline"))
         if not groups:
-            raise UserError(f"{folder}: no result.json with a headline below it")
+            raise common.UserError(f"{folder}: no result.json with a headline below it")
         found.append(groups)
     a, b = found
     single = len(a) == len(b) == 1
     pairs = [(*a, *b)] if single else [(key, key) for key in a if key in b]
     if not pairs:
-        raise UserError(f"{one} and {other} have no run (script, data set, variant) in common")
+        raise common.UserError(
+            f"{one} and {other} have no run (script, data set, variant) in common"
+        )
     lines = []
     for left, right in pairs:
         lines += [f"A: {', '.join(left)} ({one})", f"B: {', '.join(right)} ({other})"]
@@ -471,7 +460,7 @@ def _paired_lines(first: list[dict], second: list[dict]) -> list[str]:
     seeds = sorted(set(own["A"]) & set(own["B"]))
     if not seeds:
         listed = [unique(sorted(part)) for part in own.values()]
-        raise UserError(f"no seed in common: {listed[0]} in A, {listed[1]} in B")
+        raise common.UserError(f"no seed in common: {listed[0]} in A, {listed[1]} in B")
     x, y = ([part[seed] for seed in seeds] for part in own.values())
     lines = [f"seeds {unique(seeds)}"]
     if x[0].get("data") != y[0].get("data"):
@@ -509,30 +498,30 @@ def export(run: Path, out: Path, data_root: Path) -> str:
     """
     result, words, stage = _finished_run(run)
     if out.exists():
-        raise UserError(f"{out} exists; choose another name")
-    make_folder(out.parent)
+        raise common.UserError(f"{out} exists; choose another name")
+    common.make_folder(out.parent)
     chosen = result["args"].get("select") == "val"
     source = run / f"{stage}{'_best' * chosen}.pt"
-    checkpoint = load_checkpoint(source)
+    checkpoint = common.load_checkpoint(source)
     state = checkpoint["state"].get("model")
     if state is None:
-        raise UserError(f"{source} holds no network under the name model")
+        raise common.UserError(f"{source} holds no network under the name model")
     half = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
     script, flags, full = f"{result['script']}.py", _without(words), result["headline"]["overall"]
     exported = {"variant": result["variant"], "seed": result["seed"], "full": full, "half": None}
     exported["command"] = [script, *flags]
     kept = ("kind", "script", "args", "data", "stage", "epoch", "info")
     small = {key: checkpoint[key] for key in kept} | {"state": {"model": half}}
-    save_checkpoint(out, small | {"exported": exported})
+    common.save_checkpoint(out, small | {"exported": exported})
     flags += ["--eval", str(out)]
-    command = [sys.executable, str(ROOT / script), *flags, "--data-root", str(data_root)]
+    command = [sys.executable, str(common.ROOT / script), *flags, "--data-root", str(data_root)]
     done = subprocess.run([*command, "--log", "none"], capture_output=True, text=True)
     said = re.search(r"overall (\d+\.\d+) ?%", done.stdout)
     if done.returncode or not said:
         out.unlink()
         why = (done.stderr or done.stdout).strip().splitlines() or ["no output"]
-        raise UserError(f"{out} cannot be evaluated: {why[-1]}")
-    save_checkpoint(out, small | {"exported": exported | {"half": float(said[1]) / 100}})
+        raise common.UserError(f"{out} cannot be evaluated: {why[-1]}")
+    common.save_checkpoint(out, small | {"exported": exported | {"half": float(said[1]) / 100}})
     size = out.stat().st_size / 1e6
     return (
         f"wrote {out}: {size:.2f} MB, {result['script']} {result['variant']}, stage {stage}\n"
@@ -550,9 +539,11 @@ def _finished_run(run: Path) -> tuple[dict, list[str], str]:
         headline = result["headline"]
     except (OSError, ValueError, LookupError, TypeError) as error:
         why = f"{type(error).__name__}: {error}"
-        raise UserError(f"{run} is no folder of a finished run ({why})") from None
+        raise common.UserError(f"{run} is no folder of a finished run ({why})") from None
     if headline is None:
-        raise UserError(f"{run}: its result has no headline, there is no one network to export")
+        raise common.UserError(
+            f"{run}: its result has no headline, there is no one network to export"
+        )
     return result, words, stage
 
 
@@ -572,8 +563,8 @@ def _without(words: Sequence[str]) -> list[str]:
 # --- commands -------------------------------------------------------------------------------------
 
 
-def make_parser() -> Parser:
-    parser = Parser(prog="tools.report", description=__doc__.partition("\n\n")[2])
+def make_parser() -> common.Parser:
+    parser = common.Parser(prog="tools.report", description=__doc__.partition("\n\n")[2])
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, text: str):
@@ -584,7 +575,7 @@ def make_parser() -> Parser:
     add("cells", nargs="?", default="-", help=what)
     add("--dry-run", action="store_true", help="only say what would run")
     add("--only", metavar="PATTERN", help="lines in which this regular expression is found")
-    whole = number(int, 1)
+    whole = common.number(int, 1)
     add("--seeds", type=whole, default=1, help="use the first N seeds of each line (default: 1)")
     add("--jobs", type=whole, help="cells at a time (default: one a GPU, else cores / threads)")
     add("--threads", type=whole, default=1, help="threads of a cell (default: 1)")
@@ -629,9 +620,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             written = write_figures(results, args.out, Published.read())
             print(f"wrote {len(written)} figures to {args.out}")
         return 1 if bad else 0
-    except (UserError, RunError, OSError) as error:
+    except (common.UserError, common.RunError, OSError) as error:
         print(f"tools.report: error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, RunError) else 2
+        return 1 if isinstance(error, common.RunError) else 2
     except KeyboardInterrupt:
         return 130
 
@@ -659,13 +650,13 @@ def run_command(args) -> int:
     if args.dry_run:
         return 0
     for folder in (args.out, args.results.parent, args.figures):
-        make_folder(folder)
+        common.make_folder(folder)
     failed = Runner(todo, args).run()
     results, bad = read_results([args.out])
     try:
         written = write_figures(results, args.figures, Published.read())
         figures = f"{len(written)} figures in {args.figures}"
-    except UserError as error:
+    except common.UserError as error:
         figures = f"no figures ({error})"
     write_tables(results, args.results, args.figures)
     print(f"wrote {args.results} ({len(results)} runs), {figures}")
@@ -678,11 +669,11 @@ def _text_of(cells: str) -> str:
     """The lines of a file, or those on standard input."""
     if cells == "-" and sys.stdin.isatty():
         wanted = "`table | script and arguments | seeds`"
-        raise UserError(f"no lines: name a file, or send {wanted} lines to standard input")
+        raise common.UserError(f"no lines: name a file, or send {wanted} lines to standard input")
     try:
         return sys.stdin.read() if cells == "-" else Path(cells).read_text()
     except UnicodeDecodeError:
-        raise UserError(f"{cells} is not text in UTF-8") from None
+        raise common.UserError(f"{cells} is not text in UTF-8") from None
 
 
 if __name__ == "__main__":
