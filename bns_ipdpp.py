@@ -107,30 +107,6 @@ CODE = {
 }  # fmt: skip
 RELEASED = {name: CODE for name in DEFAULTS if name != "large"}
 
-# Percent. Averages of five trials; which epoch is not stated. (overall, many, medium, few) or overall alone.
-PAPER = {
-    "finetune": {
-        ("cifar10_lt", 100): ([76.4, None, None, None], "Table 1"),
-        ("cifar100_lt", 100): ([52.4, None, None, None], "Table 1"),
-        ("cifar10_lt", 10): ([83.7, None, None, None], "Table 3"),
-        ("cifar10_lt", 200): ([73.5, None, None, None], "Table 3"),
-        ("cifar100_lt", 200): ([46.7, None, None, None], "Table 3"),
-    },
-    "probe": {
-        ("cifar10_lt", 100): ([68.2, 69.4, 66.0, 67.6], "Figure 1a"),
-        ("cifar100_lt", 100): ([47.1, None, None, None], "text beside Figure 1"),
-    },
-    # With backbones and settings that are not public: quoted, never set beside a figure of ours.
-    "other sets": {"imagenet_lt": 51.7, "inat18": 74.0},
-    "others there": {"DisA": (49.4, 69.8), "SBCL": (47.1, 70.4)},
-    "DisA, cifar10_lt by ratio": {10: 82.4, 200: 67.2},
-    "probes of others, cifar10_lt": {"KCL": [61.0, 82.1, 55.5, 29.4], "TSC": [63.8, 84.8, 47.7, 39.7],
-                                     "SBCL": [64.7, 80.1, 68.1, 36.6]},
-    "probes of others, cifar100_lt": {"KCL": 40.4, "TSC": 41.4, "SBCL": 44.2},
-    "others, cifar10_lt and cifar100_lt": {"Focal": (69.2, 43.5), "LDAM": (71.5, 44.1), "RIDE": (73.4, 47.2),
-                                           "SBCL": (72.6, 48.5), "OTmix": (73.8, 48.1), "DisA": (73.6, 49.2)},
-}  # fmt: skip
-
 STAGES = ("pretrain", "probe", "finetune")
 PLAIN = (None, None)  # no mean and no standard deviation: the network sees pixels in [0, 1]
 
@@ -542,13 +518,12 @@ def probe_positions(args, train) -> np.ndarray:
 
 
 class Outcome(NamedTuple):
-    """A trained classifier: stage, figures on the test set, the same with the method's own groups, features, subset."""
+    """A trained classifier: stage, figures on the test set, the same with the method's own groups, subset."""
 
     stage: str
     figures: dict
     own_groups: dict
     net: models.Net
-    features: Tensor  # [N_test, d]
     subset: Subset
 
 
@@ -603,8 +578,8 @@ def train_classifier(run: common.Run, args, splits: data_lt.Splits, name: str, e
         stage.end_epoch(judge)
     close(loader)
     judge.chosen(stage)
-    chosen = common.evaluate(net, test_loader, autocast=lambda: common.autocast(args), features=net.features)
-    return Outcome(name, chosen.report(counts), own_groups(args, chosen, counts), net, chosen.features, subset)
+    chosen = common.evaluate(net, test_loader, autocast=lambda: common.autocast(args))
+    return Outcome(name, chosen.report(counts), own_groups(args, chosen, counts), net, subset)
 
 
 # --- figures --------------------------------------------------------------------------------------------------------
@@ -615,21 +590,12 @@ def own_groups(args, scores: common.Scores, counts: list[int]) -> dict:
     return scores.report(counts, many=args.many_above, few=args.few_below, weighting="image")
 
 
-def paper_figures(args, stage: str) -> tuple[list, str] | None:
-    """The published (overall, many, medium, few) and its source, if the settings are the published ones."""
-    harmless = {"recipe", "stages", "eval_every", "gpus", "compile", "precision", "cache"}
-    known = PAPER[stage].get((args.dataset, args.imb_ratio)) if args.imb_type == "exp" else None
-    return known if known and set(args.changed) <= harmless else None
-
-
 def tables(args, outcomes: list[Outcome], splits: data_lt.Splits) -> list[dict]:
     """The run's tables as data (percent): own groups, and what the k-DPP of the last re-sampling preferred."""
     columns, rows = ["overall", *common.GROUPS], []
     for outcome in outcomes:
         values = [outcome.own_groups[name] for name in columns]
-        paper = paper_figures(args, outcome.stage)
-        rows.append({"name": outcome.stage, "values": [None if v is None else 100 * v for v in values],
-                     "paper": paper and paper[0]})  # fmt: skip
+        rows.append({"name": outcome.stage, "values": [None if v is None else 100 * v for v in values]})
     if not outcomes:
         return []
     made = [{
@@ -641,8 +607,7 @@ def tables(args, outcomes: list[Outcome], splits: data_lt.Splits) -> list[dict]:
         made.append({
             "title": "What the last draw kept", "row_header": "", "plot": None,
             "columns": [part["class"] for part in kept],
-            "rows": [{"name": name, "values": [100 * part[key] for part in kept], "paper": None}
-                     for name, key in lines.items()],
+            "rows": [{"name": name, "values": [100 * part[key] for part in kept]} for name, key in lines.items()],
             "note": f"percent; {args.num_samples} images of each class that has more; uniform: equal in expectation",
         })  # fmt: skip
     return made
@@ -658,36 +623,6 @@ def kept_confidence(args, subset: Subset, splits: data_lt.Splits, most: int = 12
             means = {"mean_p": float(p.mean()), "mean_p_kept": float(p_kept.mean())}
             found.append({"class": splits.train.classes[c], "images": len(p)} | means)
     return found
-
-
-def principal_plane(features: Tensor) -> Tensor:
-    """The two first principal components of features [N, d]: [N, 2]; each axis points where its largest weight does."""
-    centred = features.double() - features.double().mean(0)
-    axes = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -2:].flip(1)  # [d, 2]
-    return centred @ (axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign())
-
-
-def draw_pictures(run: common.Run, splits: data_lt.Splits, planes: dict[str, Tensor]):
-    """features.png: test images in the plane of the two first principal components, one panel a stage."""
-    import tables as plots
-
-    if not common.is_main():
-        return
-    try:
-        plt = plots.pyplot()
-    except common.UserError as error:
-        return print(f"no pictures: {error}")
-    figure, axes = plt.subplots(1, len(planes), figsize=(4.6 * len(planes), 4.2), squeeze=False)
-    labels, colours = splits.test.labels.numpy(), plt.get_cmap("tab10" if splits.num_classes <= 10 else "turbo")
-    for axis, (title, features) in zip(axes[0], planes.items(), strict=True):
-        x, y = principal_plane(features).T.numpy()
-        for c, name in enumerate(splits.test.classes):
-            colour = colours(c if splits.num_classes <= 10 else c / splits.num_classes)
-            axis.scatter(x[labels == c], y[labels == c], s=4, color=colour, label=f"{name} ({splits.counts[c]})")
-        axis.set_title(f"{title}: encoder, test images", fontsize=10)
-    if splits.num_classes <= 20:
-        axes[0][-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False, markerscale=3)
-    plots.save_figure(figure, run.folder / "features.png")
 
 
 # --- main -----------------------------------------------------------------------------------------------------------
@@ -742,17 +677,11 @@ def main(args) -> None:
     if "pretrain" in stages:
         pretrain(run, args, splits, encoder)
     start = {key: value.clone() for key, value in encoder.state_dict().items()}
-    test_loader = data_lt.evaluation_loader(args, splits.test, PLAIN, splits.image_size)
-    planes = {
-        "pretrain" if "pretrain" in stages else "start":
-        collect(args, encoder, lambda x, _: encoder(x), test_loader, encoder.feature_dim)
-    }  # fmt: skip
     outcomes = []
     for name in stages:
         if name != "pretrain":
             encoder.load_state_dict(start)
             outcomes.append(train_classifier(run, args, splits, name, encoder))
-            planes[name] = outcomes[-1].features
     net = outcomes[-1].net if outcomes else make_classifier(args, encoder, splits.num_classes)
     if args.save_features:
         dataset = getattr(splits, args.save_features)
@@ -764,12 +693,9 @@ def main(args) -> None:
     result = {"tables": tables(args, outcomes, splits), "image_passes": run.passes, "epochs": run.rows[-1]["epoch"] + 1}
     if outcomes:
         last = outcomes[-1]
-        known = paper_figures(args, last.stage)
         result["kept"] = kept_confidence(args, last.subset, splits)
         result |= run.outcome(last.stage, last.figures, splits.train.classes, splits.counts)
-        result["paper"] = known and {"overall": known[0][0], "source": known[1]}
-    run.finish(**result, released=None, parameters=models.count_parameters(net))
-    draw_pictures(run, splits, planes)
+    run.finish(**result, parameters=models.count_parameters(net))
 
 
 if __name__ == "__main__":

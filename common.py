@@ -1,5 +1,5 @@
 """What every method script shares: arguments, 1..N ranks, the run folder with its checkpoints, learning-rate schedules,
-evaluation on a balanced test set, and `python common.py run|tables|figures|compare|export`.
+evaluation on a balanced test set.
 
 A script reads
 
@@ -753,7 +753,8 @@ class Run:
         full = {
             "kind": "long-tail-result", "data": self.fingerprint, "script": self.script,
             "dataset": dataset_tag(args), "variant": self.variant, "method": self.method,
-            "seed": args.seed, "args": result_args(args), "headline": None, "best_on_test": None,
+            "seed": args.seed, "args": result_args(args), "changed": args.changed,
+            "headline": None, "best_on_test": None,
         }  # fmt: skip
         full |= result | {"machine": machine(args)}
         full["timing"] = {"seconds": round(seconds, 2)} | result.get("timing", {})
@@ -765,13 +766,13 @@ class Run:
         return full
 
     def show(self) -> None:
-        """Print the result of a finished run and draw its pictures where they are missing."""
+        """Print the headline of a finished run and, last, where its result.json is (`tools.report run` reads this)."""
         if is_main():
-            import tables
-
-            if not list(self.folder.glob("*.png")):
-                tables.draw_result(self.result, self.folder)
-            tables.print_result(self.result, self.folder)
+            head = self.result.get("headline") or {}
+            shown = {name: head[name] for name in ("overall", *GROUPS) if name in head}
+            if shown:
+                print("  ".join(f"{k} {'n/a' if v is None else f'{100 * v:.1f} %'}" for k, v in shown.items()))
+            print(f"result: {self.folder / 'result.json'}", flush=True)
         barrier()
 
 
@@ -1360,9 +1361,3 @@ def class_similarity(features: Tensor, labels: Tensor, num_classes: int) -> dict
     pooled = ((variance[:, None] + variance[None, :]) / 2).sqrt()
     apart = torch.cdist(mean, mean, compute_mode="donot_use_mm_for_euclid_dist")  # without a [C, C, d] in between
     return {"cosine": unit @ unit.T, "distance": apart / pooled}
-
-
-if __name__ == "__main__":
-    from tables import main_cli  # run, tables, figures, compare, export
-
-    sys.exit(main_cli(sys.argv[1:]))

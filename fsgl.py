@@ -117,31 +117,6 @@ RELEASE = {
 RELEASED = dict.fromkeys(("cifar10_lt", "cifar100_lt"), RELEASE)
 RELEASED |= dict.fromkeys(("imagenet_lt", "inat18"), {k: v for k, v in RELEASE.items() if k != "subset_rule"})  # lists
 
-# Overall accuracy in percent; all of one run and, as far as is known, of its best epoch on test data.
-PAPER = {
-    "fsgl": {
-        "source": "FSGL README (best epoch on test data, one run)", ("cifar10_lt", 50): 92.2, ("cifar10_lt", 100): 89.3,
-        ("cifar100_lt", 50): 63.4, ("cifar100_lt", 100): 59.2, ("imagenet_lt", None): 57.2,
-    },
-    "glmc_sam": {
-        "source": "Saddle-LongTail README (GLMC + SAM, its own settings)", ("cifar10_lt", 50): 91.56,
-        ("cifar10_lt", 100): 89.18, ("cifar100_lt", 50): 65.28, ("cifar100_lt", 100): 59.01,
-    },
-    "glmc": {
-        "source": "GLMC paper and README (its own settings; ImageNet-LT many/medium/few 70.1/52.4/30.4)",
-        ("cifar10_lt", 50): 90.18, ("cifar10_lt", 100): 87.75, ("cifar100_lt", 50): 61.08, ("cifar100_lt", 100): 55.88,
-        ("imagenet_lt", None): 56.3,
-    },
-    "ce": {"source": ""},
-}  # fmt: skip
-RELEASED_CODE = {  # where it says something else than the paper; a re-run by others: 89.81, 87.55, 62.49, 57.63
-    "glmc": {
-        "source": "GLMC README, update of 2023-05-23 (images drawn without replacement)", ("cifar10_lt", 50): 91.04,
-        ("cifar10_lt", 100): 88.50, ("cifar100_lt", 50): 63.78, ("cifar100_lt", 100): 57.97,
-    },
-}  # fmt: skip
-HARMLESS = {"recipe", "select", "val_from", "eval_every", "compile", "gpus", "precision"}  # a figure may stand beside
-
 MIXING = (
     "fcc fsm_mode fsm_order fsm_round mix_alpha cutmix_label resample_weighting label_weighting contrast_weight acsl "
     "concat_views projection_dim"
@@ -699,21 +674,13 @@ def train(run: common.Run, args, splits: data_lt.Splits, net: models.Net, test_l
 # --- main -----------------------------------------------------------------------------------------------------------
 
 
-def published(args, figures: dict) -> dict | None:
-    """The published figure of this variant, data set and ratio, if the run's settings are the defaults of its row."""
-    known = figures.get(args.variant, {})
-    value = known.get((args.dataset, args.imb_ratio))
-    plain = args.imb_type == "exp" and set(args.changed) <= HARMLESS
-    return {"overall": value, "source": known["source"]} if value is not None and plain else None
-
-
 def heads_table(figures: dict[str, dict]) -> list[dict]:
     """Both heads side by side, percent."""
     if "plain" not in figures:
         return []
     keys = ["overall", *common.GROUPS, "medium_released", "few_released", "worst_class"]
     rows = [
-        {"name": name, "values": [None if (v := full[key]) is None else 100 * v for key in keys], "paper": None}
+        {"name": name, "values": [None if (v := full[key]) is None else 100 * v for key in keys]}
         for name, full in (("fc_cb (evaluated)", figures["test"]), ("fc", figures["plain"]))
     ]
     columns = ["overall", *common.GROUPS, "medium 21..100", "few up to 20", "worst class"]
@@ -764,8 +731,8 @@ def main(args) -> None:
         return run.show()
     figures = examine(args, net, test_loader, splits.counts)
     run.finish(
-        **run.outcome("train", figures["test"], splits.train.classes, splits.counts), paper=published(args, PAPER),
-        released=published(args, RELEASED_CODE), parameters=models.count_parameters(net), tables=heads_table(figures),
+        **run.outcome("train", figures["test"], splits.train.classes, splits.counts),
+        parameters=models.count_parameters(net), tables=heads_table(figures),
     )  # fmt: skip
 
 

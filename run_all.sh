@@ -5,7 +5,7 @@
 # lines `more ...` of the embedded set), --jobs N, --cifar, --data-root DIR, ...
 set -euo pipefail
 . "$(dirname -- "${BASH_SOURCE[0]}")/env.sh" requirements.txt
-exec "$PY" common.py run "$@" <<'CELLS'
+exec "$PY" -m tools.report run "$@" <<'CELLS'
 
 # --- letters: what a first call runs
 

@@ -130,55 +130,6 @@ PRETRAIN = {
 RELEASED = {"small": {"lr_bug": True, "bn_train": True, "train_lr": 0.01}}
 RELEASED |= dict.fromkeys(LARGE, {"cos_shift": True, "bn_train": True})
 
-# Top-1 accuracy in percent. LL Table 1, ResNet-32; columns: CIFAR-10-LT 100, 50, 20, 10, then CIFAR-100-LT the same.
-COLUMNS = [(name, ratio) for name in ("cifar10_lt", "cifar100_lt") for ratio in (100, 50, 20, 10)]
-PAPER = {
-    "LL Table 1": {
-        "CE": "71.3 76.8 83.4 86.2 38.9 42.9 50.8 56.8", "CE+SSP": "73.8 78.5 84.6 87.4 40.8 45.3 52.6 57.8",
-        "CE+RS": "70.0 75.9 82.6 87.0 33.3 39.3 48.6 55.2", "CE+SSP+RS": "73.4 78.7 84.2 87.8 40.8 44.9 52.8 57.8",
-        "CE+RW": "72.5 78.6 83.2 87.1 30.9 37.3 48.4 55.6", "CE+SSP+RW": "74.9 80.1 84.3 87.7 40.3 44.3 51.8 57.1",
-        "CE+DRW": "75.4 79.6 85.1 87.6 40.8 46.8 52.8 57.8", "CE+SSP+DRW": "77.5 81.2 86.3 88.2 44.1 48.4 53.8 59.1",
-    },
-    # LL Table 11: ResNet-32/44/56/110. The CE row of ResNet-110 on CIFAR-100 repeats that of ResNet-32, and LDAM's 76.2
-    # and 57.0 look like failed runs; Table 1 has other figures in three cells of ResNet-32 (86.2, 84.6, 73.4).
-    "LL Table 11": {
-        "CE": "71.3/71.7/72.3/70.3 76.8/77.7/77.2/76.4 83.4/83.4/83.7/83.2 86.7/87.3/87.3/87.3 "
-              "38.9/39.5/38.6/38.9 42.9/43.9/44.6/42.9 50.8/50.9/52.2/50.8 56.8/56.9/57.5/56.8",
-        "CE+SSP": "73.8/73.5/74.1/73.8 78.5/79.4/79.4/79.8 84.8/85.5/85.7/85.2 87.4/88.3/88.5/88.9 "
-                  "40.8/41.5/42.1/41.4 45.3/45.8/46.4/47.2 52.6/53.5/53.2/54.4 57.8/58.3/59.0/60.1",
-        "CE+RS": "70.0/68.7/69.9/69.3 75.9/75.6/77.4/75.4 82.6/83.7/83.1/82.1 87.0/86.6/87.7/87.3 "
-                 "33.3/33.1/31.2/31.0 39.3/36.7/39.3/38.7 48.6/48.2/48.4/48.3 55.2/55.4/56.0/55.0",
-        "CE+SSP+RS": "73.5/73.1/74.8/73.4 78.7/79.6/79.7/79.4 84.2/85.2/84.8/85.2 87.8/88.4/88.7/89.1 "
-                     "40.8/40.3/41.1/39.4 44.9/44.9/45.3/44.9 52.8/51.9/52.5/53.0 57.8/58.2/57.7/58.3",
-        "CE+RW": "72.5/71.7/73.0/70.5 78.6/77.0/77.5/77.2 83.2/84.2/84.2/83.3 87.1/87.2/86.7/87.6 "
-                 "30.9/30.0/30.0/29.9 37.3/37.4/35.3/35.5 48.4/47.7/49.6/47.4 55.6/56.3/56.6/55.1",
-        "CE+SSP+RW": "74.9/75.3/75.6/74.7 80.1/80.4/80.9/80.9 84.3/85.8/85.8/85.7 87.7/88.9/88.8/88.9 "
-                     "40.3/40.3/40.9/40.5 44.3/45.7/42.3/44.9 51.8/52.5/52.9/53.6 57.1/58.1/58.3/59.5",
-        "LDAM": "73.0/74.3/73.5/73.4 79.5/78.8/78.7/78.9 84.2/83.9/84.3/76.2 86.8/87.0/87.3/57.0 "
-                "40.5/40.9/40.9/40.9 44.0/45.3/45.7/46.8 50.7/52.3/52.2/54.2 55.6/58.2/58.1/60.2",
-        "LDAM+SSP": "74.1/74.4/73.6/75.8 78.2/80.5/79.0/81.0 84.0/85.2/85.2/85.0 86.9/88.5/88.0/87.9 "
-                    "40.2/42.6/42.2/42.5 44.1/46.9/47.5/47.5 51.2/53.3/53.7/54.7 55.9/58.3/57.6/60.3",
-    },
-    # YX, README of the code; their CE+RS is class-balanced sampling. CIFAR at (data set, ratio).
-    "YX README": {
-        "CE+SSP": {("cifar10_lt", 10): 87.72, ("cifar10_lt", 50): 78.20, ("cifar10_lt", 100): 73.50,
-                   ("cifar100_lt", 10): 57.07, ("cifar100_lt", 50): 45.04, ("cifar100_lt", 100): 40.40,
-                   ("imagenet_lt", None): 45.6, ("inat18", None): 64.4},
-        "CE+SSP+RS": {("cifar10_lt", 10): 88.43, ("cifar10_lt", 50): 80.40, ("cifar10_lt", 100): 76.53,
-                      ("cifar100_lt", 10): 58.06, ("cifar100_lt", 50): 47.09, ("cifar100_lt", 100): 43.06,
-                      ("imagenet_lt", None): 47.6, ("inat18", None): 65.9},
-        "cRT+SSP": {("imagenet_lt", None): 51.3, ("inat18", None): 68.1},
-    },
-    "YX, by public leaderboards": {
-        "LDAM+SSP+DRW": {("cifar10_lt", 10): 88.5, ("cifar100_lt", 100): 43.43, ("cifar100_lt", 10): 58.91},
-    },
-    # YX README: labelled ratio 50, CE on it and five times as many unlabelled images, by the ratio of the latter.
-    "YX README, semi-supervised": {
-        "cifar10_lt": {1: 83.21, 25: 83.12, 50: 81.64, 100: 80.06},
-        "svhn_lt": {1: 86.93, 25: 86.64, 50: 86.84, 100: 85.46},
-    },
-    "rotation accuracy (reported by users of YX's code)": {("cifar10_lt", 100): 83.8},
-}  # fmt: skip
 
 STAGES = ("all", "pretrain", "train", "classifier", "pseudo", "semi", "eval")
 MOCO_FLAGS = "queue moco_momentum temperature projection_dim bn_splits moco_version crop_scale blur".split()
@@ -952,46 +903,6 @@ def recipe_name(args, ssp: bool) -> str:
     return {"ce": "CE", "focal": "Focal", "ldam": "LDAM"}[args.loss] + "+SSP" * ssp + tail[args.rule] + second
 
 
-HARMLESS = {"eval_every", "gpus", "compile", "precision", "cache"}  # what published figures may stand beside
-
-
-def published(args, ssp: bool) -> dict | None:
-    """The published accuracy of this run's settings in percent and where it stands; None when there is none."""
-    place, name = (args.dataset, args.imb_ratio), recipe_name(args, ssp)
-    if set(args.changed) - HARMLESS - {"compare", "recipe", "backbone", "two_stage"}:
-        return None
-    large = args.dataset in LARGE
-    if large or place not in COLUMNS:
-        fits = large and args.imb_ratio is None and args.backbone == "resnet50" and args.ssp == "moco"
-        value = PAPER["YX README"].get(name, {}).get((args.dataset, None)) if fits else None
-        return value and {"overall": value, "source": "YX README"}
-    if ssp and args.ssp != "rotation":
-        return None
-    depths = ["resnet32", "resnet44", "resnet56", "resnet110"]
-    for source in ("LL Table 1", "LL Table 11"):
-        cells = PAPER[source].get(name)
-        depth = depths.index(args.backbone) if args.backbone in depths else 4
-        if cells and depth < (1 if source == "LL Table 1" else 4):
-            value = float(cells.split()[COLUMNS.index(place)].split("/")[depth])
-            return {"overall": value, "source": source}
-    for source in ("YX README", "YX, by public leaderboards") if args.backbone == "resnet32" else ():
-        if value := PAPER[source].get(name, {}).get(place):
-            return {"overall": value, "source": source}
-    return None
-
-
-def published_semi(args) -> dict | None:
-    """The same for cross-entropy from scratch on an .npz of unlabelled images pseudo-labelled by cross-entropy."""
-    if (args.unlabeled_source or "leftover") == "leftover" or args.imb_ratio != 50:
-        return None
-    if args.ssp != "none" or recipe_name(args, False) != "CE":
-        return None
-    if set(args.changed) - HARMLESS - {"unlabeled_source", "imb_ratio_unlabeled"}:
-        return None
-    value = PAPER["YX README, semi-supervised"].get(args.dataset, {}).get(args.imb_ratio_unlabeled or 50)
-    return value and {"overall": value, "source": "YX README (their unlabelled images)"}
-
-
 def similarity(scores: common.Scores, num_classes: int) -> dict | None:
     """Cosine and distance of the class means of test features [C, C] as lists; None where they would not fit."""
     if num_classes > 1000:
@@ -1003,19 +914,16 @@ def similarity(scores: common.Scores, num_classes: int) -> dict | None:
 COLUMNS_OF_ARMS = ("overall", *common.GROUPS, "macro_f1", "harmonic_mean", "worst_class", "ece")
 
 
-def arms_table(run, args, title: str, arms: dict[str, Outcome], papers: dict, passes: dict) -> dict:
+def arms_table(run, args, title: str, arms: dict[str, Outcome], passes: dict) -> dict:
     """One row for each arm: figures of its last epoch (or the one that validation chose) in percent."""
     rows = []
     for name, arm in arms.items():
         values = [None if arm.figures[key] is None else 100 * arm.figures[key] for key in COLUMNS_OF_ARMS]
         own = [row for row in run.rows if row["stage"] == arm.stage and "test" in row]
         values.append(100 * max(row["test"]["overall"] for row in own))
-        paper = [papers[name]["overall"]] + [None] * (len(values) - 1) if papers.get(name) else None
-        rows.append({"name": name, "values": values, "paper": paper})
+        rows.append({"name": name, "values": values})
     epoch = "last epoch" if args.select == "last" else "epoch chosen on validation data"
-    sources = {paper["source"] for paper in papers.values() if paper}
     note = f"{epoch}; image passes: " + ", ".join(f"{name} {n:,}" for name, n in passes.items())
-    note += f". Paper: {', '.join(sorted(sources))}" if sources else ""
     columns = [*COLUMNS_OF_ARMS, "best on test"]
     return {"title": title, "note": note, "row_header": "", "columns": columns, "rows": rows, "plot": None}
 
@@ -1049,14 +957,14 @@ def similarity_tables(arms: dict[str, Outcome], splits) -> list[dict]:
     of = f"features of the test set; head {splits.train.classes[head]}, tail {splits.train.classes[tail]}"
     made = [{
         "title": "Category similarity", "note": of, "row_header": "", "columns": list(arms), "plot": None,
-        "rows": [{"name": line, "values": list(values), "paper": None}
+        "rows": [{"name": line, "values": list(values)}
                  for line, values in zip(lines, zip(*summary.values(), strict=True), strict=False)],
     }]  # fmt: skip
     titles = {"cosine": "Cosine of each class mean with the most similar other one (x100)",
               "distance": "Distance of each class mean to the nearest other one over pooled s.d. (x100)"}  # fmt: skip
     for key, what in titles.items():
         plot = {"x": x, "xlabel": "training images of the class", "ylabel": f"{key} (x100)", "rows": list(arms)}
-        rows = [{"name": name, "values": values, "paper": None} for name, values in curves[key].items()]
+        rows = [{"name": name, "values": values} for name, values in curves[key].items()]
         made.append({"title": what, "note": of, "row_header": "class, head to tail", "columns": names, "rows": rows,
                      "plot": plot})  # fmt: skip
     return made
@@ -1067,16 +975,14 @@ def pretrain_table(run: common.Run, args) -> list[dict]:
     rows = [row for row in run.rows if row["stage"] == "pretrain"]
     if not rows:
         return []
-    lines = [{"name": "training loss (x100)", "values": [100 * rows[-1]["loss"]], "paper": None}]
+    lines = [{"name": "training loss (x100)", "values": [100 * rows[-1]["loss"]]}]
     if "contrast_accuracy" in rows[-1]:
         found = 100 * rows[-1]["contrast_accuracy"]
-        lines.append({"name": "key found among the queue, training (%)", "values": [found], "paper": None})
+        lines.append({"name": "key found among the queue, training (%)", "values": [found]})
     else:
-        known = PAPER["rotation accuracy (reported by users of YX's code)"].get((args.dataset, args.imb_ratio))
         tested = 100 * rows[-1]["test_rotation_accuracy"]
-        lines.append({"name": "rotation accuracy, training (%)", "values": [100 * rows[-1]["rotation_accuracy"]],
-                      "paper": None})  # fmt: skip
-        lines.append({"name": "rotation accuracy, test set (%)", "values": [tested], "paper": known and [known]})
+        lines.append({"name": "rotation accuracy, training (%)", "values": [100 * rows[-1]["rotation_accuracy"]]})
+        lines.append({"name": "rotation accuracy, test set (%)", "values": [tested]})
     return [{"title": "Pre-training without labels", "note": "not an accuracy of classes", "row_header": "",
              "columns": ["last epoch"], "rows": lines, "plot": None}]  # fmt: skip
 
@@ -1199,7 +1105,7 @@ def main(args) -> None:
             return
         fresh = classifier_of(args, splits.num_classes)
         arms["with pseudo-labels"] = fit(run, args, "semi", fresh, splits, pooled, len(splits.train))
-    report_arms(run, args, splits, arms, told, with_ssp)
+    report_arms(run, args, splits, arms, told)
 
 
 def check_sizes(args, splits) -> None:
@@ -1233,10 +1139,10 @@ def pseudo_tables(told: dict, splits) -> list[dict]:
     known = "" if right is None else f"; {100 * right:.1f} % are right (hidden classes, used for nothing but this)"
     return [{"title": "Pseudo-labels", "note": f"{told['kept']} of {told['unlabeled']} unlabelled images kept{known}",
              "row_header": "", "columns": columns, "plot": None,
-             "rows": [{"name": "pseudo-labels", "values": list(map(float, values)), "paper": None}]}]  # fmt: skip
+             "rows": [{"name": "pseudo-labels", "values": list(map(float, values))}]}]  # fmt: skip
 
 
-def report_arms(run, args, splits, arms: dict[str, Outcome], told: dict, with_ssp: bool) -> None:
+def report_arms(run, args, splits, arms: dict[str, Outcome], told: dict) -> None:
     """result.json of the stages with labels: headline of the last arm, all arms side by side."""
     passes = {row["stage"]: row["passes"] for row in run.rows}
     spent = {}
@@ -1244,23 +1150,18 @@ def report_arms(run, args, splits, arms: dict[str, Outcome], told: dict, with_ss
         scratch = arm.stage.endswith("_scratch")
         spent[name] = sum(n for stage, n in passes.items() if stage.endswith("_scratch") == scratch and (
             stage != "semi" or arm.stage == "semi"))  # fmt: skip
-    papers = {name: published(args, not arm.stage.endswith("_scratch") and with_ssp) for name, arm in arms.items()}
-    if args.stage != "all":
-        papers = {}
-    if paper := published_semi(args):
-        papers["with pseudo-labels"] = paper
     name, last = list(arms.items())[-1]
     if args.save_features:
         keep_features(run, args, splits, last.net)
     if run.result:  # only the features were missing
         return run.show()
     title = "With and without pre-training" if args.compare else "Recipe"
-    tables = [arms_table(run, args, title, arms, papers, spent), *similarity_tables(arms, splits)]
+    tables = [arms_table(run, args, title, arms, spent), *similarity_tables(arms, splits)]
     tables += pretrain_table(run, args) + (pseudo_tables(told, splits) if told else [])
     outcome = run.outcome(last.stage, last.figures, splits.train.classes, splits.counts)
     keep = splits.num_classes <= 20
     run.finish(
-        **outcome | {"image_passes": spent[name]}, paper=papers.get(name), released=None, tables=tables,
+        **outcome | {"image_passes": spent[name]}, tables=tables,
         parameters=models.count_parameters(last.net), pseudo=told or None,
         similarity={key: arm.similarity for key, arm in arms.items()} if keep else None,
         arms={key: common.logged(arm.figures) for key, arm in arms.items()},

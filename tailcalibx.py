@@ -112,7 +112,6 @@ USED_BY = {
 }  # fmt: skip
 OF_GENERATION = "alpha topk cov_eps sampler alpha_mode stats_space extra_points modals_noise".split()
 OF_GENERATION += ["second_pass", "epoch_steps"]  # without new features there is one pass, and one set
-FOR_TOY = {"command", "seed"} | common.NEUTRAL - {"eval", "save_features", "recipe", "skip_broken"}
 
 BY_RATIO = {  # generation, momentum of the head, cbd's beta
     100: {"tukey": 1.0, "alpha": 0.0, "topk": 3, "clf_momentum": 0.7, "cbd_beta": 100.0},
@@ -161,23 +160,8 @@ def presets(args, stages: tuple[str, ...]) -> tuple[dict, dict]:
     )
 
 
-# Overall accuracy in percent; no text of the paper's tables is public, these stand in public indices of results.
-PAPER = {
-    ("cbd_tailcalibx", "cifar100_lt", 100): 46.59,
-    ("cbd_tailcalibx", "cifar100_lt", 50): 50.9,
-    ("cbd_tailcalibx", "cifar100_lt", 10): 61.13,
-    ("tailcalibx", "mini_imagenet_lt", 100): 44.73,
-}
-PAPER_SOURCE = "the paper's entry on Papers with Code (its CIFAR teachers saw another subset than its students)"
-RELEASED = {("cosine_ce", "cifar100_lt", 100): 40.4}  # mean of 40.3, 40.3, 40.5
-RELEASED_SOURCE = "a user's runs of the released code, seeds 1 to 3 (its issue 5)"
-
-
 def parse_args(argv: list[str] | None = None):
     parser = common.base_parser(__doc__)
-    parser.add_argument(
-        "command", nargs="?", choices=("toy",), help="toy: only draw the figure with two Gaussian blobs"
-    )
     add = parser.add_argument_group("stages").add_argument
     add("--pipeline", choices=tuple(PIPELINES), help="a whole pipeline, from scratch (default: tailcalibx)")
     add("--stage", choices=STAGES, help="one stage alone, from --init-from or --teacher where it needs them")
@@ -226,8 +210,6 @@ def parse_args(argv: list[str] | None = None):
     add("--jitter", type=common.number(float, 0), help="brightness, contrast, saturation (default: 0, ImageNet 0.4)")
     args = parser.parse_args(argv)
     given = {key for key, value in vars(args).items() if value is not parser.get_default(key)}
-    if args.command == "toy" and (extra := sorted(given - FOR_TOY)):
-        parser.error(f"toy takes no --{extra[0].replace('_', '-')}: it has data and settings of its own")
     if args.stage and args.pipeline:
         parser.error("--stage trains one stage and --pipeline a chain of them: give one of the two")
     if args.stage in ("ce", "cosine_ce"):
@@ -259,7 +241,7 @@ def parse_args(argv: list[str] | None = None):
     )
     if args.save_features == "val" and args.select != "val":
         parser.error("--save-features val: there is a validation split only with --select val")
-    for key in ("stage", "pipeline", "command"):  # they are the name of the method
+    for key in ("stage", "pipeline"):  # they are the name of the method
         args.changed.pop(key, None)
     if args.teacher:
         args.changed["teacher"] = "+".join(Path(path).stem for path in args.teacher)
@@ -984,8 +966,7 @@ def classwise(source: BalancedFeatures, per_class: list) -> tuple[list[dict], li
     """Tables for result.json (all classes up to 20, else groups) and the lines of classwise.md."""
     made, share = lenders(source)
     counts, names = source.counts, source.classes
-    rows = [{"name": name, "values": [n, more, n + more], "paper": None}
-            for name, n, more in zip(names, counts, made, strict=True)]  # fmt: skip
+    rows = [{"name": name, "values": [n, more, n + more]} for name, n, more in zip(names, counts, made, strict=True)]
     lines = ["| class | images | generated | after | recall (%) | lenders (share of its generated features) |"]
     lines += ["|---|---:|---:|---:|---:|---|"]
     for c, (name, n, more) in enumerate(zip(names, counts, made, strict=True)):
@@ -996,148 +977,18 @@ def classwise(source: BalancedFeatures, per_class: list) -> tuple[list[dict], li
     if len(names) > 20:
         group = common.group_of(counts)
         rows = [{"name": key, "values": [sum(part[c] for c in np.flatnonzero(group == g)) for part in
-                                         (counts, made, [a + b for a, b in zip(counts, made, strict=True)])],
-                 "paper": None} for g, key in enumerate(common.GROUPS)]  # fmt: skip
+                                         (counts, made, [a + b for a, b in zip(counts, made, strict=True)])]}
+                for g, key in enumerate(common.GROUPS)]  # fmt: skip
     head = {"title": "Features before and after generation", "note": None, "row_header": "class", "plot": None}
     tables = [head | {"columns": ["images", "generated", "after"], "rows": rows}]
     if share.any() and len(names) <= 20:
         tail = [c for c in sorted(range(len(names)), key=lambda c: counts[c]) if made[c]]
-        rows = [{"name": names[c], "values": (100 * share[c]).tolist(), "paper": None} for c in tail]
+        rows = [{"name": names[c], "values": (100 * share[c]).tolist()} for c in tail]
         tables.append({
             "title": "Who lends to whom", "note": "% of the features generated for the row's class",
             "row_header": "for", "columns": names, "rows": rows, "plot": None,
         })  # fmt: skip
     return tables, lines
-
-
-def draw_features(source: BalancedFeatures, path: Path) -> None:
-    """Real and generated features of the three smallest and three largest classes: two principal components."""
-    import tables as plots
-
-    try:
-        plt = plots.pyplot()
-    except common.UserError:
-        return
-    counts, size = source.counts, len(source.labels)
-    features, labels = (part.cpu() for part in source.balanced(source.args.clf_epochs - 1, torch.arange(source.total)))
-    order = sorted((c for c in range(len(counts)) if counts[c]), key=lambda c: counts[c])
-    mean = features[:size].mean(0)
-    _, _, axes = torch.linalg.svd(features[:size] - mean, full_matrices=False)
-    flat = (features - mean) @ axes[:2].T
-    figure, panel = plt.subplots(figsize=(6.6, 5.2))
-    for k, c in enumerate(dict.fromkeys([*order[:3], *order[-3:]])):
-        own = labels == c
-        real, new = flat[:size][own[:size]], flat[size:][own[size:]]
-        panel.scatter(*new[:200].T.tolist(), marker="*", s=14, alpha=0.35, color=f"C{k}", linewidths=0)
-        label = f"{source.classes[c]}: {len(real)} real, {len(new)} generated"
-        panel.scatter(*real[:200].T.tolist(), s=12, color=f"C{k}", edgecolors="black", linewidths=0.4, label=label)
-    panel.set(xlabel="first principal component", ylabel="second", title="real (dots) and generated (stars) features")
-    panel.legend(fontsize=7, frameon=False)
-    plots.save_figure(figure, path)
-
-
-# --- the toy figure -------------------------------------------------------------------------------------------------
-
-
-def toy_data() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Two Gaussian blobs at (1, 1) and (-1, -1), s.d. 0.5, 500 points each, standardised; 80/20 by class.
-
-    (train [800, 2], labels, test [200, 2], labels), drawn as the published notebook's library calls draw them.
-    """
-    rng = np.random.RandomState(0)
-    points = np.concatenate([rng.normal(centre, 0.5, (500, 2)) for centre in ((1, 1), (-1, -1))])
-    order = np.arange(1000)
-    rng.shuffle(order)
-    points, labels = points[order], np.repeat([0, 1], 500)[order]
-    points = (points - points.mean(0)) / points.std(0)
-    rng = np.random.RandomState(42)
-    own = [np.flatnonzero(labels == c)[rng.permutation(500)] for c in (0, 1)]
-    train, test = (
-        rng.permutation(np.concatenate([rows[part] for rows in own])) for part in (slice(400), slice(400, 500))
-    )
-    return tuple(torch.from_numpy(a) for rows in (train, test) for a in (points[rows], labels[rows]))
-
-
-def fit_mlp(x: Tensor, y: Tensor, seed: int, decay: float = 0.7, batch: int = 200, epochs: int = 1000) -> nn.Module:
-    """100 hidden units, one logit, Adam 1e-3, until the loss gains less than 1e-4 in each of eleven epochs.
-
-    L2 on the weights is `decay` / images of the batch, as in scikit-learn's MLPClassifier: a small last batch weighs it
-    heavily, which is why four points of a class are not enough there.
-    """
-    rng = common.generator(seed, "toy")
-    net = nn.Sequential(nn.Linear(2, 100), nn.ReLU(), nn.Linear(100, 1)).double()
-    for layer in (net[0], net[2]):
-        bound = math.sqrt(6 / (layer.in_features + layer.out_features))
-        for parameter in layer.parameters():
-            nn.init.uniform_(parameter, -bound, bound, generator=rng)
-    optimizer, best, waited = torch.optim.Adam(net.parameters(), 1e-3), math.inf, 0
-    for _ in range(epochs):
-        total = 0.0
-        for rows in torch.randperm(len(x), generator=rng).split(min(batch, len(x))):
-            loss = F.binary_cross_entropy_with_logits(net(x[rows])[:, 0], y[rows].double())
-            loss = loss + decay / (2 * len(rows)) * (net[0].weight.square().sum() + net[2].weight.square().sum())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            total += loss.item() * len(rows) / len(x)
-        waited, best = waited + 1 if total > best - 1e-4 else 0, min(best, total)
-        if waited > 10:
-            break
-    return net
-
-
-def toy_accuracies(balanced: tuple, imbalanced: tuple, test: tuple, alpha: float, seed: int) -> tuple[list, list]:
-    """Test accuracies and networks of balanced, imbalanced and imbalanced + TailCalib (lambda 1, K 1) points."""
-    x, y, _ = tailcalib("pytorch").generate(*imbalanced, tukey_value=1.0, alpha=alpha, topk=1, shuffle=False, seed=seed)
-    sets = [balanced, imbalanced, (x, y)]
-    nets = [fit_mlp(*part, seed) for part in sets]
-    figures = [((net(test[0])[:, 0] > 0) == test[1]).double().mean().item() for net in nets]
-    return figures, list(zip(sets, nets, strict=True))
-
-
-def toy(args) -> None:
-    """The published figure; its scikit-learn classifier is a PyTorch one of the same size here."""
-    import tables as plots
-
-    if not common.is_main():
-        return
-    train_x, train_y, test_x, test_y = toy_data()
-    keep = torch.cat([torch.where(train_y == 0)[0][:4], torch.where(train_y == 1)[0]])
-    names = ("balanced", "imbalanced, ratio 100", "imbalanced + TailCalib")
-    imbalanced = train_x[keep], train_y[keep]
-    figures, fitted = toy_accuracies((train_x, train_y), imbalanced, (test_x, test_y), 0.1, args.seed)
-    for name, figure in zip(names, figures, strict=True):
-        print(f"{name:24} test accuracy {figure:.3f}")
-    folder = Path(args.out) / "tailcalibx" / "toy"
-    common.make_folder(folder)
-    common.write_json(folder / "toy.json", {"seed": args.seed, "accuracy": dict(zip(names, figures, strict=True))})
-    plt = plots.pyplot()
-    figure, axes = plt.subplots(3, 2, figsize=(7.5, 10.5))
-    every = torch.cat([train_x, test_x, fitted[2][0][0]])
-    low, high = (every.min(0).values - 0.5).tolist(), (every.max(0).values + 0.5).tolist()
-    grid = torch.cartesian_prod(
-        *(torch.arange(a, b, 0.02, dtype=torch.float64) for a, b in zip(low, high, strict=True))
-    )
-    shape = [len(torch.arange(a, b, 0.02)) for a, b in zip(low, high, strict=True)]
-    for row, (name, accuracy, ((x, y), net)) in enumerate(zip(names, figures, fitted, strict=True)):
-        with torch.no_grad():
-            surface = net(grid).sigmoid().view(shape).T.numpy()
-        real = len(x) if row < 2 else len(imbalanced[0])
-        for column, panel in enumerate(axes[row]):
-            if column:
-                panel.imshow(surface, origin="lower", extent=(low[0], high[0], low[1], high[1]), cmap="RdBu",
-                             aspect="auto", alpha=0.8)  # fmt: skip
-                text = f"test accuracy {accuracy:.2f}\nratio {int((y == 1).sum()) / int((y == 0).sum()):g}"
-                panel.text(0.97, 0.03, text, transform=panel.transAxes, ha="right", va="bottom", fontsize=8,
-                           bbox={"facecolor": "white", "edgecolor": "grey"})  # fmt: skip
-            panel.scatter(*test_x.T.tolist(), c=test_y.tolist(), cmap="RdBu", s=10, alpha=0.25)
-            colours = {"c": y[:real].tolist(), "cmap": "RdBu", "edgecolors": "black"}
-            panel.scatter(*x[:real].T.tolist(), **colours, s=12, linewidths=0.3)
-            panel.scatter(*x[real:].T.tolist(), marker="*", color="gold", s=18, edgecolors="black", linewidths=0.2)
-            panel.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), title=name if not column else "decision surface")
-    figure.tight_layout()
-    plots.save_figure(figure, folder / "toy.png")
-    print(f"wrote {folder / 'toy.png'}")
 
 
 # --- main -----------------------------------------------------------------------------------------------------------
@@ -1214,15 +1065,7 @@ def examine(args) -> None:
     common.tell_figures(args, checkpoint, full)
 
 
-def published(args, table: dict, source: str) -> dict | None:
-    """The published figure where the settings of the run are the published ones."""
-    figure = table.get((args.pipeline, args.dataset, args.imb_ratio))
-    return {"overall": figure, "source": source} if figure and not set(args.changed) - {"recipe"} else None
-
-
 def main(args) -> None:
-    if args.command == "toy":
-        return toy(args)
     if args.eval:
         return examine(args)
     stages, splits = stages_of(args), load(args)
@@ -1274,12 +1117,9 @@ def main(args) -> None:
                 run.folder / "classwise.md", lambda file: file.write(("\n".join(lines) + "\n").encode())
             )
     run.finish(
-        **outcome, paper=published(args, PAPER, PAPER_SOURCE), tables=tables, parameters=models.count_parameters(net),
-        released=published(args, RELEASED, RELEASED_SOURCE) if args.recipe == "released" else None,
+        **outcome, tables=tables, parameters=models.count_parameters(net),
         train={key: seen[key] for key in ("overall", *common.GROUPS, "per_class")},
     )  # fmt: skip
-    if source is not None and common.is_main() and common.world_size() == 1:
-        draw_features(source, run.folder / "features.png")
 
 
 if __name__ == "__main__":

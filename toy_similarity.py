@@ -20,7 +20,7 @@ evaluate on the balanced test set. Nothing is frozen, nothing is passed on.
   python toy_similarity.py --experiment sweep2 --seed 1
   python toy_similarity.py --dataset cifar10_lt --experiment verification
   python toy_similarity.py --dataset cifar10_lt --experiment sweep1 --points all
-  python toy_similarity.py --theory                                     # the closed form, no training
+  python -m tools.toys theory                                           # the closed form, no training
   python toy_similarity.py --init-from runs/.../sweep2_8.pt             # similarity diagnostics of any checkpoint
 
 On the letters verification took 157 s (one CPU thread). Tail recall measured there (R, 40 images beside 400 of P; seeds
@@ -32,13 +32,13 @@ CIFAR-10 at 200 epochs (verification, seed 0, one H200, 16 min in all), truck wi
 Where this differs from the paper and its code:
  1. Epochs: 200; the published loops run 201 (`--epochs 201`), sweep 1 as shipped 2.
  2. Only the points printed in the paper are trained; `--points all` trains the fifty of its curves.
- 3. The axis of sweep 2 is the true tail count; the paper prints 5,100 minus it (`--paper-axis`).
+ 3. The axis of sweep 2 is the true tail count; the paper prints 5,100 minus it.
  4. The mixing weight is named by meaning, `--head-weight` (code: 0.2). Table 6's lambda is the head's weight, Table 7's
     lambda the tail's; both are printed.
  5. The number of mixtures is trunc(p n_head), safe against float error (the code gives 2,849 for p = 0.57).
  6. Best epochs are recorded apart for every point (the code carries them over from point to point), choose nothing and
     leave no checkpoint; `--select val` keeps the best one on validation data.
- 7. The prior-weighted and nearest-mean rules of `--theory` are a derivation consistent with the abstract; the text of
+ 7. The prior-weighted and nearest-mean rules of `theory` are a derivation consistent with the abstract; the text of
     the paper's theorem is no longer public.
  8. On the embedded letters the points, counts and steps are our own, chosen for 400 images a class.
 """
@@ -89,53 +89,6 @@ LETTERS = {
     "all": CURVES | {"sweep1": list(range(40, 401, 40)), "sweep2": [400, 320, 240, 160, 120, 80, 40, 20, 8, 4]},
 }  # fmt: skip
 
-# Accuracies in percent from the tables of the paper (its public repository shows them as images). Rows Class-1..10.
-PAPER = {
-    "sweep1": {  # Table 4; columns: images of each of the nine other classes, the tail has 50
-        "source": "Table 4",
-        "points": [100, 1000, 1500, 2000, 2500, 3000, 3500, 4000, 4500, 5000],
-        "recalls": [
-            [52.3, 86.2, 88.2, 90.0, 91.3, 91.0, 93.5, 93.8, 93.7, 94.3],
-            [66.3, 95.3, 96.1, 97.2, 98.6, 98.3, 97.6, 98.1, 97.8, 98.6],
-            [35.4, 73.0, 81.0, 87.0, 85.0, 84.9, 85.2, 89.3, 87.7, 88.7],
-            [39.2, 67.3, 73.1, 76.8, 75.9, 79.8, 81.7, 82.7, 82.3, 83.0],
-            [33.2, 81.9, 86.1, 87.3, 89.7, 99.0, 92.2, 91.8, 93.6, 94.7],
-            [41.7, 72.7, 80.0, 81.0, 84.1, 86.7, 87.3, 87.9, 87.4, 88.1],
-            [58.2, 86.6, 94.0, 92.0, 91.7, 93.9, 94.7, 93.5, 94.4, 95.8],
-            [55.1, 85.9, 95.0, 95.0, 91.7, 93.5, 93.2, 93.6, 94.8, 94.2],
-            [61.9, 89.2, 93.4, 92.8, 93.7, 95.0, 95.6, 95.8, 96.3, 95.9],
-            [43.0, 47.9, 48.2, 45.7, 42.0, 42.6, 45.5, 46.0, 47.0, 40.0],
-        ],
-        "rank-1": [48.5, 78.3, 82.7, 83.3, 84.1, 85.6, 86.6, 87.2, 87.5, 87.3],
-        "rank-5": [95.0, 98.5, 98.7, 98.9, 98.9, 98.9, 99.1, 99.2, 99.2, 99.1],
-    },
-    "sweep2": {  # Table 5 by the true tail count (5,100 minus the printed column); the others have 5,000
-        "source": "Table 5",
-        "points": [5000, 4100, 3600, 3100, 2600, 2100, 1600, 1100, 600, 100],
-        "recalls": [
-            [94.4, 93.0, 94.2, 94.6, 92.5, 93.8, 93.2, 91.7, 93.1, 94.0],
-            [97.0, 96.6, 97.2, 97.0, 97.3, 96.9, 97.5, 97.8, 98.1, 97.7],
-            [88.9, 89.2, 89.1, 88.3, 90.3, 88.6, 90.2, 88.3, 89.9, 89.5],
-            [85.0, 83.7, 82.8, 82.8, 85.3, 84.7, 84.0, 85.5, 84.6, 86.1],
-            [95.1, 94.6, 95.1, 92.3, 94.1, 94.3, 94.0, 94.1, 94.4, 94.8],
-            [88.1, 89.0, 87.5, 88.7, 88.7, 88.1, 88.9, 87.0, 89.1, 88.6],
-            [94.7, 94.3, 94.8, 93.3, 94.7, 94.6, 94.9, 94.8, 94.1, 94.1],
-            [94.3, 93.5, 94.4, 94.8, 94.1, 94.7, 92.9, 93.3, 94.6, 93.8],
-            [94.9, 96.3, 94.6, 94.9, 94.6, 95.6, 94.8, 97.3, 96.3, 96.8],
-            [94.2, 94.8, 93.4, 93.2, 92.6, 90.5, 89.4, 88.3, 82.6, 43.7],
-        ],
-        "rank-1": [92.6, 92.5, 92.3, 91.9, 92.4, 92.1, 91.9, 91.8, 91.6, 89.3],
-        "rank-5": [99.8, 99.8, 99.7, 99.7, 99.7, 99.8, 99.8, 99.7, 99.7, 99.4],
-    },
-    "verification": {  # Tables 6 and 7: (p, head weight) -> (Class-1, Class-10)
-        "source": "Tables 6 and 7",
-        "by_p": {0: (95.5, 32.8), 0.1: (95.8, 25.3), 0.2: (94.9, 24.3), 0.3: (94.3, 22.8), 0.4: (94.3, 21.4),
-                 0.5: (93.7, 19.8)},
-        "by_head_weight": {1: (95.4, 46.0), 0.8: (96.0, 33.8), 0.6: (95.5, 35.5), 0.4: (95.2, 32.8), 0.2: (96.1, 21.6),
-                           0: (96.6, 0.0)},
-    },
-}  # fmt: skip
-
 
 def parse_args(argv: list[str] | None = None):
     parser = common.base_parser(__doc__)
@@ -154,8 +107,6 @@ def parse_args(argv: list[str] | None = None):
     add("--head-class", type=common.number(int, 0), help="class id of the head (default: the largest class)")
     add("--tail-class", type=common.number(int, 0), help="class id of the tail (default: the smallest class)")
     add("--control", action="store_true", help="mix a third class into the head instead of the tail")
-    add("--paper-axis", action="store_true", help="label sweep 2 as printed: class size + step - tail count")
-    add("--theory", action="store_true", help="print and draw the closed form instead of training")
     add = parser.add_argument_group("optimisation").add_argument
     add("--steps", type=common.number(int, 0), help="train every point for this many steps; 0: for --epochs")
     add("--schedule", choices=("step", "cosine"), help="x0.01 at 160/200 and 180/200 after 5 warm-up epochs, or cosine")
@@ -168,7 +119,6 @@ def parse_args(argv: list[str] | None = None):
         ("--control", args.control, not sweep), ("--head-weight", args.head_weight is not None, not sweep),
         ("--mix-ratio", args.mix_ratio is not None, not sweep), ("--imb-ratio", args.imb_ratio is not None, not sweep),
         ("--imb-type", args.imb_type != "exp", not sweep),
-        ("--paper-axis", args.paper_axis, args.experiment == "sweep2"),
         ("--tail-count", args.tail_count is not None, args.experiment == "sweep1"),
     ):  # fmt: skip
         if given and not fits:
@@ -177,7 +127,7 @@ def parse_args(argv: list[str] | None = None):
         parser.error("--epochs and --steps contradict each other: give one of them")
     if args.steps == 0 and args.epochs is None and args.experiment == "sweep1" and args.dataset == "glyphs_lt":
         parser.error("--steps 0 asks for --epochs")
-    if args.save_features and (args.eval or args.init_from or args.theory):
+    if args.save_features and (args.eval or args.init_from):
         parser.error("--save-features belongs to a training run")
     if args.save_features == "val" and args.select != "val":
         parser.error("--save-features val: there is a validation split only with --select val")
@@ -498,12 +448,7 @@ def similarity_figures(scores: common.Scores, num_classes: int) -> dict:
 
 
 def tables(args, points: list[Point], rows: dict[str, dict], classes: list[str], head: int, tail: int) -> list[dict]:
-    """The experiment's tables as data (percent): ours, the published figures where the set matches, what to draw."""
-    alike = args.dataset == "cifar10_lt" and (head, tail) == (0, 9) and not args.control
-    alike &= args.experiment != "verification" or (args.imb_ratio, args.imb_type) == (100, "exp")
-    alike &= args.experiment != "sweep1" or args.tail_count == 50
-    published = PAPER[args.experiment] if alike else None
-    fixed = {"by_p": args.head_weight == 0.2, "by_head_weight": args.mix_ratio == 0.2}  # what the tables hold fixed
+    """The experiment's tables as data (percent)."""
     names = [
         f"{name} (head)" if c == head else f"{name} (tail)" if c == tail else name for c, name in enumerate(classes)
     ]
@@ -513,7 +458,7 @@ def tables(args, points: list[Point], rows: dict[str, dict], classes: list[str],
         return None if value is None else 100 * value
 
     def table(title, columns, chosen, lines, xlabel, draw):
-        lines = [{"name": n, "values": [f(point) for point in chosen], "paper": paper} for n, f, paper in lines]
+        lines = [{"name": name, "values": [figure(point) for point in chosen]} for name, figure in lines]
         plot = {"x": columns, "xlabel": xlabel, "ylabel": "recall (%)", "rows": draw}
         passes = [rows[point.name]["image_passes"] for point in chosen]
         epoch = "last epoch" if args.select == "last" else "epoch chosen on validation data"
@@ -528,42 +473,23 @@ def tables(args, points: list[Point], rows: dict[str, dict], classes: list[str],
         by_p = sorted((q for q in points if q.p == 0 or q.head_weight == args.head_weight), key=lambda q: q.p)
         by_w = sorted((q for q in points if q.p in (0, args.mix_ratio)), key=lambda q: -q.head_weight)
         by_w = [] if len(by_w) < 3 or args.control else by_w
-        for title, chosen, columns, key, xlabel in (
+        for title, chosen, columns, xlabel in (
             (f"Recall against p, head mixed with {mixed} (head weight {args.head_weight:g})", by_p,
-             [q.p for q in by_p], "by_p", "p"),
+             [q.p for q in by_p], "p"),
             (f"Recall against the head weight, head mixed with {mixed} (p = {args.mix_ratio:g})", by_w,
-             [q.head_weight for q in by_w], "by_head_weight", "head weight (1 - Table 7's lambda)"),
+             [q.head_weight for q in by_w], "head weight"),
         ):  # fmt: skip
-            if not chosen:
-                continue
-            lines = []
-            for i, c in enumerate((head, tail)):
-                paper = None
-                if published and fixed[key]:
-                    paper = [published[key].get(x, (None, None))[i] for x in columns]
-                lines.append((names[c], lambda q, c=c: recall(q, c), paper))
-            made.append(table(title, columns, chosen, [*lines, (*overall, None)], xlabel, [names[head], names[tail]]))
+            if chosen:
+                lines = [(names[c], lambda q, c=c: recall(q, c)) for c in (head, tail)]
+                made.append(table(title, columns, chosen, [*lines, overall], xlabel, [names[head], names[tail]]))
     else:
         values = [int(q.value) for q in points]
         size = max(max(q.counts) for q in points)
-        columns = [size + size // 50 - v for v in values] if args.paper_axis else values
-        column = {v: i for i, v in enumerate(published["points"])} if published else {}
-
-        def paper(series):
-            return [series[column[v]] if v in column else None for v in values] if published else None
-
-        lines = [(n, lambda q, c=c: recall(q, c), paper(published["recalls"][c]) if published else None)
-                 for c, n in enumerate(names)]  # fmt: skip
-        lines += [
-            (*overall, published and paper(published["rank-1"])),
-            (*top5, published and paper(published["rank-5"])),
-        ]
+        lines = [(name, lambda q, c=c: recall(q, c)) for c, name in enumerate(names)] + [overall, top5]
         what = "images of every class but the tail" if args.experiment == "sweep1" else "images of the tail"
         held = f"tail fixed at {args.tail_count}" if args.experiment == "sweep1" else f"the others fixed at {size}"
         title = f"{'Sweep 1' if args.experiment == 'sweep1' else 'Sweep 2'}: recall against {what} ({held})"
-        made.append(
-            table(title, columns, points, lines, what + (" (axis as printed)" if args.paper_axis else ""), names)
-        )
+        made.append(table(title, values, points, lines, what, names))
     return [*made, similarity_table(args, points, rows, head, tail)]
 
 
@@ -588,46 +514,11 @@ def similarity_table(args, points: list[Point], rows: dict[str, dict], head: int
     return {
         "title": "Category similarity of tail and head on the test set", "note": "64-d features before the classifier",
         "row_header": "", "columns": [point.name for point in points], "plot": None,
-        "rows": [{"name": n, "values": v, "paper": None} for n, v in zip(titles, lines, strict=True)],
+        "rows": [{"name": n, "values": v} for n, v in zip(titles, lines, strict=True)],
     }  # fmt: skip
 
 
 # --- main -----------------------------------------------------------------------------------------------------------
-
-
-def show_theory(args) -> None:
-    """Print the closed form for two unit-variance classes with means 1 and 3, and draw it."""
-    if not common.is_main():
-        return
-    n_head, n_tail = 5000, max(1, round(5000 / (args.imb_ratio or 100)))
-    print(f"Two Gaussians, means 1 and 3, s.d. 1; n_head {n_head}, n_tail {n_tail}. Tail accuracy in percent:")
-    print(f"{'p':>6} {'head weight':>12} {'tail weight':>12} {'nearest mean':>13} {'prior-weighted':>15}")
-    grid = [(p, args.head_weight) for p in (0, 0.1, 0.2, 0.3, 0.4, 0.5)]
-    grid += [(args.mix_ratio, w) for w in (1, 0.8, 0.6, 0.4, 0.2, 0)]
-    rows = []
-    for p, weight in grid:
-        figures = theory(1.0, 3.0, 1.0, p, weight, n_head, n_tail)
-        rows.append({"p": p, "head_weight": weight, **vars(figures)})
-        mean, bayes = 100 * figures.acc_tail_mean, 100 * figures.acc_tail_bayes
-        print(f"{p:6g} {weight:12g} {1 - weight:12g} {mean:13.1f} {bayes:15.1f}")
-    folder = Path(args.out) / "toy_similarity" / "theory"
-    common.make_folder(folder)
-    common.write_json(folder / "theory.json", rows)
-    draw_theory(rows, folder / "theory.png")
-
-
-def draw_theory(rows: list[dict], path: Path) -> None:
-    import tables as plots
-
-    plt = plots.pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
-    for axis, key, part in ((axes[0], "p", rows[:6]), (axes[1], "head_weight", rows[6:])):
-        for name, label in (("acc_tail_mean", "nearest mean"), ("acc_tail_bayes", "prior-weighted")):
-            axis.plot([row[key] for row in part], [100 * row[name] for row in part], marker="o", label=label)
-        axis.set_xlabel(key.replace("_", " "))
-    axes[0].set_ylabel("tail accuracy (%)")
-    axes[0].legend()
-    plots.save_figure(figure, path)
 
 
 def network_of(args, path: str, num_classes: int) -> tuple[models.Net, dict, bool]:
@@ -674,8 +565,6 @@ def examine(args, source: data_lt.Pool) -> None:
 
 
 def main(args) -> None:
-    if args.theory:
-        return show_theory(args)
     if path := args.eval or args.init_from:  # before the data: a foreign checkpoint needs none to be refused
         saved = common.load_checkpoint(path)["args"]
         common.check_same(path, saved, common.result_args(args), ["dataset", "backbone"])
@@ -695,6 +584,11 @@ def main(args) -> None:
     if args.experiment == "verification":
         shown = max((q for q in points if q.p == 0 or q.head_weight == args.head_weight), key=lambda q: q.p)
     last, classes = rows[shown.name], source.train.classes
+    for name, row in rows.items():
+        figures = row[args.select]
+        recall = figures["per_class"][tail]
+        told = "n/a" if recall is None else f"{100 * recall:.1f} %"
+        run.say(f"{name}: {classes[tail]} (tail) {told}, overall {100 * figures['overall']:.1f} %")
     run.finish(
         rows=rows, tables=tables(args, points, rows, classes, head, tail), classes=classes, counts=last["counts"],
         per_class=last[args.select]["per_class"], confusion=last[args.select]["confusion"], confusion_of=shown.name,

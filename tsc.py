@@ -129,32 +129,6 @@ AUGMENT = {  # name -> (two views of stages 1 and 2, one view of stage 3)
                {"crop": "pad", "pad": 2}),
 }  # fmt: skip
 
-# Published overall accuracies in percent: (data set, ratio, method, what differs from the preset) -> figure, source.
-T10, T11, T12, T13 = (f"supplement, table {n}" for n in (10, 11, 12, 13))
-PAPER = [
-    ("imagenet_lt", None, "kcl", {}, 51.5, T11), ("imagenet_lt", None, "kcl", {"epochs": 400}, 51.6, T11),
-    ("imagenet_lt", None, "tsc", {}, 52.4, T11), ("imagenet_lt", None, "tsc", {"epochs": 200}, 52.3, T11),
-    ("imagenet_lt", None, "tsc", {"warmup_frac": 0.0}, 51.3, "supplement, table 14"),
-    ("inat18", None, "tsc", {}, 69.7, "Papers with Code"),
-    ("cifar10_lt", 100, "kcl", {}, 77.6, T10), ("cifar10_lt", 100, "tsc", {}, 79.7, T10),
-    ("cifar10_lt", 10, "tsc", {}, 88.7, "Papers with Code"), ("cifar100_lt", 100, "kcl", {}, 42.8, T10),
-    ("cifar100_lt", 100, "tsc", {}, 43.8, T10), ("cifar100_lt", 10, "tsc", {}, 59.0, "public index"),
-    ("cifar10_lt", 1, "kcl", {}, 93.0, T12), ("cifar10_lt", 1, "tsc", {}, 92.9, T12),
-    ("cifar100_lt", 1, "kcl", {}, 70.5, T12), ("cifar100_lt", 1, "tsc", {}, 70.8, T12),
-    *(("cifar10_lt", 100, "tsc", {"target_weight": w}, y, T13) for w, y in (
-        (0.01, 78.4), (0.05, 79.2), (0.1, 79.6), (0.3, 79.4), (0.5, 79.5), (1.0, 78.8), (2.0, 78.5), (5.0, 78.2),
-        (10.0, 78.0))),
-    *(("cifar10_lt", 100, method, {"dim": d}, y, "supplement, figure 7") for method, row in (
-        ("kcl", (72.3, 75.2, 76.3, 77.3)), ("tsc", (77.5, 78.8, 79.3, 79.5)))
-      for d, y in zip((3, 10, 32, 64), row, strict=True)),
-]  # fmt: skip
-README = "best test epoch, mean of five trials in the authors' README"
-RELEASED_FIGURES = [("imagenet_lt", None, "kcl", {}, 51.36, README), ("imagenet_lt", None, "tsc", {}, 52.44, README)]
-PAPER_SHOTS = {  # ImageNet-LT, TSC, table 14 of the supplement: warm-up share -> many, medium, few, all, reasonability
-    0.5: (63.5, 49.7, 30.4, 52.4, 7.14), 0.0: (62.1, 48.9, 29.3, 51.3, 7.65),
-}  # fmt: skip
-PAPER_TOY = {"kcl": (94.3, 83.2, 72.7), "tsc": (94.5, 87.4, 80.9)}  # figure 1: ratio 1, 10, 100 on plane, cat, dog
-
 # CIFAR-100's superclass of every class, in label order
 COARSE = (4, 1, 14, 8, 0, 6, 7, 7, 18, 3, 3, 14, 9, 18, 7, 11, 3, 9, 7, 11, 6, 11, 5, 10, 7, 6, 13, 15, 3, 15, 0, 11, 1,
           10, 12, 14, 16, 9, 11, 5, 5, 19, 8, 8, 15, 13, 14, 17, 18, 10, 16, 4, 17, 4, 2, 0, 17, 4, 18, 17, 10, 3, 2,
@@ -1145,24 +1119,20 @@ def toy(args) -> None:
             rows[method].append(100 * float(((z @ centres.T).argmax(1) == labels).double().mean()))
             panels.append((method, ratio, z, labels, state.matching.targets.cpu() if method == "tsc" else None))
             run.say(f"toy: {method}, {ratio}:1:1, nearest class mean {rows[method][-1]:.1f} %")
-    standard = args.dataset == "cifar10_lt" and not set(args.changed) - {"gpus"}
     table = {
         "title": "Three classes on a circle: accuracy against the imbalance", "row_header": "ratio",
         "note": f"classes {', '.join(names)}; nearest class mean on 2-D projections of the balanced test set",
         "columns": ["1:1:1", "10:1:1", "100:1:1"],
-        "rows": [{"name": m.upper(), "values": row, "paper": list(PAPER_TOY[m]) if standard else None}
-                 for m, row in rows.items()],
+        "rows": [{"name": m.upper(), "values": row} for m, row in rows.items()],
         "plot": {"x": [1, 10, 100], "xlabel": "ratio", "ylabel": "accuracy (%)", "rows": ["KCL", "TSC"]},
     }  # fmt: skip
     if common.is_main():
-        try:
-            draw_toy(panels, names, run.folder / "toy.png")
-        except common.UserError as error:
-            run.say(f"no picture: {error}")
+        none = torch.zeros(0, 2)
+        arrays = {"titles": [f"{m.upper()}, {ratio}:1:1" for m, ratio, *_ in panels], "classes": list(names),
+                  "labels": panels[0][3].numpy(), "embeddings": [z.numpy() for _, _, z, *_ in panels]}  # fmt: skip
+        arrays |= {f"targets{i}": (none if panel[4] is None else panel[4]).numpy() for i, panel in enumerate(panels)}
+        common.write_atomic(run.folder / "circle.npz", lambda file: np.savez(file, **arrays))
     run.finish(tables=[table], classes=list(names), image_passes=run.passes, epochs=args.epochs)
-    import tables
-
-    tables.draw_result(run.result, run.folder)
 
 
 def three_classes(part: data_lt.ImageSet, chosen: list[int]) -> data_lt.ImageSet:
@@ -1172,26 +1142,6 @@ def three_classes(part: data_lt.ImageSet, chosen: list[int]) -> data_lt.ImageSet
     number = torch.full((len(part.classes),), -1)
     number[chosen] = torch.arange(len(chosen))
     return data_lt.ImageSet(kept.images, number[kept.labels], kept.indices, [part.classes[c] for c in chosen])
-
-
-def draw_toy(panels, names, path: Path) -> None:
-    """Test embeddings on the circle (with noise in the radius), one panel a method and ratio, targets as crosses."""
-    import tables
-
-    plt = tables.pyplot()
-    figure, axes = plt.subplots(2, 3, figsize=(9, 6.2))
-    for i, (method, ratio, z, labels, targets) in enumerate(panels):
-        axis = axes[i % 2][i // 2]
-        radius = 1 + 0.04 * torch.randn(len(z), generator=common.generator(0, "toy"))
-        for c, name in enumerate(names):
-            own = (z * radius[:, None])[labels == c][:400]
-            axis.scatter(own[:, 0], own[:, 1], s=3, alpha=0.4, label=name)
-        if targets is not None:
-            axis.plot(targets[:, 0], targets[:, 1], "kx", markersize=8)
-        axis.set(title=f"{method.upper()}, {ratio}:1:1", aspect="equal", xlim=(-1.25, 1.25), ylim=(-1.25, 1.25))
-        axis.set_xticks([]), axis.set_yticks([])
-    axes[0][0].legend(fontsize=7, markerscale=3, loc="center")
-    tables.save_figure(figure, path)
 
 
 # --- main -----------------------------------------------------------------------------------------------------------
@@ -1210,19 +1160,6 @@ def command_targets(args) -> None:
     print(f"wrote {path}")
 
 
-def published(args, rows) -> dict | None:
-    """The figure of PAPER or RELEASED_FIGURES for exactly these settings, as result.json wants it."""
-    free = {"gpus", "eval_every", "diagnostics_every", "compile", "class_distances"}
-    changed = {key: value for key, value in args.changed.items() if key not in free}
-    for dataset, ratio, method, differs, figure, source in rows:
-        if (dataset, ratio, method, differs) == (args.dataset, args.imb_ratio, args.method, changed):
-            shots = {}
-            if rows is PAPER and (dataset, method) == ("imagenet_lt", "tsc") and set(differs) <= {"warmup_frac"}:
-                shots = dict(zip(("many", "medium", "few"), PAPER_SHOTS[args.warmup_frac], strict=False))
-            return {"overall": figure} | shots | {"source": source}
-    return None
-
-
 def geometry_tables(run: common.Run, args, final: dict, classes: int) -> list[dict]:
     """Diagnostics over the epochs (to be drawn) and at the end of pre-training, as tables."""
     rows = [row for row in run.rows if "projection" in row]
@@ -1233,13 +1170,13 @@ def geometry_tables(run: common.Run, args, final: dict, classes: int) -> list[di
     for name in stages:
         epochs += [before + row["epoch"] + 1 for row in rows if row["stage"] == name]
         before = epochs[-1]
-    lines = [{"name": name, "values": [row["projection"][name] for row in rows], "paper": None} for name in drawn]
-    lines.append({"name": "view alignment (training)", "values": [row["alignment"] for row in rows], "paper": None})
+    lines = [{"name": name, "values": [row["projection"][name] for row in rows]} for name in drawn]
+    lines.append({"name": "view alignment (training)", "values": [row["alignment"] for row in rows]})
     if args.method == "tsc":
         cosine = [row.get("matching", {}).get("cosine") for row in rows]
-        lines.append({"name": "cosine of centre and target", "values": cosine, "paper": None})
+        lines.append({"name": "cosine of centre and target", "values": cosine})
         changed = [row["changes"] / classes if "changes" in row else None for row in rows]
-        lines.append({"name": "share of classes rematched a step", "values": changed, "paper": None})
+        lines.append({"name": "share of classes rematched a step", "values": changed})
     stage3 = f"stage 3: {args.classifier}, lr {args.classifier_lr:g}, batch {args.classifier_batch_size}, batch norm " \
              f"{args.lin_bn}"  # fmt: skip
     names = list(final["projection"])
@@ -1248,7 +1185,7 @@ def geometry_tables(run: common.Run, args, final: dict, classes: int) -> list[di
          "row_header": "epoch", "columns": epochs, "rows": lines,
          "plot": {"x": epochs, "xlabel": "epoch", "ylabel": "distance", "rows": [line["name"] for line in lines]}},
         {"title": "Geometry after pre-training (x100)", "note": "test set", "row_header": "", "columns": names,
-         "rows": [{"name": part, "values": [100 * final[part][name] for name in names], "paper": None}
+         "rows": [{"name": part, "values": [100 * final[part][name] for name in names]}
                   for part in ("projection", "feature")], "plot": None},
     ]  # fmt: skip
 
@@ -1333,9 +1270,8 @@ def main(args) -> None:
         skipped = [row["skipped"] for row in run.rows if "skipped" in row]
         diagnostics["solved_share"] = 1 - sum(skipped) / len(skipped)
     run.finish(
-        **run.outcome("classifier", full, splits.train.classes, splits.counts), paper=published(args, PAPER),
-        released=published(args, RELEASED_FIGURES), parameters=parameters, diagnostics=diagnostics,
-        tables=geometry_tables(run, args, final, classes),
+        **run.outcome("classifier", full, splits.train.classes, splits.counts), parameters=parameters,
+        diagnostics=diagnostics, tables=geometry_tables(run, args, final, classes),
     )  # fmt: skip
 
 

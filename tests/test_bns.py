@@ -21,6 +21,7 @@ import bns_ipdpp as bns
 import common
 import data_lt
 import models
+from tools.figures import draw_run
 
 DOUBLE = torch.float64
 
@@ -469,22 +470,6 @@ def test_presets_are_the_published_ones_and_released_says_what_it_sets(tmp_path)
     assert optimizer.defaults["betas"] == (0.9, 0.95) and optimizer.defaults["eps"] == 1e-8
 
 
-def test_published_figures_stand_only_beside_the_published_settings():
-    def paper(*flags, dataset="cifar10_lt", stage="finetune"):
-        found = bns.paper_figures(bns.parse_args(["--dataset", dataset, *flags]), stage)
-        return found and found[0][0]
-
-    assert paper() == 76.4 and paper(dataset="cifar100_lt") == 52.4 and paper("--imb-ratio", "200") == 73.5
-    assert paper("--stages", "pretrain,probe", stage="probe") == 68.2 and paper("--recipe", "released") == 76.4
-    for flags in ("--imb-ratio 20", "--imb-type step", "--subset-mode uniform", "--epochs 100", "--data-seed 1"):
-        assert paper(*flags.split()) is None, flags
-    assert paper(dataset="glyphs_lt") is None
-    groups = [(*bns.PAPER["probe"][("cifar10_lt", 100)][0], 5, 2, 3)]
-    groups += [(*values, 5, 2, 3) for values in bns.PAPER["probes of others, cifar10_lt"].values()]
-    for overall, many, medium, few, *sizes in groups:  # the figure's groups recombine to its overall
-        assert overall == pytest.approx((many * sizes[0] + medium * sizes[1] + few * sizes[2]) / 10, abs=0.1)
-
-
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
@@ -565,7 +550,6 @@ def run_here(monkeypatch, out, dataset, *flags, stages="pretrain,finetune", stop
         patch.setattr(common.Stage, "add", add_and_stop)
         if not pictures:
             patch.setattr(common.Run, "show", lambda run: None)
-            patch.setattr(bns, "draw_pictures", lambda *_: None)
         try:
             bns.main(args)
         finally:
@@ -806,10 +790,10 @@ def test_validation_features_and_a_step_schedule(tmp_path, monkeypatch, tiny):
 
 
 def test_the_command_line_with_pictures_and_evaluation(tmp_path, monkeypatch, tiny, capsys):
-    flags = [*SMALL, *PROBE, *FINETUNE, "--stages", "pretrain,probe,finetune"]
+    flags = [*SMALL, *PROBE, *FINETUNE, "--stages", "pretrain,probe,finetune", "--save-features", "test"]
     done = commands.run("bns_ipdpp.py", "--dataset", tiny, *flags, out=tmp_path / "a")
     folder = commands.folder(tmp_path / "a")
-    assert (folder / "features.png").stat().st_size > 5000
+    assert {path.name for path in draw_run(folder)} >= {"features_test.png"}
     result = commands.result(tmp_path / "a")
     groups, kdpp = result["tables"]
     assert [row["name"] for row in groups["rows"]] == ["probe", "finetune"] and len(kdpp["columns"]) == 6
@@ -926,4 +910,4 @@ def test_large_images_from_files(tmp_path, monkeypatch):
     )
     result = json.loads((folder / "result.json").read_text())
     assert [row["passes"] for row in plain_rows(folder) if row["stage"] == "finetune"][0] < sum(result["counts"])
-    assert result["args"]["num_samples"] == 3 and result["paper"] is None
+    assert result["args"]["num_samples"] == 3

@@ -21,7 +21,6 @@ import common
 import data_lt
 import fsgl
 import models
-import tables
 
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-12}
 
@@ -536,31 +535,6 @@ def test_the_released_recipe():
     assert [fsgl.learning_rate(short, e) for e in range(3)] == pytest.approx([0.05, 0.1, 0.15]), "two epochs of warm-up"
 
 
-def test_published_figures_stand_only_beside_the_published_settings():
-    def figure(*flags, of=fsgl.PAPER):
-        found = fsgl.published(parsed(*flags), of)
-        return found and found["overall"]
-
-    ten = ["--dataset", "cifar10_lt"]
-    assert figure(*ten) == 89.3 and figure(*ten, "--imb-ratio", "50") == 92.2
-    assert (
-        figure("--dataset", "cifar100_lt", "--imb-ratio", "50") == 63.4 and figure("--dataset", "imagenet_lt") == 57.2
-    )
-    assert figure("--dataset", "cifar100_lt", "--variant", "glmc_sam") == 59.01
-    assert (
-        figure(*ten, "--variant", "glmc") == 87.75 and figure(*ten, "--variant", "glmc", of=fsgl.RELEASED_CODE) == 88.5
-    )
-    assert figure(*ten, "--recipe", "released") == 89.3 and figure(*ten, "--precision", "fp32") == 89.3
-    assert figure(*ten, "--variant", "glmc", "--rho", "-1") == 87.75, "as the released command says it"
-    two = parsed(*ten)
-    two.changed["gpus"] = 2
-    assert fsgl.published(two, fsgl.PAPER)["overall"] == 89.3, "it was on two as well"
-    others = ("--imb-ratio 10", "--imb-type step", "--fcc 0.2", "--epochs 3", "--variant ce", "--fsm-mode same")
-    for flags in (text.split() for text in (*others, "--backbone resnet32")):
-        assert figure(*ten, *flags) is None, flags
-    assert figure() is None and figure(*ten, of=fsgl.RELEASED_CODE) is None
-
-
 @pytest.mark.parametrize("flags", [[], ["--select", "val"]])
 def test_only_cifar10_is_normalised_as_in_the_released_code(flags, monkeypatch):
     """Statistics of FSGL's and GLMC's loaders; letters stand in for the images, read by the real `load`."""
@@ -659,9 +633,8 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture
 def call(tiny, tmp_path, monkeypatch):
-    """main() in this process, without pictures; returns the run folder (None where there is none) or an exit code."""
+    """main() in this process; returns the run folder (None where there is none) or an exit code."""
     monkeypatch.setattr(sys, "argv", ["fsgl.py"])
-    monkeypatch.setattr(tables, "draw_result", lambda *_: None)
 
     def run(*flags, out="run"):
         known = [] if "--dataset" in flags else ["--dataset", str(tiny)]
@@ -978,7 +951,6 @@ def test_a_tree_of_jpegs_on_two_ranks_from_the_command_line(call, tmp_path, caps
     folder, result = commands.folder(tmp_path / "out"), commands.result(tmp_path / "out")
     assert result["variant"].endswith("gpus2") and result["args"]["schedule"] == "warmup"
     assert sum(map(sum, result["confusion"])) == 10 and result["counts"] == [8, 5, 4, 2, 2]
-    assert len(list(folder.glob("*.png"))) >= 1
     call(*map(str, flags), "--eval", str(folder / "train.pt"), "--workers", "0")
     printed = capsys.readouterr().out
     assert f"overall {100 * result['headline']['overall']:.2f}%" in printed, "one process finds what two ranks did"

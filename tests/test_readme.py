@@ -55,7 +55,7 @@ def test_a_method_command_is_accepted(line):
 def test_a_method_command_runs_on_letters(line, tiny, tmp_path):  # noqa: F811
     words = shlex.split(line)
     script, flags = method_of(words), words[2:]
-    trains = "targets" not in flags and "--theory" not in flags
+    trains = "targets" not in flags
     if "toy" in flags:
         short = {"tsc": ["--epochs", "2", "--batch-size", "256"]}.get(script, [])
     else:
@@ -116,8 +116,9 @@ def test_the_other_commands(tmp_path):
         assert done.returncode == 0 and "will run" in done.stdout, done.stderr
     rest = [line for line in others if line not in run_all]
     # run by test_compare_export...; the suite itself; on ranks in test_ranks.py
-    programs = {re.match(r"python [\w/]+\.py|bash [\w/]+\.sh|torchrun", line)[0] for line in rest}
-    assert programs <= {"python common.py", "python tests/benchmarks.py", "bash tests/run.sh", "torchrun"}, rest
+    programs = {re.match(r"python -m [\w.]+|python [\w/]+\.py|bash [\w/]+\.sh|torchrun", line)[0] for line in rest}
+    tools = {f"python -m tools.{name}" for name in ("report", "figures", "toys")}
+    assert programs <= tools | {"python tests/benchmarks.py", "bash tests/run.sh", "torchrun"}, rest
 
 
 def test_compare_export_and_the_figure_of_the_exported_file(tmp_path):
@@ -127,18 +128,21 @@ def test_compare_export_and_the_figure_of_the_exported_file(tmp_path):
         named = tmp_path / "runs" / script / "glyphs_lt_ir100" / variant
         named.parent.mkdir(parents=True, exist_ok=True)
         shutil.move(commands.folder(tmp_path / variant).parent, named)
-    wanted = [line for line in lines() if line.startswith(("python common.py", "python tsc.py --eval"))]
+    wanted = [line for line in lines() if line.startswith(("python -m tools.", "python tsc.py --eval"))]
+    wanted = [line for line in wanted if not line.startswith("python -m tools.report run")]
     said = []
     for line in wanted:
-        words = [str(ROOT / word) if word.startswith("results/") else word for word in shlex.split(line)[2:]]
-        words = [sys.executable, ROOT / line.split()[1], *words]
+        words = [str(ROOT / word) if word.startswith("results/") else word for word in shlex.split(line)[1:]]
+        words = [sys.executable, *(ROOT / word if word == "tsc.py" else word for word in words)]
         done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=commands.environment())
         assert done.returncode == 0, done.stderr
-        said.append(done.stdout)
-    assert [line.split()[2] for line in wanted] == ["compare", "export", "--eval", "--eval"]
-    assert "overall 78.68" in re.sub(r" +", " ", said[3])  # as the README says
-    assert "| overall |" in said[0] and "of this file" in said[1]
-    assert f"overall {re.search(r'([0-9.]+) % of this file', said[1])[1]}" in re.sub(r" +", " ", said[2])
+        said.append(re.sub(r" +", " ", done.stdout))
+    assert [re.search(r"compare|export|figures|toys|--eval", line)[0] for line in wanted] == [
+        "compare", "export", "figures", "--eval", "--eval", "toys", "toys"
+    ]  # fmt: skip
+    assert "overall 78.68" in said[4]  # as the README says
+    assert "| overall |" in said[0] and "of this file" in said[1] and "wrote runs/tsc/" in said[2]
+    assert f"overall {re.search(r'([0-9.]+) % of this file', said[1])[1]}" in said[3]
 
 
 def test_files_and_folders_that_it_names_are_there():

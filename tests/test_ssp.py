@@ -26,7 +26,7 @@ import common
 import data_lt
 import models
 import ssp_pretrain as ssp
-import tables
+from tools.figures import draw_run
 
 TINY_FLAGS = (
     "--backbone resnet8 --batch-size 40 --train-batch-size 50 --epochs 1 --train-epochs 2 --eval-every 1".split()
@@ -393,9 +393,8 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def here(monkeypatch):
-    """The name of the script, no pictures, and the signal handlers as they were."""
+    """The name of the script and the signal handlers as they were."""
     monkeypatch.setattr(sys, "argv", ["ssp_pretrain.py"])
-    monkeypatch.setattr(tables, "draw_result", lambda result, folder: None)
     monkeypatch.setattr(os, "fsync", lambda file: None)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
@@ -546,7 +545,6 @@ def pretrained(tmp_path_factory, tiny):
     out = tmp_path_factory.mktemp("pretrained")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["ssp_pretrain.py"])
-        patch.setattr(tables, "draw_result", lambda result, folder: None)
         first = tiny_run(tiny, "--stage", "pretrain", out=out / "a").joinpath("pretrain.pt")
         return first, tiny_run(tiny, "--stage", "train", "--init-from", first, out=out / "b").joinpath("train.pt")
 
@@ -707,7 +705,7 @@ def test_moco_uniform_stage_and_crt_on_a_tree_of_jpegs(tmp_path, monkeypatch):
     balanced = run(*flags[:8], *flags[16:20], *flags[-2:], *alone, "--rule", "resample", out=tmp_path / "c")
     assert not same(state(balanced, "train")["model"], feature)
     told = result(balanced)
-    assert told["args"]["class_aware"] == 4 and told["headline"]["overall"] is not None and told["paper"] is None
+    assert told["args"]["class_aware"] == 4 and told["headline"]["overall"] is not None
 
     commands.run("ssp_pretrain.py", *flags, "--two-stage", "--gpus", 2, "--quiet", out=tmp_path / "d")
     ranks = state(commands.folder(tmp_path / "d"), "pretrain")
@@ -751,7 +749,8 @@ def test_the_pair_side_by_side(tmp_path, tiny, monkeypatch):
     nearest = [max(float(similar["cosine"][c, d]) for d in range(10) if d != c) for c in by_size]
     assert cosine["rows"][1]["values"] == pytest.approx([100 * x for x in nearest], abs=1e-3)
     assert cosine["plot"]["rows"] == distance["plot"]["rows"] == ["CE+DRW", "CE+SSP+DRW"]
-    assert len(list(folder.glob("*.png"))) == 5, "two curves of similarity, recall, reliability, confusion"
+    drawn = [path.name for path in draw_run(folder)]
+    assert len(drawn) == 6, "two curves of similarity, recall, reliability, confusion, features"
     with np.load(folder / "features_test.npz") as file:
         net = models.Net(models.backbone("resnet8"), models.linear_head(64, 10))
         net.load_state_dict(state(folder, "train")["model"])
@@ -761,42 +760,6 @@ def test_the_pair_side_by_side(tmp_path, tiny, monkeypatch):
 
 def parsed(*flags):
     return ssp.parse_args([str(word) for word in flags])
-
-
-def test_published_figures_stand_only_beside_the_published_settings():
-    def paper(*flags, ssp_on=True):
-        found = ssp.published(parsed("--data-root", "x", *flags), ssp_on)
-        return found and found["overall"]
-
-    ten, hundred = ["--dataset", "cifar10_lt"], ["--dataset", "cifar100_lt"]
-    assert paper(*ten) == 73.8 and paper(*ten, "--compare", ssp_on=False) == 71.3
-    assert paper(*hundred, "--imb-ratio", 10, "--rule", "drw") == 59.1
-    assert paper(*ten, "--recipe", "released", "--rule", "resample") == 73.4
-    assert paper(*ten, "--depth", 110, "--imb-ratio", 20, "--loss", "ldam", ssp_on=False) == 76.2
-    assert paper(*ten, "--loss", "ldam") == 74.1 and paper(*ten, "--depth", 32, "--rule", "reweight") == 74.9
-    assert paper(*hundred, "--loss", "ldam", "--rule", "drw") == 43.43
-    assert paper("--dataset", "imagenet_lt") == 45.6 and paper("--dataset", "inat18", "--rule", "resample") == 65.9
-    assert paper("--dataset", "imagenet_lt", "--two-stage") == 51.3
-    for flags in (["--epochs", 100], ["--ssp", "moco"], ["--depth", 20], ["--imb-ratio", 30], ["--imb-type", "step"],
-                  ["--two-stage"], ["--loss", "focal"], ["--train-lr", 0.05], ["--data-seed", 1]):  # fmt: skip
-        assert paper(*ten, *flags) is None, flags
-    assert paper(*ten, "--eval-every", 5) == 73.8 and paper("--dataset", "imagenet_lt", "--imb-ratio", 50) is None
-    assert paper("--dataset", "imagenet_lt", "--backbone", "resnet10") is None and paper() is None
-    semi = ["--ssp", "none", "--imb-ratio", 50, "--unlabeled-source"]
-    assert ssp.published_semi(parsed("--data-root", "x", *ten, *semi, "a.npz"))["overall"] == 81.64
-    known = [*ten, *semi, "a.npz", "--imb-ratio-unlabeled", 100]
-    assert ssp.published_semi(parsed("--data-root", "x", *known))["overall"] == 80.06
-    for flags in ([*ten, *semi, "leftover"], [*known, "--rule", "drw"], [*known, "--loss", "ldam"],
-                  [*known, "--semi-lr", 1], [*known, "--imb-ratio", 10], [*known, "--ssp", "rotation"]):  # fmt: skip
-        assert ssp.published_semi(parsed("--data-root", "x", *flags)) is None, flags
-    for source in ("LL Table 1", "LL Table 11"):
-        for name, cells in ssp.PAPER[source].items():
-            figures = [list(map(float, cell.split("/"))) for cell in cells.split()]
-            assert len(figures) == 8 and {len(cell) for cell in figures} == {1 if source == "LL Table 1" else 4}, name
-    gains = {"": 2.5, "+RS": 3.4, "+RW": 2.4, "+DRW": 2.1}
-    for rule, gain in gains.items():
-        one, other = (float(ssp.PAPER["LL Table 1"][f"CE{s}{rule}"].split()[0]) for s in ("", "+SSP"))
-        assert other - one == pytest.approx(gain)
 
 
 def test_flags_do_what_they_say(capsys):

@@ -1,4 +1,4 @@
-"""`python common.py run|tables|figures`, and the shell scripts that find an interpreter for it."""
+"""`python -m tools.report`, `tools.figures`, `tools.toys`, and the shell scripts that find an interpreter for them."""
 
 import importlib.util
 import json
@@ -13,11 +13,12 @@ import zipfile
 from pathlib import Path
 
 import commands
+import numpy as np
 import pytest
 import torch
 
 import common
-import tables
+from tools import figures, report, results, toys
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = [ROOT / f"{name}.py" for name in "toy_similarity ssp_pretrain tsc bns_ipdpp fsgl tailcalibx".split()]
@@ -66,7 +67,7 @@ def desk(tmp_path, monkeypatch):
 
         def __call__(self, lines: str, *flags: str) -> int:
             (tmp_path / "cells").write_text(lines.replace("FAKE", self.script))
-            return tables.main_cli(["run", "cells", *flags])
+            return report.main(["run", "cells", *flags])
 
         def starts(self) -> list[str]:
             return (tmp_path / "runs" / "starts").read_text().splitlines()
@@ -85,14 +86,14 @@ def test_lines_become_cells(desk):
 
     again | {desk.script} --accuracy 1 | 1,5
     """
-    cells = tables.read_cells(lines, seeds=2)
+    cells = report.read_cells(lines, seeds=2)
     assert [(cell.table, cell.seed) for cell in cells] == [("one", 0), ("one", 1), ("two", 7), ("again", 5)]
     assert cells[0].words == (str(desk.path / "fake script.py"), "--accuracy", "1")
     assert cells[2].words[-1] == "a b"
     assert [cell.dataset for cell in cells] == ["glyphs_lt", "glyphs_lt", "cifar10_lt", "glyphs_lt"]
     assert len({cell.key for cell in cells}) == len(cells)
-    assert [cell.table for cell in tables.read_cells(lines, only="TWO|nothing")] == ["two"]
-    assert len(tables.read_cells(lines, seeds=9)) == 5
+    assert [cell.table for cell in report.read_cells(lines, only="TWO|nothing")] == ["two"]
+    assert len(report.read_cells(lines, seeds=9)) == 5
 
 
 @pytest.mark.parametrize(
@@ -133,18 +134,18 @@ def test_bad_flags(desk, capsys):
             desk("one | FAKE | 0", *flags)
         assert stopped.value.code == 2
         assert capsys.readouterr().err.count("\n") == 1
-    assert tables.main_cli(["run", "no such file"]) == 2
-    assert tables.main_cli(["tables", "--runs", "nowhere"]) == 2
+    assert report.main(["run", "no such file"]) == 2
+    assert report.main(["tables", "--runs", "nowhere"]) == 2
     (desk.path / "runs").touch()
     assert desk("one | FAKE | 0") == 2, "the folder of runs is a file"
 
 
 def test_what_this_machine_can_run(tmp_path, monkeypatch, desk):
     def why(dataset, cifar=False):
-        (cell,) = tables.read_cells(f"t | {desk.script} --dataset {dataset} | 0")
-        return tables.why_not(cell, tmp_path / "data", cifar)
+        (cell,) = report.read_cells(f"t | {desk.script} --dataset {dataset} | 0")
+        return report.why_not(cell, tmp_path / "data", cifar)
 
-    monkeypatch.setattr(tables.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(report.torch.cuda, "is_available", lambda: False)
     assert why("glyphs_lt") is None
     for name in ("cifar10_lt", "cifar100_lt", "svhn_lt"):
         assert "no GPU" in why(name) and why(name, cifar=True) is None
@@ -153,7 +154,7 @@ def test_what_this_machine_can_run(tmp_path, monkeypatch, desk):
         (tmp_path / "data" / name).mkdir(parents=True)
         assert why(name) is None
     assert "is not there" in why("my/images") and why(str(tmp_path)) is None
-    monkeypatch.setattr(tables.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(report.torch.cuda, "is_available", lambda: True)
     assert why("cifar10_lt") is None
 
 
@@ -223,9 +224,11 @@ def listen() -> None:
 def start_and_wait(desk, lines: str) -> tuple[subprocess.Popen, int]:
     """The command in a process of its own, and the process id of its hanging cell."""
     (desk.path / "cells").write_text(lines.replace("FAKE", desk.script))
-    command = [sys.executable, str(ROOT / "common.py"), "run", "--jobs", "1"]
+    command = [sys.executable, "-m", "tools.report", "run", "--jobs", "1"]
     with open(desk.path / "cells") as cells:
-        process = subprocess.Popen(command, stdin=cells, stdout=subprocess.PIPE, text=True, preexec_fn=listen)
+        process = subprocess.Popen(
+            command, stdin=cells, stdout=subprocess.PIPE, text=True, preexec_fn=listen, env=commands.environment()
+        )
     for _ in range(600):
         if (desk.path / "runs" / "hanging").exists() and (desk.path / "runs" / "hanging").read_text():
             return process, int((desk.path / "runs" / "hanging").read_text())
@@ -296,7 +299,7 @@ def put(folder: Path, *results: dict) -> list[Path]:
 
 def make_tables(*folders: Path) -> tuple[int, str]:
     out = folders[0] / "RESULTS.md"
-    code = tables.main_cli(["tables", "--runs", *map(str, folders), "--out", str(out)])
+    code = report.main(["tables", "--runs", *map(str, folders), "--out", str(out)])
     return code, out.read_text()
 
 
@@ -383,10 +386,15 @@ def test_not_a_number_is_a_missing_value(tmp_path):
 
 
 def test_a_finished_run_is_printed_with_its_path_last(tmp_path, capsys):
-    tables.print_result(result(0), tmp_path)
-    said = capsys.readouterr().out
-    assert said.startswith("overall 70.0 %  many 90.0 %  medium 50.0 %  few n/a") and "| tail | 10.0 | 20.0 |" in said
-    assert said.splitlines()[-1] == f"result: {tmp_path / 'result.json'}"
+    run = object.__new__(common.Run)
+    run.folder = tmp_path
+    for one, lines in (
+        (result(0), ["overall 70.0 %  many 90.0 %  medium 50.0 %  few n/a"]),
+        (result(0, headline=None), []),
+    ):
+        (tmp_path / "result.json").write_text(json.dumps(one))
+        run.show()
+        assert capsys.readouterr().out.splitlines() == [*lines, f"result: {tmp_path / 'result.json'}"]
 
 
 def test_figures_are_the_same_bytes_every_time(tmp_path):
@@ -395,7 +403,7 @@ def test_figures_are_the_same_bytes_every_time(tmp_path):
     put(tmp_path, result(0), result(1), result(0, variant="tsc"))
     put(tmp_path, result(0, dataset="big", counts=many, per_class=[0.5] * 60, confusion=None, tables=[]))
     put(tmp_path, result(0, dataset="plain", per_class=None, confusion=None, tables=[]))
-    code = [tables.main_cli(["figures", "--runs", str(tmp_path), "--out", str(tmp_path / name)]) for name in "ab"]
+    code = [report.main(["figures", "--runs", str(tmp_path), "--out", str(tmp_path / name)]) for name in "ab"]
     assert code == [0, 0]
     first, second = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in "ab")
     assert first == second and all(data.startswith(b"\x89PNG") for data in first.values())
@@ -411,16 +419,14 @@ def test_figures_are_the_same_bytes_every_time(tmp_path):
     )
 
 
-def test_without_matplotlib_figures_stop_and_a_run_goes_on(desk, monkeypatch, capsys):
+def test_without_matplotlib_figures_stop_and_tables_go_on(desk, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     put(desk.path / "runs", result(0))
-    assert tables.main_cli(["figures"]) == 2
+    assert report.main(["figures"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "pip install matplotlib" in error
-    assert tables.main_cli(["tables"]) == 0
+    assert report.main(["tables"]) == 0
     assert desk("one | FAKE | 0") == 0 and "no figures" in capsys.readouterr().out
-    tables.draw_result(result(0), desk.path)
-    assert "no pictures" in capsys.readouterr().out
 
 
 # --- the shell scripts ----------------------------------------------------------------------------------------------
@@ -428,7 +434,7 @@ def test_without_matplotlib_figures_stop_and_a_run_goes_on(desk, monkeypatch, ca
 
 @pytest.fixture
 def checkout(tmp_path):
-    """The scripts in a folder with spaces, requirements that this interpreter meets, and a common.py that echoes."""
+    """The scripts in a folder with spaces, requirements that this interpreter meets, a tools.report that echoes."""
     root = tmp_path / "a b" / "long tail"
     for name in ("env.sh", "run_all.sh", "tests/run.sh", ".ci/run"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -438,7 +444,8 @@ def checkout(tmp_path):
     echo = (
         'import os\nimport sys\n\nprint(sys.argv[1:], os.getcwd(), sys.prefix)\nprint(sys.stdin.read().count(".py"))\n'
     )
-    (root / "common.py").write_text(echo)
+    (root / "tools").mkdir()
+    (root / "tools" / "report.py").write_text(echo)
     (root / "tests" / "test_one.py").write_text("def test_one():\n    assert True\n")
     return root
 
@@ -533,14 +540,14 @@ def test_lint_errors_fail_the_tests_too(checkout):
 
 
 def test_braces_stand_for_several_lines(desk, capsys):
-    assert tables.expand("a {b,c} {d,}") == ["a b d", "a b ", "a c d", "a c "] and tables.expand("{x}") == ["{x}"]
+    assert report.expand("a {b,c} {d,}") == ["a b d", "a b ", "a c d", "a c "] and report.expand("{x}") == ["{x}"]
     assert desk("a | FAKE --accuracy {1,2} {,--hang} | 0,1\n", "--dry-run", "--seeds", "2") == 0
     assert "will run 8 cell(s)" in capsys.readouterr().out
 
 
 def test_every_line_of_run_all_is_accepted_by_its_script():
     text = (ROOT / "run_all.sh").read_text()
-    cells = tables.read_cells(text[text.index("<<'CELLS'") + 9 : text.rindex("CELLS")], 9)
+    cells = report.read_cells(text[text.index("<<'CELLS'") + 9 : text.rindex("CELLS")], 9)
     assert len(cells) > 500 and {cell.words[0] for cell in cells} == {path.name for path in METHODS}
     modules, backbones = {path.name: importlib.import_module(path.stem) for path in METHODS}, {}
     for cell in cells:
@@ -591,18 +598,18 @@ def test_two_runs_are_compared_seed_by_seed(tmp_path, capsys):
 
     run("a", {0: 0.5, 1: 0.6, 2: 0.7}, "kcl")
     run("b", {0: 0.52, 1: 0.61, 3: 0.9}, "tsc")
-    assert tables.main_cli(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    assert report.main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
     text = capsys.readouterr().out
     assert "| overall | 55.0 ± 7.1 | 56.5 ± 6.4 | +1.50 | 0.50 |" in text and "| few | - | - | - | - |" in text
     assert "seeds 0, 1\n" in text and "note: A has seed(s) 2 alone" in text and "note: B has seed(s) 3 alone" in text
     run("b", {0: 0.4, 2: 0.5}, "kcl")  # two runs there: only the one that both have
-    assert tables.main_cli(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    assert report.main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
     text = capsys.readouterr().out
     assert "| overall | 60.0 ± 14.1 | 45.0 ± 7.1 | -15.00 | 5.00 |" in text and "tsc, cifar10_lt_ir100, tsc" not in text
     run("c", {7: 0.4}, "kcl")
     (tmp_path / "d").mkdir()
     for other, words in (("c", "no seed in common: 0, 1, 2"), ("d", "no result.json"), ("e", "is not a folder")):
-        assert tables.main_cli(["compare", str(tmp_path / "a"), str(tmp_path / other)]) == 2
+        assert report.main(["compare", str(tmp_path / "a"), str(tmp_path / other)]) == 2
         said = capsys.readouterr().err
         assert words in said and said.count("\n") == 1
 
@@ -613,7 +620,7 @@ def test_exported_weights_give_the_figure_again(tmp_path, capsys):
     subprocess.run([*script, *flags, "--out", str(tmp_path)], check=True, capture_output=True)
     folder, out = tmp_path / "fsgl" / "glyphs_lt_ir100" / "ce_epochs2" / "seed3", tmp_path / "ce.pt"
     whole = json.loads((folder / "result.json").read_text())["headline"]["overall"]
-    assert tables.main_cli(["export", str(folder), "--out", str(out)]) == 0
+    assert report.main(["export", str(folder), "--out", str(out)]) == 0
     said = capsys.readouterr().out.splitlines()
     saved = common.load_checkpoint(out)
     state = saved["state"]["model"]
@@ -626,8 +633,8 @@ def test_exported_weights_give_the_figure_again(tmp_path, capsys):
     assert command[:3] == ["fsgl.py", "--variant", "ce"] and "--eval" in command and "--out" not in command
     again = subprocess.run([*script, *command[1:], "--logger", "none"], capture_output=True, text=True, cwd=tmp_path)
     assert again.returncode == 0 and f"overall {100 * saved['exported']['half']:.2f}%" in again.stdout, again.stderr
-    assert tables.main_cli(["export", str(folder), "--out", str(out)]) == 2 and "exists" in capsys.readouterr().err
-    assert tables.main_cli(["export", str(tmp_path), "--out", str(tmp_path / "x.pt")]) == 2
+    assert report.main(["export", str(folder), "--out", str(out)]) == 2 and "exists" in capsys.readouterr().err
+    assert report.main(["export", str(tmp_path), "--out", str(tmp_path / "x.pt")]) == 2
     assert "is no folder of a finished run" in capsys.readouterr().err and not (tmp_path / "x.pt").exists()
 
 
@@ -649,7 +656,7 @@ def test_recorded_weights_of_cifar_give_their_figure_again(tmp_path, pytestconfi
     assert files and all(path.stat().st_size < 2e6 for path in files)
     for path in files if pytestconfig.getoption("--slow") else files[:1]:
         exported = common.load_checkpoint(path)["exported"]
-        words = [str(ROOT / exported["command"][0]), *exported["command"][1:], "--eval", str(path), "--log", "none"]
+        words = [str(ROOT / exported["command"][0]), *exported["command"][1:], "--eval", str(path), "--logger", "none"]
         done = subprocess.run(
             [sys.executable, *words, "--data-root", str(real_data_root), "--out", str(tmp_path)],
             capture_output=True, text=True, env=commands.environment(),
@@ -662,6 +669,233 @@ def test_recorded_weights_of_cifar_give_their_figure_again(tmp_path, pytestconfi
 
 def test_pictures_are_linked(tmp_path):
     put(tmp_path, result(0))
-    written = tables.write_figures([result(0)], tmp_path / "figures")
+    written = figures.write_figures([result(0)], tmp_path / "figures", results.Published.read())
     text = make_tables(tmp_path)[1]
     assert len(written) > 1 and all(f"](figures/{path.name})" in text for path in written)
+
+
+# --- published figures ----------------------------------------------------------------------------------------------
+
+
+def published_of(line: str) -> dict:
+    """What stands beside a run of this command line: headline of paper and released code, rows of its first table."""
+    script, *words = line.split()
+    module = importlib.import_module(script)
+    args = module.parse_args([*words, "--data-root", "x"])
+    method, names = {
+        "toy_similarity": lambda: (args.experiment, ["truck (tail)", "rank-1"]),
+        "ssp_pretrain": lambda: (module.method_name(args), arms(module, args)),
+        "tsc": lambda: ("toy", ["KCL", "TSC"]) if args.command == "toy" else (args.method, []),
+        "bns_ipdpp": lambda: ("bns_ipdpp", args.stages.split(",")[1:]),
+        "fsgl": lambda: (args.variant, []),
+        "tailcalibx": lambda: (args.pipeline, []),
+    }[script]()
+    header, columns = "", ["overall", "many", "medium", "few", "1:1:1", "10:1:1", "last epoch"]
+    if script == "toy_similarity":
+        header = {"sweep2": "images of the tail", "verification": "p"}.get(args.experiment)
+        columns = [5000, 100] if args.experiment == "sweep2" else [0, 0.5]
+    names += ["rotation accuracy, test set (%)"] * (script == "ssp_pretrain")
+    rows = [{"name": name, "values": [0.0] * len(columns)} for name in names]
+    table = {"title": "t", "row_header": header, "columns": columns, "rows": rows}
+    run = result(0, script=script, method=method, args=common.result_args(args), tables=[table], paper=None)
+    run = json.loads(json.dumps(run | {"changed": args.changed}))
+    known = results.Published.read()
+    found = {name: known.row(run, table, name) for name in names}
+    found = {name: [value for value in values if value is not None] for name, values in found.items() if values}
+    for key in ("paper", "released"):
+        figure = known.headline(run, key == "released")
+        found[key] = figure and figure["overall"]
+    return found
+
+
+def arms(ssp, args) -> list[str]:
+    """The recipes of a run, as it names them; the last one has the headline."""
+    names = [ssp.recipe_name(args, False)] * args.compare + [ssp.recipe_name(args, args.ssp != "none")]
+    return names + ["with pseudo-labels"] * bool(args.unlabeled_source)
+
+
+C10, C100, IMAGENET = "--dataset cifar10_lt", "--dataset cifar100_lt", "--dataset imagenet_lt"
+SEMI = f"ssp_pretrain {C10} --ssp none --imb-ratio 50 --unlabeled-source"
+
+
+@pytest.mark.parametrize(
+    "line, figure",
+    [
+        (f"fsgl {C10}", 89.3), (f"fsgl {C10} --imb-ratio 50", 92.2), (f"fsgl {IMAGENET}", 57.2),
+        (f"fsgl {C100} --variant glmc_sam", 59.01), (f"fsgl {C10} --recipe released", 89.3),
+        (f"fsgl {C10} --variant glmc --rho -1", 87.75), (f"fsgl {C10} --precision fp32 --gpus 2", 89.3),
+        *((f"fsgl {C10} {flags}", None) for flags in (
+            "--imb-ratio 10", "--imb-type step", "--fcc 0.2", "--epochs 3", "--variant ce", "--backbone resnet32")),
+        ("fsgl", None), (f"bns_ipdpp {C10}", 76.4), (f"bns_ipdpp {C100} --imb-ratio 200", 46.7),
+        (f"bns_ipdpp {C10} --stages pretrain,probe", 68.2), (f"bns_ipdpp {C10} --recipe released", 76.4),
+        (f"bns_ipdpp {C10} --stages pretrain,probe,finetune", 76.4), (f"bns_ipdpp {IMAGENET}", None),
+        *((f"bns_ipdpp {C10} {flags}", None) for flags in (
+            "--imb-ratio 20", "--imb-type step", "--subset-mode uniform", "--epochs 100", "--data-seed 1")),
+        ("bns_ipdpp", None), (f"ssp_pretrain {C10}", 73.8), (f"ssp_pretrain {C10} --ssp none", 71.3),
+        (f"ssp_pretrain {C100} --imb-ratio 10 --rule drw", 59.1), (f"ssp_pretrain {C10} --eval-every 5", 73.8),
+        (f"ssp_pretrain {C10} --recipe released --rule resample", 73.4), ("ssp_pretrain", None),
+        (f"ssp_pretrain {C10} --depth 110 --imb-ratio 20 --loss ldam --ssp none", 76.2),
+        (f"ssp_pretrain {C10} --loss ldam", 74.1), (f"ssp_pretrain {C10} --depth 32 --rule reweight", 74.9),
+        (f"ssp_pretrain {C100} --loss ldam --rule drw", 43.43), (f"ssp_pretrain {IMAGENET}", 45.6),
+        ("ssp_pretrain --dataset inat18 --rule resample", 65.9), (f"ssp_pretrain {IMAGENET} --two-stage", 51.3),
+        (f"ssp_pretrain {IMAGENET} --backbone resnet10", None), (f"ssp_pretrain {IMAGENET} --imb-ratio 50", None),
+        *((f"ssp_pretrain {C10} {flags}", None) for flags in (
+            "--epochs 100", "--ssp moco", "--depth 20", "--imb-ratio 30", "--imb-type step", "--two-stage",
+            "--loss focal", "--train-lr 0.05", "--data-seed 1")),
+        (f"{SEMI} a.npz", 81.64), (f"{SEMI} a.npz --imb-ratio-unlabeled 50", 81.64),
+        (f"{SEMI} a.npz --imb-ratio-unlabeled 100", 80.06), (f"{SEMI} leftover", None),
+        *((f"{SEMI} a.npz --imb-ratio-unlabeled 100 {flags}", None) for flags in (
+            "--rule drw", "--loss ldam", "--semi-lr 1", "--imb-ratio 10", "--ssp rotation")),
+        (f"tsc {C10}", 79.7), (f"tsc {C10} --method kcl", 77.6), (f"tsc {C10} --imb-ratio 10", 88.7), ("tsc", None),
+        (f"tsc {C10} --imb-ratio 50", None), (f"tsc {C10} --imb-type step", None), (f"tsc {C10} --epochs 500", None),
+        (f"tsc {C10} --target-weight 0.5", 79.5), (f"tsc {C10} --target-weight 0.4", None),
+        (f"tsc {C10} --dim 3", 77.5), (f"tsc {C10} --dim 3 --method kcl", 72.3), (f"tsc {C10} --eval-every 5", 79.7),
+        (f"tsc {IMAGENET} --warmup-frac 0", 51.3), (f"tsc {IMAGENET} --method kcl --epochs 400", 51.6),
+        (f"tailcalibx {C100} --pipeline cbd_tailcalibx --imb-ratio 10", 61.13), (f"tailcalibx {C100}", None),
+        (f"tailcalibx {C100} --pipeline cbd_tailcalibx --recipe released --seed 3", 46.59),
+        (f"tailcalibx {C100} --pipeline cbd_tailcalibx --alpha 0.1", None),
+        ("tailcalibx --dataset mini_imagenet_lt", 44.73),
+    ],
+)  # fmt: skip
+def test_published_figures_stand_only_beside_the_published_settings(line, figure):
+    assert published_of(line)["paper"] == figure
+
+
+def test_released_figures_and_rows_of_tables_stand_there_too():
+    assert (
+        published_of(f"fsgl {C10} --variant glmc")["released"] == 88.5 and not published_of(f"fsgl {C10}")["released"]
+    )
+    assert published_of(f"tsc {IMAGENET}")["released"] == 52.44
+    assert published_of(f"tailcalibx {C100} --pipeline cosine_ce --recipe released")["released"] == 40.4
+    assert published_of(f"tailcalibx {C100} --pipeline cosine_ce")["released"] is None
+    probe = published_of(f"bns_ipdpp {C10} --stages pretrain,probe,finetune")
+    assert probe["probe"] == [68.2, 69.4, 66.0, 67.6] and probe["finetune"] == [76.4]
+    pair = published_of(f"ssp_pretrain {C10} --compare")
+    assert (pair["CE"], pair["CE+SSP"], pair["rotation accuracy, test set (%)"]) == ([71.3], [73.8], [83.8])
+    toy = published_of(f"tsc toy {C10}")
+    assert toy["KCL"] == [94.3, 83.2] and toy["TSC"] == [94.5, 87.4]
+    assert set(published_of(f"tsc toy {C10} --data-seed 1")) == {"paper", "released"}
+    sweep = published_of(f"toy_similarity {C10} --experiment sweep2 --points 5000,100")
+    assert sweep["truck (tail)"] == [94.2, 43.7] and sweep["rank-1"] == [92.6, 89.3]
+    assert published_of(f"toy_similarity {C10}")["truck (tail)"] == [32.8, 19.8]
+    for flags in ("--imb-ratio 10", "--imb-type step", "--head-class 3", "--control", "--dataset glyphs_lt"):
+        assert set(published_of(f"toy_similarity {C10} {flags}")) == {"paper", "released"}, flags
+
+
+def test_every_published_figure_has_a_source_and_an_epoch_rule():
+    rows = [row for own in results.Published.read().rows.values() for row in own]
+    assert len(rows) > 700 and {row["epoch_rule"] for row in rows} == {
+        "best on test", "best on validation", "unknown"
+    }  # fmt: skip
+    assert all(0 <= row["value"] <= 100 for row in rows if row["metric"] != "reasonability")
+    key = ("script", "dataset", "ratio", "method", "flags", "metric", "source")
+    assert len({tuple(row[name] for name in key) for row in rows}) == len(rows)
+    assert {row["script"] for row in rows} == {path.stem for path in METHODS}
+    shots = {}
+    for row in rows:  # a figure's groups recombine to its overall: 5, 2 and 3 classes of CIFAR-10
+        if row["source"].startswith("Figure 1a"):
+            shots.setdefault(row["method"], {})[row["metric"]] = row["value"]
+    assert len(shots) == 4
+    for own in shots.values():
+        assert own["overall"] == pytest.approx((5 * own["many"] + 2 * own["medium"] + 3 * own["few"]) / 10, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "row, said",
+    [
+        ("a,b,c", "needs script"), ("tsc,glyphs_lt,100,tsc,,overall,much,Table 1,unknown", "could not convert"),
+        ("tsc,glyphs_lt,100,tsc,,overall,5,,unknown", "needs script"),
+        ("tsc,glyphs_lt,100,tsc,dim 3,overall,5,Table 1,unknown", "is no list of --flag VALUE"),
+        ("tsc,glyphs_lt,100,tsc,--dim (,overall,5,Table 1,unknown", "line 2"),
+    ],
+)  # fmt: skip
+def test_a_bad_row_of_published_figures_is_one_line(tmp_path, row, said):
+    path = tmp_path / "published.csv"
+    path.write_text(",".join(results.COLUMNS) + f"\n{row}\n")
+    with pytest.raises(common.UserError, match="line 2") as error:
+        results.Published.read(path)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_published_figure_is_joined_and_its_epoch_said(tmp_path):
+    one = result(0, args={"dataset": "cifar10_lt", "imb_ratio": 100.0}, changed={"gpus": 2}, paper=None)
+    put(tmp_path, one, result(0, variant="old"), result(0, variant="other", changed={"lr": 1}, paper=None))
+    text = make_tables(tmp_path)[1]
+    assert "| cifar10_lt_ir100, kcl | 70.0 (1 seed) | 77.6 | - |" in text, "joined"
+    assert "| cifar10_lt_ir100, old | 70.0 (1 seed) | 71.3 | - |" in text, "of a run that carries its own"
+    assert "| cifar10_lt_ir100, other | 70.0 (1 seed) | - | - |" in text, "not the published settings"
+    assert "Column paper: supplement, table 10; epoch: unknown, Table 2." in text
+
+
+# --- pictures of single runs, toys ----------------------------------------------------------------------------------
+
+
+def test_pictures_of_a_run_go_into_its_folder(tmp_path, capsys):
+    (path,) = put(tmp_path / "runs", result(0))
+    rng = np.random.RandomState(0)
+    labels = np.repeat([0, 1, 2], 20)
+    np.savez(path.parent / "features_test.npz", features=rng.randn(60, 5).astype(np.float32), labels=labels)
+    assert figures.main([str(tmp_path / "runs")]) == 0
+    written = {picture.name for picture in path.parent.glob("*.png")}
+    assert {"features_test.png", "tsc-cifar10_lt_ir100-kcl-confusion.png"} <= written and len(written) == 4
+    assert capsys.readouterr().out.count("wrote ") == 4
+    for folder, words in ((tmp_path / "nothing", "no result.json"), (tmp_path / "bad", "not one of ours")):
+        (tmp_path / "bad").mkdir(exist_ok=True)
+        (tmp_path / "bad" / "result.json").write_text("{}")
+        assert figures.main([str(folder)]) == 2
+        assert words in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_generated_features_stand_beside_the_real_ones(tmp_path, monkeypatch):
+    args = {"tukey": 1.0, "alpha": 0.0, "topk": 1}
+    (path,) = put(tmp_path, result(0, script="tailcalibx", args=args, classes=["a", "b", "c"], counts=[50, 8, 2]))
+    labels, stars = np.repeat([0, 1, 2], [50, 8, 2]), []
+    features = np.random.RandomState(0).rand(60, 5).astype(np.float32)
+    np.savez(path.parent / "features_train.npz", features=features, labels=labels)
+    plot = figures.pyplot()
+    figure, axes = plot.subplots()
+    scatter = axes.scatter
+    monkeypatch.setattr(
+        axes, "scatter", lambda x, y, **style: stars.append((style.get("marker"), len(x))) or scatter(x, y, **style)
+    )
+    figures.draw_features(axes, path.parent / "features_train.npz", json.loads(path.read_text()))
+    plot.close(figure)
+    assert stars == [("*", 0), (None, 50), ("*", 42), (None, 8), ("*", 48), (None, 2)]
+
+
+def test_principal_plane_is_that_of_an_svd():
+    x = np.random.RandomState(0).randn(50, 6)
+    left, scale, _ = np.linalg.svd(x - x.mean(0), full_matrices=False)
+    ours, expected = figures.principal_plane(x), left[:, :2] * scale[:2]
+    np.testing.assert_allclose(np.abs(ours), np.abs(expected), atol=1e-10)
+
+
+def test_blobs(tmp_path, capsys, monkeypatch):
+    x, y, test_x, test_y = toys.blobs_data()
+    assert x.shape == (800, 2) and test_x.shape == (200, 2) and y.sum() == 400 and test_y.sum() == 100
+    first = x[torch.where(y == 0)[0][0]].tolist()
+    assert first == pytest.approx([0.56429236, 1.40208457], rel=1e-7), "the published figure's points"
+    every = torch.cat([x, test_x])
+    assert every.mean(0).abs().max() < 1e-12 and (every.std(0, unbiased=False) - 1).abs().max() < 1e-12
+    fit = toys.fit_mlp
+    monkeypatch.setattr(toys, "fit_mlp", lambda *args: fit(*args, epochs=3))
+    assert toys.main(["blobs", "--out", str(tmp_path)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 4
+    folder = tmp_path / "toys" / "blobs"
+    assert (folder / "blobs.png").stat().st_size > 50_000
+    assert len(json.loads((folder / "blobs.json").read_text())["accuracy"]) == 3
+
+
+def test_theory_prints_both_tables_and_draws(tmp_path, capsys):
+    assert toys.main(["theory", "--out", str(tmp_path)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 16
+    rows = json.loads((tmp_path / "toys" / "theory" / "theory.json").read_text())
+    pure = next(row for row in rows if row["head_weight"] == 0)
+    assert pure["acc_tail_bayes"] == pytest.approx(0, abs=1e-9), "pure tail copies: the tail is never chosen"
+    assert (tmp_path / "toys" / "theory" / "theory.png").stat().st_size > 5000
+    for words in (["theory", "--mix-ratio", "2"], ["blobs", "--seed", "-1"], ["circles"]):
+        with pytest.raises(SystemExit) as stopped:
+            toys.main([*words, "--out", str(tmp_path)])
+        assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    (tmp_path / "file").touch()
+    assert toys.main(["theory", "--out", str(tmp_path / "file")]) == 2

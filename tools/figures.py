@@ -1,0 +1,338 @@
+"""Pictures of runs, drawn from what they wrote: `python -m tools.figures RUN_FOLDER...`.
+
+Into each run's folder: the tables that are curves, confusion, recall against class size,
+reliability; of features that were saved (`--save-features`) their two first principal components.
+`python -m tools.report figures` draws all runs of a folder, averaged over seeds, side by side.
+"""
+
+import argparse
+import io
+import math
+import re
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import common
+import tailcalibx
+from tools.results import (
+    Published,
+    by_run,
+    label,
+    mean_std,
+    mean_text,
+    read_results,
+    tables_of,
+)
+
+# --- drawing into files ---------------------------------------------------------------------------
+
+
+def pyplot():
+    """matplotlib.pyplot drawing into files only; UserError when it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        message = "figures need matplotlib, which is not installed: pip install matplotlib"
+        raise common.UserError(message) from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    matplotlib.pyplot.rcdefaults()  # pictures do not depend on the user's style
+    return matplotlib.pyplot
+
+
+def save_figure(figure, path: Path) -> Path:
+    """Write a picture as PNG and close it; the same figures give the same bytes."""
+    buffer = io.BytesIO()
+    options = {"dpi": 130, "bbox_inches": "tight", "metadata": {"Software": None}}
+    figure.savefig(buffer, format="png", **options)
+    pyplot().close(figure)
+    common.write_atomic(path, lambda file: file.write(buffer.getvalue()))
+    return path
+
+
+class Album:
+    """Single pictures in one folder, named after what they show."""
+
+    def __init__(self, folder: Path):
+        self.plt, self.folder, self.written = pyplot(), folder, []
+        common.make_folder(folder)
+
+    def add(self, draw, size: tuple[float, float], name: Sequence[str], *what) -> None:
+        """One picture of `size` inches that `draw(axes, *what)` makes."""
+        stem = re.sub(r"[^\w.+]+", "-", "-".join(name)).strip("-")[:150]
+        path = self.folder / f"{stem}.png"
+        if path in self.written:
+            path = self.folder / f"{stem}-{len(self.written)}.png"
+        figure, axes = self.plt.subplots(figsize=size)
+        draw(axes, *what)
+        self.written.append(save_figure(figure, path))
+
+
+# --- pictures of results --------------------------------------------------------------------------
+
+WIDE, SQUARE = (7.2, 4.4), (6.4, 5.6)
+
+
+def write_figures(results: Sequence[dict], folder: Path, published: Published) -> list[Path]:
+    """Draw curves, recall, reliability and confusion as PNG, averaged over seeds; the files."""
+    album, runs = Album(folder), by_run(results)
+    for name, seeds in runs.items():
+        run = ", ".join(name[1:])
+        for table in tables_of(seeds, published):
+            if table.get("plot"):
+                album.add(draw_curves, WIDE, [*name, table["title"]], table, run)
+        if counted := [result["confusion"] for result in seeds if result.get("confusion")]:
+            point = f", {seeds[0]['confusion_of']}" if seeds[0].get("confusion_of") else ""
+            title = f"{name[0]}, {run}{point}, {len(counted)} seed(s)"
+            names = seeds[0].get("classes")
+            album.add(draw_confusion, SQUARE, [*name, "confusion"], counted, names, title)
+    recalls = _side_by_side(runs)
+    for (script, dataset), members in recalls.items():
+        known = [seeds for seeds in members if all(r.get("reliability") for r in seeds)]
+        if known:
+            title = f"{script}, {dataset}: reliability"
+            album.add(draw_reliability, WIDE, [script, dataset, "reliability"], known, title)
+    for name, members in recalls.items():
+        title = f"{', '.join(name)}: recall against class size"
+        album.add(draw_recall, WIDE, [*name, "recall"], members, title)
+    return album.written
+
+
+def _side_by_side(runs: dict[tuple, list[dict]]) -> dict[tuple, list[list[dict]]]:
+    """Runs of one picture: those of a script and data set, and those of a comparison."""
+    recalls: dict[tuple, list[list[dict]]] = {}
+    for name, seeds in runs.items():
+        counted = [r for r in seeds if r.get("headline") and r.get("per_class")]
+        if counted:
+            recalls.setdefault(name[:2], []).append(counted)
+            made_for = [table for result in counted for table in result.get("made_for", [])]
+            if any(table.startswith("comparison") for table in made_for):
+                recalls.setdefault(("comparison", name[1]), []).append(counted)
+    return recalls
+
+
+def _run_name(seeds: list[dict], title: str) -> str:
+    return label(seeds) if title.startswith("comparison") else seeds[0]["variant"]
+
+
+def _line(axes, x: Sequence[float], rows: Sequence, name: str, index: int) -> str:
+    """Mean line over `rows` with a band of one standard deviation; returns its colour."""
+    columns = zip(x, zip(*rows, strict=True), strict=True)
+    points = sorted((value, *mean_std(column)[:2]) for value, column in columns)
+    points = [(value, mean, std) for value, mean, std in points if mean is not None]
+    x, mean, std = (np.array(part) for part in zip(*points, strict=True)) if points else ([],) * 3
+    colour, style = f"C{index % 10}", ("-", "--", ":")[index // 10 % 3]
+    name = textwrap.fill(name, 28)
+    axes.plot(x, mean, style, color=colour, label=name, marker="o", markersize=3.5, linewidth=1.6)
+    if points:
+        axes.fill_between(x, mean - std, mean + std, color=colour, alpha=0.18, linewidth=0)
+    return colour
+
+
+def _gap(x: Sequence[float]) -> float:
+    """Smallest distance of neighbours over the whole range."""
+    x = sorted(set(x))
+    return min(np.diff(x), default=1.0) / max(x[-1] - x[0], 1e-12)
+
+
+def _finish(axes, x: Sequence[float], xlabel: str, ylabel: str, title: str) -> None:
+    """Ticks at the points; logarithmic where that spreads the points better."""
+    if min(x) > 0 and _gap([math.log(value) for value in x]) > _gap(x):
+        axes.set_xscale("log")
+    if len(set(x)) <= 12:
+        axes.set_xticks(sorted(set(x)), [f"{value:g}" for value in sorted(set(x))], fontsize=8)
+        axes.minorticks_off()
+    _dress(axes, xlabel, ylabel, title)
+
+
+def _dress(axes, xlabel: str, ylabel: str, title: str) -> None:
+    """Labels, grid, legend beside the axes."""
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.set_title(title, fontsize=10, wrap=True)
+    axes.grid(alpha=0.3, linewidth=0.6)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False)
+
+
+def draw_curves(axes, table: dict, run: str) -> None:
+    """The rows that the table wants drawn over its x; crosses are the published values."""
+    plot = table["plot"]
+    for index, name in enumerate(plot["rows"]):
+        values, paper = table["rows"][name]
+        colour = _line(axes, plot["x"], values, name, index)
+        known = [pair for pair in zip(plot["x"], paper or [], strict=False) if pair[1] is not None]
+        axes.plot([x for x, _ in known], [y for _, y in known], "x", color=colour, markersize=6)
+    if any(table["rows"][name][1] for name in plot["rows"]):
+        axes.plot([], [], "x", color="black", markersize=6, label="paper")
+    title = f"{table['title']}\n{run}, {len(table['seeds'])} seed(s)"
+    _finish(axes, plot["x"], plot.get("xlabel", ""), plot.get("ylabel", ""), title)
+
+
+def draw_recall(axes, runs: list[list[dict]], title: str) -> None:
+    """Recall of the classes (percent) against their training count, one line a run.
+
+    Classes of equal count are averaged; of more than 30 those within a tenth of a decade.
+    """
+    every: list[float] = []
+    for index, seeds in enumerate(runs):
+        counts, bins = seeds[0]["counts"], {}
+        for c, count in enumerate(counts):
+            exact = len(counts) <= 30 or count < 1
+            near = count if exact else round(10 ** round(math.log10(count), 1), 1)
+            bins.setdefault(near, []).append(c)
+        rows = [
+            [mean_std(result["per_class"][c] for c in bins[near])[0] for near in bins]
+            for result in seeds
+        ]
+        rows = [[None if value is None else 100 * value for value in row] for row in rows]
+        _line(axes, list(bins), rows, _run_name(seeds, title), index)
+        every += bins
+    _finish(axes, every, "training images of the class", "recall (%)", title)
+
+
+def draw_reliability(axes, runs: list[list[dict]], title: str) -> None:
+    """Accuracy against confidence in 15 bins, all seeds of a run together; honest: the diagonal."""
+    axes.plot([0, 100], [0, 100], color="black", linewidth=0.8)
+    for index, seeds in enumerate(runs):
+        bins = [result["reliability"] for result in seeds]
+        count = np.array([part["count"] for part in bins], float)  # [seeds, 15]
+        filled = count.sum(0) > 0
+
+        def mean(key: str, bins=bins, count=count, filled=filled):
+            values = np.array([part[key] for part in bins], float)
+            values[count == 0] = 0
+            return 100 * (values * count).sum(0)[filled] / count.sum(0)[filled]
+
+        ece = [100 * result["headline"]["ece"] for result in seeds]
+        name = f"{_run_name(seeds, title)} (ECE {mean_text(ece, runs=len(seeds))})"
+        style = {"color": f"C{index % 10}", "marker": "o", "markersize": 3, "linewidth": 1.4}
+        axes.plot(mean("confidence"), mean("accuracy"), label=textwrap.fill(name, 34), **style)
+    _dress(axes, "confidence (%)", "accuracy (%)", title)
+
+
+def draw_confusion(axes, counted: list, names: Sequence[str] | None, title: str) -> None:
+    """Share of each true class (row) that was predicted as each class, percent, over all seeds."""
+    total = np.array(counted, float).sum(0)  # [C, C]
+    share = 100 * total / total.sum(1, keepdims=True).clip(1)
+    size = len(share)
+    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
+    axes.figure.colorbar(image, ax=axes, label="percent of the true class", fraction=0.046)
+    if size <= 20:
+        labels = [str(name) for name in names or range(size)]
+        turned = 90 if max(map(len, labels)) > 3 else 0
+        axes.set_xticks(range(size), labels, fontsize=8, rotation=turned)
+        axes.set_yticks(range(size), labels, fontsize=8)
+        style = {"ha": "center", "va": "center", "fontsize": 7}
+        for i, j in np.argwhere(share >= 0.5):
+            colour = "white" if share[i, j] > 55 else "black"
+            axes.text(j, i, f"{share[i, j]:.0f}", color=colour, **style)
+    axes.set(xlabel="predicted class", ylabel="true class")
+    axes.set_title(title, fontsize=10, wrap=True)
+
+
+# --- pictures of a run's own files ----------------------------------------------------------------
+
+
+def principal_plane(features: np.ndarray) -> np.ndarray:
+    """Features [N, d] in their two first principal components [N, 2], largest weight positive."""
+    centred = features.astype(np.float64) - features.mean(0, dtype=np.float64)
+    axes = np.linalg.eigh(centred.T @ centred)[1][:, :-3:-1]  # [d, 2]
+    largest = np.take_along_axis(axes, np.abs(axes).argmax(0)[None], 0)
+    return centred @ (axes * np.sign(largest))
+
+
+def draw_features(axes, path: Path, result: dict) -> None:
+    """Saved features, one colour a class (of many the five largest and the five smallest).
+
+    Beside TailCalib's training features, what it generates from them.
+    """
+    with np.load(path) as file:
+        features, labels = file["features"], file["labels"]
+    real, args = len(labels), result.get("args") or {}
+    title = f"{result['script']} {result['variant']}: {path.stem}"
+    if path.stem == "features_train" and args.get("topk"):
+        power, alpha, topk = args["tukey"], args["alpha"], args["topk"]
+        unit = F.normalize(torch.from_numpy(features), dim=1)
+        x, y, _ = tailcalibx.tailcalib("pytorch").generate(
+            unit, torch.from_numpy(labels), tukey_value=power, alpha=alpha,
+            topk=topk, shuffle=False, seed=result["seed"],
+        )  # fmt: skip
+        features, labels = F.normalize(x, dim=1).numpy(), y.numpy()
+        title += "\nreal (dots) and generated (stars)"
+    x, y = principal_plane(features).T
+    names, counts = result.get("classes"), result.get("counts")
+    order = np.argsort(-np.bincount(labels[:real]), kind="stable")
+    for c in order if len(order) <= 10 else [*order[:5], *order[-5:]]:
+        own = np.flatnonzero(labels == c)
+        dots, stars = own[own < real][:200], own[own >= real][:200]
+        name = f"{names[c]} ({counts[c]})" if names and counts else str(c)
+        axes.scatter(x[stars], y[stars], marker="*", s=14, alpha=0.35, color=f"C{c % 10}")
+        axes.scatter(x[dots], y[dots], s=5, color=f"C{c % 10}", label=name)
+    _dress(axes, "first principal component", "second", title)
+
+
+def draw_circle(path: Path) -> Path:
+    """tsc.py's toy: test embeddings on the circle, a panel a method and ratio, targets as crosses.
+
+    The radius has noise, so that points do not cover each other.
+    """
+    plt = pyplot()
+    with np.load(path) as file:
+        z, labels, names, titles = (file[k] for k in ("embeddings", "labels", "classes", "titles"))
+        targets = [file[f"targets{panel}"] for panel in range(len(titles))]
+    figure, axes = plt.subplots(2, 3, figsize=(9, 6.2))
+    radius = 1 + 0.04 * np.random.RandomState(0).randn(z.shape[1], 1)
+    for axis, points, crosses, title in zip(axes.T.flat, z, targets, titles, strict=True):
+        for c, name in enumerate(names):
+            own = (points * radius)[labels == c][:400]
+            axis.scatter(own[:, 0], own[:, 1], s=3, alpha=0.4, label=name)
+        axis.plot(crosses[:, 0], crosses[:, 1], "kx", markersize=8)
+        axis.set(title=title, aspect="equal", xlim=(-1.25, 1.25), ylim=(-1.25, 1.25))
+        axis.set_xticks([])
+        axis.set_yticks([])
+    axes[0][0].legend(fontsize=7, markerscale=3, loc="center")
+    return save_figure(figure, path.with_suffix(".png"))
+
+
+def draw_run(folder: Path) -> list[Path]:
+    """All pictures of one run, into its folder."""
+    results, _ = read_results([folder])
+    if not results:
+        raise common.UserError(f"{folder}: its result.json is not one of ours")
+    (result,) = results
+    written = write_figures(results, folder, Published.read())
+    album = Album(folder)
+    for path in sorted(folder.glob("features_*.npz")):
+        album.add(draw_features, SQUARE, [path.stem], path, result)
+    circles = [draw_circle(path) for path in folder.glob("circle.npz")]
+    return [*written, *album.written, *circles]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0, or 2 for bad input."""
+    parser = common.Parser(prog="tools.figures", description=__doc__.partition("\n")[0])
+    what = "run folder .../seed<k>, or a folder of runs"
+    parser.add_argument("folders", type=Path, nargs="+", metavar="RUN_FOLDER", help=what)
+    args: argparse.Namespace = parser.parse_args(argv)
+    try:
+        for folder in args.folders:
+            runs = sorted(path.parent for path in folder.rglob("result.json"))
+            if not runs:
+                raise common.UserError(f"{folder}: no result.json in it or below it")
+            for run in runs:
+                for path in draw_run(run):
+                    print(f"wrote {path}")
+    except (common.UserError, OSError) as error:
+        print(f"tools.figures: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
