@@ -608,7 +608,7 @@ def pretrain(run: common.Run, args, splits: data_lt.Splits, encoder: nn.Module) 
     net = models.Net(encoder, head).to(args.device, memory_format=torch.channels_last)
     optimizer, scaler = adamw(args, net, args.lr), common.grad_scaler(args)
     augment = make_augment(args, splits.image_size, args.jitter_strength)
-    loader = data_lt.make_loader(args, splits.train, args.batch_size, augment=augment, views=2, drop_last=True)
+    loader = data_lt.loader(args, splits.train, args.batch_size, augment=augment, views=2, drop_last=True)
     if args.fixed_order:
         first = loader.order(0)
         loader.order = lambda epoch: first
@@ -714,8 +714,8 @@ class Subset:
         if args.p_view == "augmented":
             seed = common.derive_seed(args.seed, "p-view")
             augment = make_augment(args, size, args.finetune_jitter_strength)
-            batch = 1000 if isinstance(dataset, data_lt.ImageSet) else 250
-            loader = data_lt.make_loader(args, dataset, batch, augment=augment, sampler="sequential", seed=seed)
+            batch = 1000 if dataset.in_memory else 250
+            loader = data_lt.loader(args, dataset, batch, augment=augment, sampler="sequential", seed=seed)
             loader.set_epoch(epoch)
         else:
             loader = data_lt.evaluation_loader(args, dataset, PLAIN, size)
@@ -777,7 +777,7 @@ def train_classifier(run: common.Run, args, splits: data_lt.Splits, name: str, e
             if fresh or loader is None:
                 close(loader)
                 positions = subset.positions if name == "finetune" else probe_positions(args, train)
-                loader = data_lt.make_loader(args, train.select(positions), batch_size, augment=augment, seed=seed)
+                loader = data_lt.loader(args, train.select(positions), batch_size, augment=augment, seed=seed)
             if epoch == 0 and stage.step == 0:
                 run.say(f"{name}: {len(positions)} of {len(train)} images, {epochs} epochs of {len(loader)} steps")
                 if name == "finetune" and args.subset_mode != "all" and max(counts) <= args.num_samples:
@@ -928,7 +928,7 @@ def examine(args) -> None:
         found = f"stage {checkpoint['stage']} of {checkpoint['script']}.py"
         raise common.UserError(f"{path} is of {found}: --eval takes a probe or a fine-tuning of bns_ipdpp.py")
     common.check_same(path, checkpoint["args"], common.result_args(args), ["dataset", "backbone", "image_size"])
-    splits = data_lt.load(args, files=True)
+    splits = data_lt.load(args)
     counts = checkpoint["info"]["counts"]
     net = make_classifier(args, make_encoder(args), len(counts))
     common.load_weights(net, checkpoint["state"]["model"], path)
@@ -954,10 +954,7 @@ def examine(args) -> None:
 def load_data(args) -> data_lt.Splits:
     """The splits; `--select val` carves from the training set where the set has no validation images of its own, also
     for pretrain alone, which selects nothing: what is fine-tuned from it must not have seen them."""
-    splits = data_lt.load(args, files=True)
-    if args.select == "val" and splits.val is None:
-        args.val_from = "train"
-        splits = data_lt.load(args, files=True)
+    splits = data_lt.load(args)
     if args.num_samples is None:
         args.num_samples = max(1, max(splits.counts) // 10)
     if "finetune" in args.stages and args.subset_mode == "kdpp" and args.dpp_sampler == "dppy":
@@ -984,7 +981,7 @@ def main(args) -> None:
     torch.manual_seed(common.derive_seed(args.seed, "init", "pretrain"))
     encoder = make_encoder(args).to(args.device, memory_format=torch.channels_last)
     if args.init_from:
-        same = ("dataset", "imb_ratio", "imb_type", "subset_rule", "data_seed", "image_size", "backbone")
+        same = ("dataset", "imb_ratio", "imb_type", "data_seed", "image_size", "backbone")
         common.load_backbone(encoder, args.init_from, args, same, splits.train.fingerprint())
     if "pretrain" in stages:
         pretrain(run, args, splits, encoder)

@@ -105,7 +105,7 @@ USED_BY = {
 }  # fmt: skip
 OF_GENERATION = "alpha topk cov_eps sampler alpha_mode stats_space extra_points modals_noise".split()
 OF_GENERATION += ["second_pass", "epoch_steps"]  # without new features there is one pass, and one set
-FOR_TOY = {"command", "seed"} | common.NEUTRAL - {"eval", "resume_from", "save_features", "recipe", "skip_broken"}
+FOR_TOY = {"command", "seed"} | common.NEUTRAL - {"eval", "resume_from", "save_features", "recipe"}
 
 BY_RATIO = {  # generation, momentum of the head, cbd's beta
     100: {"tukey": 1.0, "alpha": 0.0, "topk": 3, "clf_momentum": 0.7, "cbd_beta": 100.0},
@@ -646,10 +646,7 @@ class tailcalib:  # noqa: N801 the published name
 def load(args, data_seed: int | None = None) -> data_lt.Splits:
     """The sets; with `--select val` the set's own validation images, else a tenth of the training images."""
     args = argparse.Namespace(**vars(args) | {"data_seed": args.data_seed if data_seed is None else data_seed})
-    splits = data_lt.load(args, files=True)
-    if args.select == "val" and splits.val is None:
-        args.val_from = "train"
-        splits = data_lt.load(args, files=True)
+    splits = data_lt.load(args)
     return splits
 
 
@@ -707,7 +704,7 @@ def train_on_images(run: common.Run, args, name: str, net: Net, splits: data_lt.
     epochs = args.clf_epochs if head_only else args.epochs
     balanced = {"sampler": "class_aware", "samples_per_class": args.samples_per_class} if name in ("crt", "cbd") else {}
     length = steps_times_batch(len(splits.train), args.batch_size)
-    loader = data_lt.make_loader(
+    loader = data_lt.loader(
         args, splits.train, min(args.batch_size * args.accumulate, length), augment=training_augment(args, splits),
         seed=seed, epoch_length=length, **balanced,
     )  # fmt: skip
@@ -882,9 +879,9 @@ class BalancedFeatures:
     def __init__(self, args, name: str, net: Net, splits: data_lt.Splits):
         self.args, self.name, self.net, self.counts = args, name, net, splits.counts
         self.labels, self.classes, self.kept = splits.train.labels.cpu(), splits.train.classes, {}
-        batch = 1000 if isinstance(splits.train, data_lt.ImageSet) else 250
+        batch = 1000 if splits.train.in_memory else 250
         self.loaders = [
-            data_lt.make_loader(args, splits.train, batch, augment=training_augment(args, splits), sampler="sequential",
+            data_lt.loader(args, splits.train, batch, augment=training_augment(args, splits), sampler="sequential",
                                 seed=common.derive_seed(args.seed, purpose))
             for purpose in (["pass", "second pass"] if args.second_pass else ["pass"])
         ]  # fmt: skip
