@@ -140,8 +140,7 @@ def batch_mean(values: Tensor, global_batch: int) -> Tensor:
 
 # Flags that say where and how a run is done, not what it computes: they may differ when a run continues.
 NEUTRAL = frozenset(
-    "out data_root fresh resume_from eval quiet log workers device save_features recipe".split()
-    + ["command_line"]
+    "out data_root fresh resume_from eval quiet log workers device save_features recipe".split() + ["command_line"]
 )
 KNOWN_SETS = "glyphs_lt cifar10_lt cifar100_lt svhn_lt mini_imagenet_lt imagenet_lt inat18".split()
 

@@ -73,9 +73,7 @@ def long_tail_counts(
     return [int(n_max)] * (num_classes - tail) + [int(n_max * factor)] * tail
 
 
-def unlabeled_counts(
-    labeled: Ints, ratio_unlabeled: float = 1.0, factor: float | None = None
-) -> list[int]:
+def unlabeled_counts(labeled: Ints, ratio_unlabeled: float = 1.0, factor: float | None = None) -> list[int]:
     """Unlabelled images per hidden class: U = 5 sum n_c in all, with a long tail of its own.
 
     u_c = trunc(g w_c), w_c = trunc(v f**(c / (C - 1))), v = floor(U / C), g = U / sum_c w_c
@@ -119,9 +117,7 @@ def _pools(labels: np.ndarray, counts: Ints, names: Sequence[str] = ()) -> list[
     return pools
 
 
-def subset_common(
-    labels: np.ndarray, counts: Ints, rng: LegacyRng, class_order: Ints | None = None
-) -> np.ndarray:
+def subset_common(labels: np.ndarray, counts: Ints, rng: LegacyRng, class_order: Ints | None = None) -> np.ndarray:
     """The field's common subset rule: positions int64 [sum(counts)] in stored order, by class.
 
     For every class the WHOLE ascending list of its positions is shuffled by the legacy generator
@@ -337,10 +333,7 @@ KNOWN = (
 )  # fmt: skip
 DATASETS = {info.name: info for info in KNOWN}
 LISTED = {info.name for info in KNOWN if info.lists}
-PATH_LAYOUT = (
-    "a folder with train/<class>/* and test/<class>/*, "
-    "or an .npz with x_train, y_train, x_test, y_test"
-)
+PATH_LAYOUT = "a folder with train/<class>/* and test/<class>/*, or an .npz with x_train, y_train, x_test, y_test"
 MAX_SIZE = 64  # px up to which images are held in memory
 IMAGE_SUFFIXES = set(".png .jpg .jpeg .bmp .gif .ppm .pgm .tif .tiff .webp".split())
 
@@ -749,9 +742,7 @@ def find(dataset: str) -> SetInfo:
     raise UserError(f"unknown data set {dataset!r}; {known}")
 
 
-def peek_image_size(
-    dataset: str, data_root: str | Path = "data", image_size: int | None = None
-) -> int:
+def peek_image_size(dataset: str, data_root: str | Path = "data", image_size: int | None = None) -> int:
     """Side of the images in px, from the name, the .npz or the first image file."""
     info, path = find(dataset), Path(dataset)
     if image_size is not None or dataset in DATASETS:
@@ -1181,9 +1172,7 @@ def _hash(*keys: int | np.ndarray) -> np.ndarray:
     return state
 
 
-def class_aware_order(
-    labels: np.ndarray, length: int, samples_per_class: int, seed: int, visit: int = 0
-) -> np.ndarray:
+def class_aware_order(labels: np.ndarray, length: int, samples_per_class: int, seed: int, visit: int = 0) -> np.ndarray:
     """Positions int64 [length] of the endless class-aware stream, from class visit `visit` on.
 
     Classes with images are visited in cycles, each cycle a random permutation of them; every visit
@@ -1213,9 +1202,7 @@ def class_aware_order(
     return stream[(starts - begin * sizes)[visited][:, None] + items].reshape(-1)[:length]
 
 
-def sampler_order(
-    sampler: str, labels: np.ndarray, length: int, seed: int, epoch: int, **options
-) -> np.ndarray:
+def sampler_order(sampler: str, labels: np.ndarray, length: int, seed: int, epoch: int, **options) -> np.ndarray:
     """Positions int64 [length] visited in `epoch`; a pure function of its arguments.
 
     instance: random permutations (one when length = N); sequential: 0, 1, 2, ...; class_aware:
@@ -1309,9 +1296,9 @@ class Reader:
 
 
 def leave_signals(worker: int) -> None:
-    """In a worker: SIGINT and SIGTERM are for the main process to answer."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """In a worker: Ctrl-C is for the main process to answer, and SIGTERM ends it without a word."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def decoded(reader: Reader, tasks: list[tuple], workers: int, pin: bool) -> Iterator:
@@ -1356,17 +1343,13 @@ class Cache:
             raise UserError(f"cache {path} {state}: {again}")
         try:
             with np.load(index, allow_pickle=False) as saved:
-                self.records, self.labels, paths = (
-                    saved[k] for k in ("records", "labels", "paths")
-                )
+                self.records, self.labels, paths = (saved[k] for k in ("records", "labels", "paths"))
                 head = json.loads(saved["head"].tobytes())
             self.paths = os.fsdecode(paths.tobytes()).split("\0")
             self.fingerprint, self.side, total = (head[k] for k in ("fingerprint", "side", "bytes"))
         except Exception as error:  # a foreign or damaged .npz raises many kinds
             why = str(error).partition("\n")[0] or type(error).__name__
-            raise UserError(
-                f"{index} is no index of a cache ({why}); delete it and {again}"
-            ) from None
+            raise UserError(f"{index} is no index of a cache ({why}); delete it and {again}") from None
         size = self.file.stat().st_size if self.file.exists() else 0
         if size != total:
             wrong = f"{self.file} has {size} bytes, its index says {total}"
@@ -1479,9 +1462,7 @@ class Loader:
             if source.side < resize:
                 what = f"has a short side of {source.side} px, {size} px images need {resize}"
                 make = f"make it with `python -m tools.prepare cache --side {resize}`"
-                raise UserError(
-                    f"cache {self.cache} {what}: {make}, or give a smaller --image-size"
-                )
+                raise UserError(f"cache {self.cache} {what}: {make}, or give a smaller --image-size")
         if windows:
             self.augment = dataclasses.replace(whole, crop="none", flip=0.0)
         return Reader(source, whole, self.views, self.seed, None if windows else resize)
@@ -1538,7 +1519,10 @@ class Loader:
                 yield self.images.index_select(0, rows.repeat(self.views))
             return
         rows = [order[step * self.batch_size :][b:e] for step, _, b, e in shares]
-        tasks = [(epoch, step, self.items(step), begin, end, part) for (step, _, begin, end), part in zip(shares, rows, strict=True)]
+        tasks = [
+            (epoch, step, self.items(step), begin, end, part)
+            for (step, _, begin, end), part in zip(shares, rows, strict=True)
+        ]
         pin = self.device.type == "cuda"
         with contextlib.closing(decoded(self.reader, tasks, self.workers, pin)) as batches:
             for found in batches:

@@ -322,9 +322,7 @@ CHAINS = {
     "no hue": dict(crop="resized", flip=0.5, jitter=(0.4, 0.4, 0.4, 0.0), grey=0.2, blur_p=0.5),
     "hue alone": dict(jitter=(0.0, 0.0, 0.0, 0.5), jitter_p=0.5),
     "blur": dict(crop="resized", flip=0.5, jitter=(0.8, 0.8, 0.8, 0.2), jitter_p=0.8, grey=0.2, blur_p=1.0),
-    "everything": dict(
-        crop="pad", flip=0.5, jitter=(0.4, 1.0, 0.4, 0.1), grey=0.3, blur_p=0.7, blur_kernel=7
-    ),
+    "everything": dict(crop="pad", flip=0.5, jitter=(0.4, 1.0, 0.4, 0.1), grey=0.3, blur_p=0.7, blur_kernel=7),
 }
 
 

@@ -145,7 +145,9 @@ def test_file_set_selects_and_has_a_fingerprint(tree):
     assert len(digest) == 16 and int(digest, 16) >= 0
     moved = Set(Files("elsewhere", train.images.names), train.labels, train.indices, train.classes)
     assert moved.fingerprint() == digest
-    renamed = Set(Files(train.images.root, ["x.JPEG", *train.images.names[1:]]), train.labels, train.indices, train.classes)
+    renamed = Set(
+        Files(train.images.root, ["x.JPEG", *train.images.names[1:]]), train.labels, train.indices, train.classes
+    )
     relabelled = Set(train.images, (train.labels + 1) % 5, train.indices, train.classes)
     swapped = train.select([1, 0, *range(2, len(train))])
     assert len({digest, *(files.fingerprint() for files in (renamed, relabelled, swapped))}) == 4
@@ -155,7 +157,11 @@ def test_read_list_names_and_forms(tmp_path):
     path = tmp_path / "list.txt"
     path.write_bytes("\ufeffb/x 1.jpg 1\r\n./a//y.jpg\t0\r\n\r\n".encode())
     files = read_list(path, tmp_path)
-    assert files.images.names == ["b/x 1.jpg", "a/y.jpg"] and files.labels.tolist() == [1, 0] and files.classes == ["a", "b"]
+    assert (
+        files.images.names == ["b/x 1.jpg", "a/y.jpg"]
+        and files.labels.tolist() == [1, 0]
+        and files.classes == ["a", "b"]
+    )
 
 
 @pytest.mark.parametrize("dataset, split, rows, classes, each", PUBLIC_AT_HAND)
@@ -230,14 +236,14 @@ def test_missing_roots_and_lists_show_the_layout(own_tree, tmp_path, capsys):
     refused(capsys, ["mini", "--data-root", tmp_path / "none"], said)
     (own_tree / "imagenet_lt" / "ImageNet_LT_val.txt").unlink()
     argv = ["show", "--dataset", "imagenet_lt", "--data-root", own_tree]
-    refused(capsys, argv, "ImageNet_LT_val.txt is missing", "prepare lists --dataset imagenet_lt`", "{train,val}/<wnid>/*")
+    refused(
+        capsys, argv, "ImageNet_LT_val.txt is missing", "prepare lists --dataset imagenet_lt`", "{train,val}/<wnid>/*"
+    )
     (own_tree / "mini_imagenet_lt").mkdir()
     argv = ["show", "--dataset", "mini_imagenet_lt", "--data-root", own_tree, "--imb-ratio", "50"]
     refused(capsys, argv, "train_ir50.txt is missing", "prepare mini --imb-ratio 50`")
     (tmp_path / "file").write_text("")
-    refused(
-        capsys, ["lists", "--dataset", "inat18", "--data-root", tmp_path / "file"], "cannot make", "train_val2018"
-    )
+    refused(capsys, ["lists", "--dataset", "inat18", "--data-root", tmp_path / "file"], "cannot make", "train_val2018")
 
 
 def inat_json(root: Path, name: str, rows: list[tuple[str, int]]) -> None:
@@ -302,8 +308,13 @@ def test_large_class_folders(tmp_path, capsys):
         "ant",
         "bee",
     ]
-    assert train.images.names[:2] == ["train/ant/ant_0.JPEG", "train/ant/ant_1.JPEG"] and train.labels[-3:].tolist() == [1] * 3
-    assert len(set(train.images.names)) == 15 and all((train.images.root / path).is_file() for path in train.images.names)
+    assert (
+        train.images.names[:2] == ["train/ant/ant_0.JPEG", "train/ant/ant_1.JPEG"]
+        and train.labels[-3:].tolist() == [1] * 3
+    )
+    assert len(set(train.images.names)) == 15 and all(
+        (train.images.root / path).is_file() for path in train.images.names
+    )
 
     assert fl.main(["fetch", "--dataset", str(tmp_path), "--image-size", "224"]) == 0
     assert "images listed, not read, 2 classes, 15 training and 4 test images" in capsys.readouterr().out
@@ -385,7 +396,9 @@ def test_prepare_looks_for_the_images(own_tree, published, monkeypatch, capsys):
     path.write_bytes(whole)
     path = test.images.root / test.images.names[0]  # ImageNet's validation images come without class folders
     path.rename(path.parent.parent / path.name)
-    refused(capsys, argv, f"ImageNet_LT_test.txt:1: {path} is missing", f"{test.images.root}/val/{path.name} must move into")
+    refused(
+        capsys, argv, f"ImageNet_LT_test.txt:1: {path} is missing", f"{test.images.root}/val/{path.name} must move into"
+    )
     (path.parent.parent / path.name).rename(path)
 
     monkeypatch.setattr(fl, "SAMPLE", 2)  # one of every class is always among them
@@ -494,7 +507,9 @@ def test_mini_splits(tmp_path, capsys):
     assert fl.main(mini(tmp_path)) == 0 and fl.main(mini(tmp_path, "--imb-ratio", 10)) == 0  # 100 is the default
     assert {name: (root / name).read_bytes() for name in kept} == kept  # same seed, same lists
     balanced = load_lists("mini_imagenet_lt", tmp_path, 10)[0]
-    assert balanced.counts() == [500, 158, 50] and set(train.images.names) < set(balanced.images.names)  # ratios are nested
+    assert balanced.counts() == [500, 158, 50] and set(train.images.names) < set(
+        balanced.images.names
+    )  # ratios are nested
     splits = load(dataset="mini_imagenet_lt", data_root=tmp_path, imb_ratio=10)
     assert splits.counts == [500, 158, 50] and len(splits.val) == 300
     assert sorted(path.name for path in root.glob("*.*")) == [
@@ -511,9 +526,7 @@ def test_mini_splits(tmp_path, capsys):
     assert fl.main(mini(tmp_path, "--data-seed", 1)) == 0
     assert all((root / name).read_bytes() != kept[name] for name in kept)
     edit(root / "val.txt", lambda lines: [*lines[:-1], (root / "test.txt").read_text().splitlines()[-1]])
-    fails(
-        lambda: load_lists("mini_imagenet_lt", tmp_path), f"{root}/test.txt:300: n03/", f"{root}/val.txt:300 already"
-    )
+    fails(lambda: load_lists("mini_imagenet_lt", tmp_path), f"{root}/test.txt:300: n03/", f"{root}/val.txt:300 already")
 
 
 def test_mini_profile_of_100_classes(tmp_path, monkeypatch):
