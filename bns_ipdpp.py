@@ -397,7 +397,7 @@ def pretrain(run: common.Run, args, splits: data_lt.Splits, encoder: nn.Module) 
     net = models.Net(encoder, head).to(args.device, memory_format=torch.channels_last)
     optimizer = adamw(args, net, args.lr)
     augment = make_augment(args, splits.image_size, args.jitter_strength)
-    loader = data_lt.make_loader(args, splits.train, args.batch_size, augment=augment, views=2, drop_last=True)
+    loader = data_lt.loader(args, splits.train, args.batch_size, augment=augment, views=2, drop_last=True)
     if args.fixed_order:
         first = loader.order(0)
         loader.order = lambda epoch: first
@@ -497,8 +497,8 @@ class Subset:
         if args.p_view == "augmented":
             seed = common.derive_seed(args.seed, "p-view")
             augment = make_augment(args, size, args.finetune_jitter_strength)
-            batch = 1000 if isinstance(dataset, data_lt.ImageSet) else 250
-            loader = data_lt.make_loader(args, dataset, batch, augment=augment, sampler="sequential", seed=seed)
+            batch = 1000 if dataset.in_memory else 250
+            loader = data_lt.loader(args, dataset, batch, augment=augment, sampler="sequential", seed=seed)
             loader.set_epoch(epoch)
         else:
             loader = data_lt.evaluation_loader(args, dataset, PLAIN, size)
@@ -555,7 +555,7 @@ def train_classifier(run: common.Run, args, splits: data_lt.Splits, name: str, e
         if fresh or loader is None:
             close(loader)
             positions = subset.positions if name == "finetune" else probe_positions(args, train)
-            loader = data_lt.make_loader(args, train.select(positions), batch_size, augment=augment, seed=seed)
+            loader = data_lt.loader(args, train.select(positions), batch_size, augment=augment, seed=seed)
         if epoch == 0:
             run.say(f"{name}: {len(positions)} of {len(train)} images, {epochs} epochs of {len(loader)} steps")
             if name == "finetune" and args.subset_mode != "all" and max(counts) <= args.num_samples:
@@ -636,7 +636,7 @@ def examine(args) -> None:
         found = f"stage {checkpoint['stage']} of {checkpoint['script']}.py"
         raise common.UserError(f"{path} is of {found}: --eval takes a probe or a fine-tuning of bns_ipdpp.py")
     common.check_same(path, checkpoint["args"], common.result_args(args), ["dataset", "backbone", "image_size"])
-    splits = data_lt.load(args, files=True)
+    splits = data_lt.load(args)
     counts = checkpoint["info"]["counts"]
     net = make_classifier(args, models.backbone(args.backbone), len(counts))
     common.load_weights(net, checkpoint["state"]["model"], path)
@@ -652,7 +652,7 @@ def examine(args) -> None:
 def load_data(args) -> data_lt.Splits:
     """The splits; `--select val` carves validation images for pretrain alone, too, which selects nothing: what is
     fine-tuned from it must not have seen them."""
-    splits = data_lt.load(args, files=True)
+    splits = data_lt.load(args)
     if args.num_samples is None:
         args.num_samples = max(1, max(splits.counts) // 10)
     return splits
@@ -672,7 +672,7 @@ def main(args) -> None:
     torch.manual_seed(common.derive_seed(args.seed, "init", "pretrain"))
     encoder = models.backbone(args.backbone).to(args.device, memory_format=torch.channels_last)
     if args.init_from:
-        same = ("dataset", "imb_ratio", "imb_type", "subset_rule", "data_seed", "image_size", "backbone")
+        same = ("dataset", "imb_ratio", "imb_type", "data_seed", "image_size", "backbone")
         common.load_backbone(encoder, args.init_from, args, same, splits.train.fingerprint())
     if "pretrain" in stages:
         pretrain(run, args, splits, encoder)

@@ -162,7 +162,7 @@ def weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:
 
 # Flags that say where and how a run is done, not what it computes: they may differ when a run continues.
 NEUTRAL = frozenset(
-    "out data_root fresh eval quiet logger workers device save_features recipe skip_broken".split() + ["command_line"]
+    "out data_root fresh eval quiet logger workers device save_features recipe".split() + ["command_line"]
 )
 KNOWN_SETS = "glyphs_lt cifar10_lt cifar100_lt svhn_lt mini_imagenet_lt imagenet_lt inat18".split()
 
@@ -227,7 +227,6 @@ def base_parser(doc: str) -> argparse.ArgumentParser:
     add("--data-root", type=path, default="data", help="folder of the data sets (default: data)")
     add("--imb-ratio", type=number(float, 1), help="largest / smallest class, >= 1 (default: by data set)")
     add("--imb-type", choices=("exp", "step"), default="exp", help="profile of the class counts (default: exp)")
-    add("--subset-rule", choices=("common", "fsgl"), default="common", help="how images are chosen (default: common)")
     add("--data-seed", type=number(int, 0, 2**32 - 1), default=0, help="which images form the subset (default: 0)")
     add("--image-size", type=number(int, 1), help="side in pixels (default: by data set)")
     add("--val-from", choices=("train", "test"), help="carve the validation split from train, or let test serve")
@@ -252,8 +251,7 @@ def base_parser(doc: str) -> argparse.ArgumentParser:
     add("--gpus", type=number(int, 1), default=1, help="local ranks to start, one GPU each (default: 1)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     add("--workers", type=number(int, 0), default=4, help="decoding processes a rank for large sets (default: 4)")
-    add("--cache", type=number(int, 8), metavar="N", help="large sets: read what `prepare --cache N` wrote, N px")
-    add("--skip-broken", action="store_true", help="large sets: replace unreadable images by others of their class")
+    add("--cache", type=number(int, 8), metavar="N", help="large sets: read the cache of N px that tools.prepare wrote")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on GPUs that have it")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the network")
     add = parser.add_argument_group("run folder").add_argument

@@ -1,60 +1,71 @@
-"""Long-tailed image sets: class profiles, data sets, samplers, and the loader that joins them with `augment`.
+"""Long-tailed image sets: class profiles, sets, samplers, batched augmentation, the loader.
 
-    python data_lt.py show --dataset glyphs_lt --imb-ratio 100          # counts, groups, bar chart, fingerprint
-    python data_lt.py show --dataset cifar10_lt --png grid.png          # and a picture: the first images of each class
-    python data_lt.py export --dataset cifar10_lt --out cifar10_lt.npz  # the exact subset, for `--dataset FILE.npz`
-    python data_lt.py prepare --dataset svhn_lt                         # download and verify
+    data = load(args)                  # Splits: train, test, val or None, counts, classes, ...
+    batches = loader(args, data.train, 128, views=2, augment={"crop": "pad", "flip": 0.5})
+    for views, labels, indices in batches:                        # [V, b, 3, H, W], [b], [b]
 
-A data set is a known name (`DATASETS`), a folder `train/<class>/*` + `test/<class>/*` (+ `val/`), or an `.npz` with
-x_train, y_train, x_test, y_test (uint8 NHWC). Every set lives in memory as ONE uint8 NCHW tensor, on the training
-device, and a batch is an index gather. Which images form the subset depends on the data seed alone; order and
-augmentation are functions of (seed, epoch, step), so a run continues inside an epoch without any saved state.
+A data set is a known name (`DATASETS`), a folder `train/<class>/*` + `test/<class>/*` (+ `val/`),
+or an `.npz` with x_train, y_train, x_test, y_test (uint8 NHWC). Small sets live in memory as ONE
+uint8 NCHW tensor on the training device and a batch is an index gather; large ones stay files, or
+a cache of decoded images, which worker processes read. `python -m tools.prepare` shows, exports,
+fetches and checks sets and writes the caches. Which images form the subset depends on the data
+seed alone; order and augmentation are functions of (seed, epoch, step).
 """
 
-import argparse
+from __future__ import annotations
+
 import contextlib
+import copy
+import dataclasses
 import hashlib
+import json
 import math
 import os
+import posixpath
 import re
-import sys
+import signal
+import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torch.utils.data import DataLoader
 
-from augment import Augment, Draws
-from common import UserError, derive_seed, generator, rank, world_size
+from common import RunError, UserError, derive_seed, generator, rank, world_size
 
 Ints = Sequence[int]
-LegacyRng = np.random.RandomState  # its streams never change, so published subsets can be drawn again
-FSGL_SEED = 3407
+LegacyRng = np.random.RandomState  # its streams never change, so published subsets are redrawn
 
-# --- profiles
+# --- profiles ---------------------------------------------------------------------------------
 
 
 def long_tail_counts(
-    num_classes: int, n_max: float, ratio: float = 1.0, kind: str = "exp", factor: float | None = None
+    num_classes: int,
+    n_max: float,
+    ratio: float = 1.0,
+    kind: str = "exp",
+    factor: float | None = None,
 ) -> list[int]:
-    """Images per class, largest first, truncated toward zero in float64 (LDAM, Cao et al. 2019, released code).
+    """Images per class, largest first, truncated toward zero (LDAM, Cao et al. 2019, its code).
 
-    exp: n_max * f**(c / (C - 1)); step: n_max for the first half (an odd C gives its middle class to the head),
-    n_max * f for the rest; balanced: n_max everywhere. f = 1 / ratio, or `factor` itself where a published code
-    states it (1 / (1 / f) may differ from f in the last bit, and truncation would show it). n_max is a real number
-    (images / C). Counts may be 0. Raises UserError for a ratio below 1 or not finite and for an unknown kind.
+    exp: n_max * f**(c / (C - 1)); step: n_max for the first half (an odd C gives its middle class
+    to the head), n_max * f for the rest; balanced: n_max everywhere. f = 1 / ratio, or `factor`
+    itself where a published code states it (1 / (1 / f) may differ in the last bit, and truncation
+    would show it). UserError for a ratio below 1 or not finite and for an unknown kind.
     """
     if kind not in ("exp", "step", "balanced"):
         raise UserError(f"imbalance type {kind!r}: choose exp, step or balanced")
     if factor is None:
         if not (math.isfinite(ratio) and ratio >= 1):
-            raise UserError(f"imbalance ratio {ratio}: give a finite number >= 1 (largest class / smallest class)")
+            wanted = "give a finite number >= 1 (largest class / smallest class)"
+            raise UserError(f"imbalance ratio {ratio}: {wanted}")
         factor = 1.0 / ratio
     if kind == "exp":
         return [int(n_max * factor ** (c / max(num_classes - 1, 1))) for c in range(num_classes)]
@@ -62,22 +73,22 @@ def long_tail_counts(
     return [int(n_max)] * (num_classes - tail) + [int(n_max * factor)] * tail
 
 
-def unlabeled_counts(labeled_counts: Ints, ratio_unlabeled: float = 1.0, factor: float | None = None) -> list[int]:
-    """Unlabelled images per hidden class: five times the labelled total, with a long tail of its own.
+def unlabeled_counts(labeled: Ints, ratio_unlabeled: float = 1.0, factor: float | None = None) -> list[int]:
+    """Unlabelled images per hidden class: U = 5 sum n_c in all, with a long tail of its own.
 
-    u_c = trunc(g * trunc(v f**(c / (C - 1)))), U = 5 sum n_c, v = floor(U / C), g = U / sum_c trunc(v f**(c / (C - 1)))
+    u_c = trunc(g w_c), w_c = trunc(v f**(c / (C - 1))), v = floor(U / C), g = U / sum_c w_c
     (Yang and Xu 2020, released code).
     """
-    total = 5 * sum(labeled_counts)
-    shape = long_tail_counts(len(labeled_counts), total // len(labeled_counts), ratio_unlabeled, "exp", factor)
+    total = 5 * sum(labeled)
+    shape = long_tail_counts(len(labeled), total // len(labeled), ratio_unlabeled, "exp", factor)
     gain = total / max(sum(shape), 1)
     return [int(gain * n) for n in shape]
 
 
 def effective_number_weights(counts: Ints, beta: float = 0.9999) -> np.ndarray:
-    """Class weights (1 - beta) / (1 - beta**n_c) (Cui et al. 2019), float64 [C], mean 1 over the classes with images.
+    """Class weights (1 - beta) / (1 - beta**n_c) (Cui et al. 2019), float64 [C].
 
-    So they sum to C when no class is empty; an empty class has weight 0. beta in [0, 1); 0 gives equal weights.
+    Their mean over the classes with images is 1; an empty class has weight 0. beta in [0, 1).
     """
     if not 0 <= beta < 1:
         raise UserError(f"beta {beta}: give a number in [0, 1)")
@@ -95,22 +106,24 @@ def class_positions(labels: np.ndarray, num_classes: int) -> list[np.ndarray]:
     return np.split(order, np.cumsum(np.bincount(labels, minlength=num_classes))[: num_classes - 1])
 
 
-def _pools(labels: np.ndarray, counts: Ints, names: Sequence[str] | None = None) -> list[np.ndarray]:
+def _pools(labels: np.ndarray, counts: Ints, names: Sequence[str] = ()) -> list[np.ndarray]:
     """`class_positions`; UserError for the first class that holds fewer images than asked for."""
     pools = class_positions(labels, len(counts))
     for c, (asked, pool) in enumerate(zip(counts, pools, strict=True)):
         if not 0 <= asked <= len(pool):
-            name = f" ({names[c]})" if names else ""
-            raise UserError(f"class {c}{name}: {asked} images asked for, {len(pool)} there; ask for 0..{len(pool)}")
+            name = f"class {c}" + (f" ({names[c]})" if names else "")
+            there = f"{len(pool)} there; ask for 0..{len(pool)}"
+            raise UserError(f"{name}: {asked} images asked for, {there}")
     return pools
 
 
 def subset_common(labels: np.ndarray, counts: Ints, rng: LegacyRng, class_order: Ints | None = None) -> np.ndarray:
-    """The field's common subset rule: positions int64 [sum(counts)] in stored order, class by class.
+    """The field's common subset rule: positions int64 [sum(counts)] in stored order, by class.
 
-    For every class the WHOLE ascending list of its positions is shuffled in place by the legacy generator and the
-    first n_c are kept, so subsets of other sizes are nested. `counts` is indexed by label; `class_order` is the order
-    of shuffling and storing (default ascending). Raises UserError when a class is too small.
+    For every class the WHOLE ascending list of its positions is shuffled by the legacy generator
+    and the first n_c are kept, so subsets of other sizes are nested. FSGL's code chooses n_c
+    without replacement, which is the same draw: its subsets are those of data seed 3407. `counts`
+    is indexed by label; `class_order` is the order of shuffling and storing (default ascending).
     """
     pools = _pools(labels, counts)
     order = range(len(counts)) if class_order is None else class_order
@@ -119,30 +132,26 @@ def subset_common(labels: np.ndarray, counts: Ints, rng: LegacyRng, class_order:
     return np.concatenate([pools[c][: counts[c]] for c in order])
 
 
-def subset_fsgl(labels: np.ndarray, counts: Ints, rng: LegacyRng) -> np.ndarray:
-    """FSGL's rule: for ascending classes choice(class size, n_c, without replacement) on the ascending positions.
-
-    The legacy `choice` takes the head of a permutation, so equal seeds give the subset of `subset_common`; what differs
-    in the released code is its seed, 3407 (`FSGL_SEED`).
-    """
-    pools = _pools(labels, counts)
-    return np.concatenate([p[rng.choice(len(p) or 1, n, replace=False)] for p, n in zip(pools, counts, strict=True)])
-
-
 def subset_semi_supervised(
-    labels: np.ndarray, counts: Ints, hidden: np.ndarray, unlabeled: Ints, rng: LegacyRng, order: Ints | None = None
+    labels: np.ndarray,
+    counts: Ints,
+    hidden: np.ndarray,
+    unlabeled: Ints,
+    rng: LegacyRng,
+    order: Ints | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of the labelled and of the unlabelled subset, drawn from ONE generator, labelled classes first.
+    """Positions of the labelled and of the unlabelled subset, drawn from ONE generator.
 
-    For each ascending class of `hidden` the positions are shuffled and the first u_c kept; the hidden class shapes
-    the imbalance and is no training label. `order` is the class order of the labelled part. Too few unlabelled
-    images: all there are, with a warning (the released code of Yang and Xu takes them silently).
+    Labelled classes first, in `order`; then for each ascending class of `hidden` the positions are
+    shuffled and the first u_c kept: the hidden class shapes the imbalance and is no training
+    label. Too few unlabelled images: all there are, with a warning (Yang and Xu: silently).
     """
     chosen = subset_common(labels, counts, rng, order)
     pools = class_positions(hidden, len(unlabeled))
     short = [f"{c}: {len(pools[c])} of {n}" for c, n in enumerate(unlabeled) if n > len(pools[c])]
     if short:
-        warnings.warn(f"{len(short)} hidden classes have too few images ({', '.join(short[:5])})", stacklevel=2)
+        which = ", ".join(short[:5])
+        warnings.warn(f"{len(short)} hidden classes have too few images ({which})", stacklevel=2)
     for pool in pools:
         rng.shuffle(pool)
     return chosen, np.concatenate([pools[c][:n] for c, n in enumerate(unlabeled)])
@@ -158,7 +167,7 @@ def largest_head(sizes: Ints, ratio: float, kind: str) -> int:
 
 
 def holdout(labels: np.ndarray, num_classes: int, rng: torch.Generator) -> np.ndarray:
-    """Ascending positions of a stratified hold-out: a tenth of each class, at least one image where it has two."""
+    """Ascending positions of a tenth of each class, at least one image where it has two."""
     parts = []
     for pool in class_positions(labels, num_classes):
         take = max(len(pool) // 10, 1) if len(pool) > 1 else 0
@@ -166,227 +175,322 @@ def holdout(labels: np.ndarray, num_classes: int, rng: torch.Generator) -> np.nd
     return np.sort(np.concatenate(parts))
 
 
-# --- sets
+# --- sets -------------------------------------------------------------------------------------
 
 
 @dataclass
-class ImageSet:
-    """Images in memory: images uint8 [N, 3, H, W], labels int64 [N], indices int64 [N], classes (C names).
-
-    `indices` are the positions in the balanced source set. A class may be empty.
-    """
-
-    images: torch.Tensor
-    labels: torch.Tensor
-    indices: torch.Tensor
-    classes: list[str]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def counts(self) -> list[int]:
-        """Images per class, C numbers."""
-        return torch.bincount(self.labels, minlength=len(self.classes)).tolist()
-
-    def select(self, positions: np.ndarray | torch.Tensor) -> "ImageSet":
-        """A copy of the items at `positions`, in that order."""
-        at = torch.as_tensor(positions, dtype=torch.int64, device=self.labels.device)
-        return ImageSet(self.images[at], self.labels[at], self.indices[at], self.classes)
-
-    def to(self, device: torch.device | str) -> "ImageSet":
-        """The same items on `device`; no copy when they are there already."""
-        moved = (tensor.to(device) for tensor in (self.images, self.labels, self.indices))
-        return ImageSet(*moved, self.classes)
-
-    def fingerprint(self) -> str:
-        """16 hex digits over images and labels, in stored order."""
-        digest = hashlib.sha256(str(tuple(self.images.shape)).encode())
-        for tensor in (self.images, self.labels):
-            digest.update(tensor.cpu().contiguous().numpy())
-        return digest.hexdigest()[:16]
-
-
-@dataclass
-class Splits:
-    """What a script trains and evaluates on. `leftover`: source training images in neither train nor a carved val."""
-
-    name: str
-    train: ImageSet
-    test: ImageSet
-    val: ImageSet | None
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    counts: list[int]
-    leftover: np.ndarray
-    size: int | None = None  # side in px that sets of image files are used at
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.train.classes)
-
-    @property
-    def image_size(self) -> int:
-        return self.train.images.shape[-1] if isinstance(self.train, ImageSet) else self.size
-
-
-@dataclass(frozen=True)
 class SetInfo:
     """What is known of a set before it is read; None where only the files can tell (paths).
 
-    `n_max` is the size of the largest class (None: the largest that no class runs out of), `ratio` the default
-    imbalance (None: as it is), `class_order` the labels from head to tail (None: ascending), `source` the name in
-    torchvision.datasets, `layout` what lies under the data root.
+    `n_max` is the size of the largest class (None: the largest that no class runs out of),
+    `ratio` the default imbalance (None: as it is), `class_order` the labels from head to tail
+    (None: ascending), `source` the name in torchvision.datasets, `layout` what lies under the data
+    root, `lists` the list of image files of each split, where there are some.
     """
 
-    name: str
+    name: str = ""
     num_classes: int | None = None
     size: int | None = None
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    mean: tuple[float, float, float] | None = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] | None = (0.5, 0.5, 0.5)
     ratio: float | None = None
     n_max: float | None = None
     class_order: tuple[int, ...] | None = None
     source: str | None = None
     layout: str = ""
+    lists: dict[str, str] | None = None
 
 
-class Pool(NamedTuple):
-    """A source before any long tail: training pool, test set, own validation set or None, record."""
+class Files:
+    """Image files [N] below `root`; one piece of memory, where workers would copy N strings."""
 
-    train: ImageSet
-    test: ImageSet
-    val: ImageSet | None
+    def __init__(self, root: str | Path, names: Sequence[str]):
+        encoded = [os.fsencode(name) for name in names]
+        self.root, self.joined = Path(root), b"".join(encoded)
+        self.ends = np.cumsum([0, *map(len, encoded)])
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def name(self, row: int) -> str:
+        return os.fsdecode(self.joined[self.ends[row] : self.ends[row + 1]])
+
+    @property
+    def names(self) -> list[str]:
+        return [self.name(row) for row in range(len(self))]
+
+    def __getitem__(self, rows: Tensor) -> Files:
+        return Files(self.root, [self.name(row) for row in rows.tolist()])
+
+    def path(self, row: int) -> Path:
+        return self.root / self.name(row)
+
+    def open(self, row: int) -> Image.Image:
+        return Image.open(self.path(row))
+
+    def to(self, device) -> Files:
+        return self
+
+
+@dataclass
+class Set:
+    """Images with labels: pixels uint8 [N, 3, H, W] or `Files` [N], labels and indices int64 [N].
+
+    `indices` are the positions in the balanced source set or in the list, `classes` C names, of
+    which some may have no image. `split`: train, val or test, or the name of the list.
+    """
+
+    images: Tensor | Files
+    labels: Tensor
+    indices: Tensor
+    classes: list[str]
+    info: SetInfo = field(default_factory=SetInfo)
+    split: str = ""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def in_memory(self) -> bool:
+        return isinstance(self.images, Tensor)
+
+    @property
+    def size(self) -> int | None:
+        """Side in px at which the images are used."""
+        return self.images.shape[-1] if self.in_memory else self.info.size
+
+    def counts(self) -> list[int]:
+        """Images per class, C numbers."""
+        return torch.bincount(self.labels, minlength=len(self.classes)).tolist()
+
+    def select(self, positions: np.ndarray | Tensor | Ints) -> Set:
+        """A copy of the items at `positions`, in that order."""
+        at = torch.as_tensor(positions, dtype=torch.int64, device=self.labels.device)
+        images, labels, indices = self.images[at], self.labels[at], self.indices[at]
+        return dataclasses.replace(self, images=images, labels=labels, indices=indices)
+
+    def to(self, device: torch.device | str) -> Set:
+        """The same items on `device`; no copy when they are there already."""
+        moved = {key: getattr(self, key).to(device) for key in ("images", "labels", "indices")}
+        return dataclasses.replace(self, **moved)
+
+    def fingerprint(self) -> str:
+        """16 hex digits over images (or paths) and labels, in stored order."""
+        if self.in_memory:
+            digest = hashlib.sha256(str(tuple(self.images.shape)).encode())
+            digest.update(self.images.cpu().contiguous().numpy())
+        else:
+            digest = hashlib.sha256(os.fsencode("\n".join(self.images.names)))
+        digest.update(self.labels.cpu().contiguous().numpy())
+        return digest.hexdigest()[:16]
+
+
+@dataclass
+class Splits:
+    """What a script trains and evaluates on; `leftover`: positions of unused training images."""
+
+    train: Set
+    test: Set
+    val: Set | None
     info: SetInfo
+    leftover: np.ndarray = field(default_factory=lambda: np.arange(0))
 
+    name = property(lambda self: self.info.name)
     mean = property(lambda self: self.info.mean)
     std = property(lambda self: self.info.std)
+    counts = property(lambda self: self.train.counts())
+    classes = property(lambda self: self.train.classes)
+    num_classes = property(lambda self: len(self.train.classes))
+    image_size = property(lambda self: self.train.size)
 
 
-def check_counts(pool: ImageSet, counts: Ints) -> None:
-    """UserError (class, asked, available) when a class of `pool` has fewer images than `counts` asks for."""
+def check_counts(pool: Set, counts: Ints) -> None:
+    """UserError (class, asked, there) when a class of `pool` has fewer images than `counts`."""
     _pools(pool.labels.numpy(), counts, pool.classes)
 
 
-CIFAR = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}  # CIFAR-10's, by custom CIFAR-100's too
+CIFAR = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}  # by custom 100's too
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+INAT = {"mean": (0.466, 0.471, 0.380), "std": (0.195, 0.194, 0.192)}
 CIFAR10_FILES = "cifar-10-batches-py/{data_batch_1..5,test_batch,batches.meta}"
 CIFAR100_FILES = "cifar-100-python/{train,test,meta}"
 SVHN = {"class_order": (*range(1, 10), 0), "layout": "{train,test}_32x32.mat"}
+MINI_LISTS = {"train": "train_ir{}.txt", "val": "val.txt", "test": "test.txt"}
+IMAGENET_LISTS = {split: f"ImageNet_LT_{split}.txt" for split in ("train", "val", "test")}
+IMAGENET_FILES = "{train,val}/<wnid>/* and ImageNet_LT_{train,val,test}.txt"
+INAT_LISTS = {"train": "iNaturalist18_train.txt", "test": "iNaturalist18_val.txt"}
+INAT_FILES = "train_val2018/<group>/<class>/* and iNaturalist18_{train,val}.txt (or {train,val}2018.json)"
 KNOWN = (
     SetInfo("glyphs_lt", 10, 16, ratio=100, n_max=400),
-    SetInfo("cifar10_lt", 10, 32, ratio=100, n_max=5000, source="CIFAR10", layout=CIFAR10_FILES, **CIFAR),
-    SetInfo("cifar100_lt", 100, 32, ratio=100, n_max=500, source="CIFAR100", layout=CIFAR100_FILES, **CIFAR),
+    SetInfo("cifar10_lt", 10, 32, **CIFAR, ratio=100, n_max=5000, source="CIFAR10",
+            layout=CIFAR10_FILES),
+    SetInfo("cifar100_lt", 100, 32, **CIFAR, ratio=100, n_max=500, source="CIFAR100",
+            layout=CIFAR100_FILES),
     SetInfo("svhn_lt", 10, 32, ratio=100, n_max=1000, source="SVHN", **SVHN),
-    SetInfo("mini_imagenet_lt", 100, 224, **IMAGENET),
-    SetInfo("imagenet_lt", 1000, 224, **IMAGENET),
-    SetInfo("inat18", 8142, 224, mean=(0.466, 0.471, 0.380), std=(0.195, 0.194, 0.192)),
-)
+    SetInfo("mini_imagenet_lt", 100, 224, **IMAGENET, layout="<wnid>/*", lists=MINI_LISTS),
+    SetInfo("imagenet_lt", 1000, 224, **IMAGENET, layout=IMAGENET_FILES, lists=IMAGENET_LISTS),
+    SetInfo("inat18", 8142, 224, **INAT, layout=INAT_FILES, lists=INAT_LISTS),
+)  # fmt: skip
 DATASETS = {info.name: info for info in KNOWN}
-LISTED = {"mini_imagenet_lt", "imagenet_lt", "inat18"}  # image files with lists of their own, see file_lists.py
+LISTED = {info.name for info in KNOWN if info.lists}
 PATH_LAYOUT = "a folder with train/<class>/* and test/<class>/*, or an .npz with x_train, y_train, x_test, y_test"
-MAX_SIZE = 64
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
+MAX_SIZE = 64  # px up to which images are held in memory
+IMAGE_SUFFIXES = set(".png .jpg .jpeg .bmp .gif .ppm .pgm .tif .tiff .webp".split())
 
 GLYPHS = "PECVDBYGFR"  # head first; class c has its look-alike in class 9 - c
 GLYPH_TRAIN, GLYPH_TEST, GLYPH_SEED = 400, 250, 0
 
 
 def make_glyphs() -> list[tuple[np.ndarray, np.ndarray, list[str]]]:
-    """The embedded set, always the same: (pixels uint8 [N, 16, 16, 3], labels [N], letters) of train and of test.
+    """The embedded set: (pixels uint8 [N, 16, 16, 3], labels [N], letters) of train and of test.
 
-    Ten letters, 400 training and 250 test images of each. Per image: Pillow's built-in font in one of four sizes and
-    two strokes on a 32x32 canvas, scale e^(+-0.15) per axis, shear +-0.18, rotation within 9 degrees, shift of up to
-    3 px, random fore- and background colour at least 0.15 apart in mean, halved in size, Gaussian noise of s.d. up to
-    0.09. Computed in float64 from a legacy generator.
+    Ten letters, 400 training and 250 test images of each. Per image: Pillow's built-in font in one
+    of four sizes and two strokes on a 32x32 canvas, scale e^(+-0.15) per axis, shear +-0.18,
+    rotation within 9 degrees, shift of up to 3 px, random fore- and background colour at least
+    0.15 apart in mean, halved in size, Gaussian noise of s.d. up to 0.09.
     """
     masks = np.empty((len(GLYPHS), 4, 2, 1, 32, 32))
     for c, size, stroke in np.ndindex(masks.shape[:3]):
         font, canvas = ImageFont.load_default((22, 24, 26, 28)[size]), Image.new("L", (32, 32))
         left, top, right, bottom = font.getbbox(GLYPHS[c], stroke_width=stroke)
         at = (16 - (left + right) / 2, 16 - (top + bottom) / 2)
-        ImageDraw.Draw(canvas).text(at, GLYPHS[c], fill=255, font=font, stroke_width=stroke)
+        pen = ImageDraw.Draw(canvas)
+        pen.text(at, GLYPHS[c], fill=255, font=font, stroke_width=stroke)
         masks[c, size, stroke] = np.asarray(canvas) / 255
 
     rng, n = LegacyRng(GLYPH_SEED), GLYPH_TRAIN + GLYPH_TEST
     images = np.empty((len(GLYPHS), n, 16, 16, 3), dtype=np.uint8)
     for c in range(len(GLYPHS)):
-        size, stroke = rng.randint(4, size=n), rng.randint(2, size=n)
-        scale, shear = np.exp(rng.uniform(-0.15, 0.15, (n, 2))), rng.uniform(-0.18, 0.18, n)
-        angle, shift = np.radians(rng.uniform(-9, 9, n)), rng.uniform(-3, 3, (n, 2, 1)) / 16
-        colours = rng.uniform(size=(n, 2, 3))
-        while (close := abs(colours.mean(2) @ [1, -1]) < 0.15).any():
-            colours[close] = rng.uniform(size=(close.sum(), 2, 3))
-        noise = rng.uniform(0, 0.09, (n, 1, 1, 1)) * rng.standard_normal((n, 16, 16, 3))
-
-        turn = np.stack([np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)], 1).reshape(n, 2, 2)
-        slant = np.stack([np.ones(n), shear, np.zeros(n), np.ones(n)], 1).reshape(n, 2, 2)
-        inverse = np.linalg.inv(turn @ slant @ (np.eye(2) * scale[:, None]))  # from a point of the image to its source
-        theta = torch.from_numpy(np.concatenate([inverse, -inverse @ shift], 2))
-        grid = F.affine_grid(theta, [n, 1, 32, 32], align_corners=False)
-        mask = F.avg_pool2d(F.grid_sample(torch.from_numpy(masks[c, size, stroke]), grid, align_corners=False), 2)
-        ink, paper = colours[:, 0, None, None], colours[:, 1, None, None]
-        images[c] = np.rint(255 * np.clip(paper + mask.numpy()[:, 0, :, :, None] * (ink - paper) + noise, 0, 1))
+        images[c] = _draw_glyphs(rng, n, masks[c])
     parts = images[:, :GLYPH_TRAIN], images[:, GLYPH_TRAIN:]
     labels = (np.repeat(np.arange(len(GLYPHS)), part.shape[1]) for part in parts)
-    return [(part.reshape(-1, 16, 16, 3), y, list(GLYPHS)) for part, y in zip(parts, labels, strict=True)]
+    pixels = (part.reshape(-1, 16, 16, 3) for part in parts)
+    return [(x, y, list(GLYPHS)) for x, y in zip(pixels, labels, strict=True)]
 
 
-def to_square(image: Image.Image, size: int) -> Image.Image:
-    """Short side resized to `size` (bilinear, antialiased), then the centre `size` x `size`; as torchvision does."""
+def _draw_glyphs(rng: LegacyRng, n: int, masks: np.ndarray) -> np.ndarray:
+    """n pictures of one letter, [n, 16, 16, 3]; masks [4, 2, 1, 32, 32]: its sizes and strokes."""
+    size, stroke = rng.randint(4, size=n), rng.randint(2, size=n)
+    scale, shear = np.exp(rng.uniform(-0.15, 0.15, (n, 2))), rng.uniform(-0.18, 0.18, n)
+    angle, shift = np.radians(rng.uniform(-9, 9, n)), rng.uniform(-3, 3, (n, 2, 1)) / 16
+    colours = rng.uniform(size=(n, 2, 3))
+    while (close := abs(colours.mean(2) @ [1, -1]) < 0.15).any():
+        colours[close] = rng.uniform(size=(close.sum(), 2, 3))
+    noise = rng.uniform(0, 0.09, (n, 1, 1, 1)) * rng.standard_normal((n, 16, 16, 3))
+
+    turn = np.stack([np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)], 1)
+    slant = np.stack([np.ones(n), shear, np.zeros(n), np.ones(n)], 1)
+    forth = turn.reshape(n, 2, 2) @ slant.reshape(n, 2, 2) @ (np.eye(2) * scale[:, None])
+    back = np.linalg.inv(forth)  # from a point of the image to its source
+    theta = torch.from_numpy(np.concatenate([back, -back @ shift], 2))
+    grid = F.affine_grid(theta, [n, 1, 32, 32], align_corners=False)
+    mask = F.grid_sample(torch.from_numpy(masks[size, stroke]), grid, align_corners=False)
+    mask = F.avg_pool2d(mask, 2).numpy()[:, 0, :, :, None]
+    ink, paper = colours[:, 0, None, None], colours[:, 1, None, None]
+    return np.rint(255 * np.clip(paper + mask * (ink - paper) + noise, 0, 1))
+
+
+# --- reading ----------------------------------------------------------------------------------
+
+
+def centre(image: Image.Image, side: int, size: int) -> np.ndarray:
+    """Short side resized to `side`, then the central uint8 [S, S, 3]; as torchvision does."""
+    image = resize_short(image, side)
+    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def resize_short(image: Image.Image, side: int) -> Image.Image:
+    """Short side to `side` px (bilinear, antialiased), the long one rounded down."""
     width, height = image.size
     short = min(width, height)
-    if short != size:
-        image = image.resize((int(size * width / short), int(size * height / short)), Image.Resampling.BILINEAR)
-    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
-    return image.crop((left, top, left + size, top + size))
+    if max(width, height) > 100 * short:  # resized whole, a sliver would take gigabytes
+        raise ValueError(f"{width}x{height} px is more than 100 times as long as wide")
+    if short == side:
+        return image
+    size = int(side * width / short), int(side * height / short)
+    return image.resize(size, Image.Resampling.BILINEAR)
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
+
+
+def unreadable(part: Set, row: int, error: Exception | str) -> UserError:
+    """The one line about an image that cannot be read; decoders raise exceptions of many kinds."""
+    reason = str(error).partition("\n")[0] or type(error).__name__
+    what = f"unreadable image of class {part.classes[int(part.labels[row])]!r} ({reason})"
+    find = "`python -m tools.prepare check` finds all"
+    return UserError(f"{part.images.path(row)}: {what}; replace or remove it; {find}")
+
+
+def _check_side(height: int, width: int, source: object, hint: str = "") -> int:
+    """The side of images that are used as they are: they must be square and small."""
+    if height != width or height > MAX_SIZE:
+        square = f"and images in memory have at most {MAX_SIZE} px"
+        why = "not square" if height != width else square
+        do = f"give --image-size S, S <= {MAX_SIZE} to shrink them{hint}"
+        raise UserError(f"{source}: {width}x{height} px, {why}; {do}")
+    return height
 
 
 FROM_FILES = ", or S above it to train from the files"
 
 
-def _checked_side(height: int, width: int, source: object, hint: str = "") -> int:
-    """The side of images that are used as they are: they must be square and small; hint: what else would do."""
-    if height != width or height > MAX_SIZE:
-        why = "not square" if height != width else f"and images in memory have at most {MAX_SIZE} px"
-        raise UserError(
-            f"{source}: {width}x{height} px, {why}; give --image-size S, S <= {MAX_SIZE} to shrink them{hint}"
-        )
-    return height
+def in_memory(part: Set, size: int | None) -> Set:
+    """The set of files with its pixels read, resized to `size`; else they must be small squares."""
+
+    def read(row: int) -> np.ndarray:
+        try:
+            with part.images.open(row) as image:
+                return centre(rgb(image), size, size) if size else np.asarray(rgb(image))
+        except Exception as error:
+            raise unreadable(part, row, error) from error
+
+    with ThreadPoolExecutor() as workers:
+        pixels = list(workers.map(read, range(len(part))))
+    first = _check_side(*pixels[0].shape[:2], part.images.path(0), FROM_FILES)
+    for row, image in enumerate(pixels):
+        side = _check_side(*image.shape[:2], part.images.path(row), FROM_FILES)
+        if side != first:
+            odd = f"{side}x{side} px among images of {first}x{first}; give --image-size S"
+            raise UserError(f"{part.images.path(row)}: {odd}")
+    images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
+    return dataclasses.replace(part, images=images)
 
 
-def _image_set(images: np.ndarray, labels: np.ndarray, classes: list[str], size: int | None = None) -> ImageSet:
-    """ImageSet of uint8 NHWC pixels, resized to `size` if that is another one than theirs."""
-    if size is not None and images.shape[1:3] != (size, size):
-        images = np.stack([np.asarray(to_square(Image.fromarray(image), size)) for image in images])
-    pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
-    labels = torch.from_numpy(np.asarray(labels).astype(np.int64))
-    return ImageSet(pixels, labels, torch.arange(len(labels)), classes)
+def _pixel_set(x: np.ndarray, y, classes: list[str], info: SetInfo, size: int | None) -> Set:
+    """Set of uint8 NHWC pixels, resized to `size` if that is another one than theirs."""
+    if size is not None and x.shape[1:3] != (size, size):
+        x = np.stack([centre(Image.fromarray(image), size, size) for image in x])
+    images = torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
+    labels = torch.from_numpy(np.asarray(y).astype(np.int64))
+    return Set(images, labels, torch.arange(len(labels)), classes, info)
 
 
-def fetch(info: SetInfo, root: str | Path, create: bool = False) -> list[tuple[np.ndarray, list[int], list[str]]]:
-    """(pixels uint8 NHWC, labels, class names) of torchvision's train and test set of a known name.
+def fetch(info: SetInfo, root: str | Path, create: bool = False) -> list[tuple]:
+    """(pixels uint8 NHWC, labels, class names) of torchvision's train and test set of a name.
 
-    The md5 of every file is checked; what is missing is downloaded where the network allows. A root that does not
-    exist is taken for a typing error unless it is the default or `create` is set. Processes on one machine take turns,
-    so that one downloads. Raises UserError that shows the expected layout.
+    The md5 of every file is checked; what is missing is downloaded where the network allows, by
+    one process at a time. A root that does not exist is taken for a typing error unless it is the
+    default or `create` is set. UserError shows the expected layout.
     """
     import torchvision
 
-    def parts(download: bool) -> list:
+    def parts(download: bool) -> list[tuple]:
         kind = getattr(torchvision.datasets, info.source)
-        if info.source != "SVHN":
-            sets = [kind(str(root), train=train, download=download) for train in (True, False)]
-            return [(part.data, part.targets, list(part.classes)) for part in sets]
-        sets = [kind(str(root), split=split, download=download) for split in ("train", "test")]
-        return [(part.data.transpose(0, 2, 3, 1), part.labels, list("0123456789")) for part in sets]
+        if info.source == "SVHN":
+            sets = [kind(str(root), split=split, download=download) for split in ("train", "test")]
+            names = list("0123456789")
+            return [(part.data.transpose(0, 2, 3, 1), part.labels, names) for part in sets]
+        sets = [kind(str(root), train=train, download=download) for train in (True, False)]
+        return [(part.data, part.targets, list(part.classes)) for part in sets]
 
     root = Path(root)
     if not (root.is_dir() or create or root == Path("data")):
         raise UserError(f"{info.name}: no folder {root}; expected {root / info.layout}")
-    try:
+    with contextlib.suppress(RuntimeError):  # missing, or an md5 differs
         return parts(download=False)
-    except RuntimeError:  # missing, or an md5 differs
-        pass
     try:
         import fcntl
 
@@ -398,22 +502,13 @@ def fetch(info: SetInfo, root: str | Path, create: bool = False) -> list[tuple[n
         with contextlib.suppress(OSError):  # leave nothing behind where there was nothing
             (root / ".download.lock").unlink()
             root.rmdir()
-        why = f"missing or damaged, and the download failed ({' '.join(str(error).split())[:200]})"
-        raise UserError(f"{info.name}: {why}; expected {root / info.layout}") from error
+        why = f"the download failed ({' '.join(str(error).split())[:200]})"
+        expected = f"expected {root / info.layout}"
+        raise UserError(f"{info.name}: missing or damaged, and {why}; {expected}") from error
 
 
-def _decode(path: Path, name: str, size: int | None) -> np.ndarray:
-    """RGB pixels uint8 [H, W, 3] of one image file; UserError that names file and class when it cannot be read."""
-    try:
-        with Image.open(path) as file:
-            image = (file.convert("RGBA") if "transparency" in file.info else file).convert("RGB")
-    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
-        raise UserError(f"{path}: unreadable image of class {name!r} ({error}); replace or remove it") from error
-    return np.asarray(to_square(image, size) if size else image)
-
-
-def class_folders(folder: Path, beside: str = "") -> dict[str, list[Path]]:
-    """Class name -> image files, both sorted by name; UserError when the split or a class is empty.
+def class_folders(folder: Path, beside: str = "") -> dict[str, list[str]]:
+    """Class name -> names of its images, both sorted; UserError when the split or a class is empty.
 
     beside: folders called this and a number (`cache256`) lie among the classes and are none.
     """
@@ -424,41 +519,36 @@ def class_folders(folder: Path, beside: str = "") -> dict[str, list[Path]]:
     files = {}
     for inner in classes:
         with os.scandir(inner) as found:  # knows what is a file without asking the disk again
-            names = [e.name for e in found if os.path.splitext(e.name)[1].lower() in IMAGE_SUFFIXES and e.is_file()]
-        files[inner.name] = [inner / name for name in sorted(names)]
+            names = sorted(entry.name for entry in found if entry.is_file())
+        files[inner.name] = [n for n in names if os.path.splitext(n)[1].lower() in IMAGE_SUFFIXES]
         if not files[inner.name]:
-            raise UserError(f"{inner}: class {inner.name!r} holds no image; add some or remove the folder")
+            hint = "holds no image; add some or remove the folder"
+            raise UserError(f"{inner}: class {inner.name!r} {hint}")
     return files
 
 
-def check_classes(source: object, split: str, train: Sequence[str], other: Sequence[str]) -> None:
+def _check_classes(source: object, split: str, train: Sequence[str], other: Sequence[str]) -> None:
     odd = sorted(set(train) ^ set(other))
     if odd:
-        where = ", ".join(f"{name!r} only in {'train' if name in train else split}" for name in odd[:3])
+        where = [f"{name!r} only in {'train' if name in train else split}" for name in odd[:3]]
         more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
-        raise UserError(f"{source}: {split} classes differ from train classes: {where}{more}; make them the same")
+        differ = f"{split} classes differ from train classes: {', '.join(where)}{more}"
+        raise UserError(f"{source}: {differ}; make them the same")
 
 
-def _folder_pool(root: Path, size: int | None) -> dict[str, ImageSet]:
-    splits = [split for split in ("train", "test", "val") if (root / split).is_dir()]
-    if splits[:2] != ["train", "test"]:
+def folder_sets(root: Path, info: SetInfo) -> dict[str, Set]:
+    """Splits of a folder train/<class>/* + test/<class>/* (+ val/), in the order of the names."""
+    if not ((root / "train").is_dir() and (root / "test").is_dir()):
         raise UserError(f"{root}: no train/ and test/ in it; expected {PATH_LAYOUT}")
-    files = {split: class_folders(root / split) for split in splits}
-    classes, pools, side = list(files["train"]), {}, None
-    for split in splits:
-        check_classes(root, split, classes, list(files[split]))
-    for split in splits:
-        listed = [(path, name) for name, paths in files[split].items() for path in paths]
-        with ThreadPoolExecutor() as workers:
-            pixels = list(workers.map(lambda item: _decode(*item, size), listed))
-        for (path, _), image in zip(listed, pixels, strict=True):
-            found = _checked_side(*image.shape[:2], path, FROM_FILES)
-            side = side or found
-            if found != side:
-                raise UserError(f"{path}: {found}x{found} px among images of {side}x{side}; give --image-size S")
-        labels = np.repeat(np.arange(len(classes)), [len(paths) for paths in files[split].values()])
-        pools[split] = _image_set(np.stack(pixels), labels, classes)
-    return pools
+    sets: dict[str, Set] = {}
+    for split in [split for split in ("train", "test", "val") if (root / split).is_dir()]:
+        files = class_folders(root / split)
+        _check_classes(root, split, sets["train"].classes if sets else list(files), list(files))
+        names = [f"{split}/{folder}/{name}" for folder, inner in files.items() for name in inner]
+        labels = torch.repeat_interleave(torch.tensor([len(inner) for inner in files.values()]))
+        where = torch.arange(len(names))
+        sets[split] = Set(Files(root, names), labels, where, list(files), info, split)
+    return sets
 
 
 def _npz_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -470,186 +560,603 @@ def _npz_arrays(path: Path) -> dict[str, np.ndarray]:
                 arrays[key] = None
                 arrays[key] = file[key]
     except Exception as error:  # no zip, a bare .npy, a pickle, a bad checksum, object arrays
-        key = next((key for key, value in arrays.items() if value is None), None)
-        if key and "allow_pickle" in str(error):
-            raise UserError(f"{path}: {key} holds pickled Python objects; store plain arrays") from error
-        raise UserError(f"{path}: {key or 'the file'} is damaged or no .npz of plain arrays; write it anew") from error
-    missing = [key for key in ("x_train", "y_train", "x_test", "y_test") if key not in arrays]
-    if missing:
-        raise UserError(f"{path}: lacks {', '.join(missing)}; expected x_train, y_train, x_test, y_test")
+        key = next((key for key, value in arrays.items() if value is None), "the file")
+        why = "is damaged or no .npz of plain arrays; write it anew"
+        if "allow_pickle" in str(error) and arrays:
+            why = "holds pickled Python objects; store plain arrays"
+        raise UserError(f"{path}: {key} {why}") from error
+    wanted = ("x_train", "y_train", "x_test", "y_test")
+    if missing := [key for key in wanted if key not in arrays]:
+        raise UserError(f"{path}: lacks {', '.join(missing)}; expected {', '.join(wanted)}")
     return arrays
 
 
-def _npz_pool(path: Path, size: int | None, info: SetInfo) -> tuple[dict[str, ImageSet], SetInfo]:
-    """Reads x_*, y_*, and where present classes (names), mean and std (as `export` writes them)."""
+def _npz_statistics(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, tuple]:
+    """mean and std of the file, where it has them."""
+    found = {}
+    for key in [key for key in ("mean", "std") if key in arrays]:
+        value = arrays[key]
+        if value.shape != (3,) or value.dtype.kind != "f":
+            shape = f"{value.dtype} {list(value.shape)}"
+            raise UserError(f"{path}: {key} is {shape}; expected 3 floats")
+        if not np.isfinite(value).all() or (key == "std" and value.min() <= 0):
+            wanted = "finite numbers" + ", above 0" * (key == "std")
+            raise UserError(f"{path}: {key} is {value.tolist()}; expected {wanted}")
+        found[key] = tuple(value.tolist())
+    return found
+
+
+def npz_sets(path: Path, size: int | None, info: SetInfo) -> dict[str, Set]:
+    """Reads x_*, y_*, and where present classes (names), mean and std (into `info`)."""
     arrays = _npz_arrays(path)
     splits = [split for split in ("train", "test", "val") if f"x_{split}" in arrays]
     for split in splits:
         x, y, name = arrays[f"x_{split}"], arrays.get(f"y_{split}"), f"{path}: x_{split}"
         if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] not in (1, 3) or 0 in x.shape:
-            raise UserError(f"{name} is {x.dtype} {list(x.shape)}; expected uint8 [N, H, W, 3] or [N, H, W, 1]")
+            wanted = "uint8 [N, H, W, 3] or [N, H, W, 1]"
+            raise UserError(f"{name} is {x.dtype} {list(x.shape)}; expected {wanted}")
         if y is None or y.dtype.kind not in "iu" or y.shape != x.shape[:1]:
             found = "missing" if y is None else f"{y.dtype} {list(y.shape)}"
-            raise UserError(f"{path}: y_{split} is {found}; expected integers [{len(x)}], one label an image")
-        if size is None and _checked_side(*x.shape[1:3], name) != arrays["x_train"].shape[1]:
-            raise UserError(f"{name} has {x.shape[1]} px, x_train {arrays['x_train'].shape[1]}; give --image-size S")
+            wanted = f"integers [{len(x)}], one label an image"
+            raise UserError(f"{path}: y_{split} is {found}; expected {wanted}")
+        if size is None and _check_side(*x.shape[1:3], name) != arrays["x_train"].shape[1]:
+            other = f"x_train {arrays['x_train'].shape[1]}; give --image-size S"
+            raise UserError(f"{name} has {x.shape[1]} px, {other}")
     labels = np.unique(arrays["y_train"]).tolist()
-    gaps = [label for label, found in enumerate(labels) if label != found]
-    if gaps:
-        wrong = f"label {gaps[0]} has no image" if labels[0] >= 0 else f"label {labels[0]} is negative"
-        raise UserError(f"{path}: {wrong}; y_train must hold every label 0..C-1 (largest found: {labels[-1]})")
+    gap = next((label for label, found in enumerate(labels) if label != found), None)
+    if gap is not None:
+        wrong = f"label {gap} has no image" if labels[0] >= 0 else f"label {labels[0]} is negative"
+        rule = f"y_train must hold every label 0..C-1 (largest found: {labels[-1]})"
+        raise UserError(f"{path}: {wrong}; {rule}")
     names = [str(name) for name in np.atleast_1d(arrays.get("classes", labels))]
     if len(set(names)) != len(labels) or len(names) != len(labels):
-        raise UserError(
-            f"{path}: {len(set(names))} different class names for {len(labels)} labels; give each label one"
-        )
-    for key in ("mean", "std"):
-        value = arrays.get(key, np.full(3, 0.5))
-        if value.shape != (3,) or value.dtype.kind != "f":
-            raise UserError(f"{path}: {key} is {value.dtype} {list(value.shape)}; expected 3 floats")
-        if not np.isfinite(value).all() or (key == "std" and value.min() <= 0):
-            raise UserError(f"{path}: {key} is {value.tolist()}; expected finite numbers{', above 0' * (key == 'std')}")
-        info = replace(info, **{key: tuple(value.tolist())})
-    pools = {}
+        found = f"{len(set(names))} different class names for {len(labels)} labels"
+        raise UserError(f"{path}: {found}; give each label one")
+    for key, value in _npz_statistics(path, arrays).items():
+        setattr(info, key, value)
+    sets = {}
     for split in splits:
         x, y = arrays[f"x_{split}"], arrays[f"y_{split}"]
-        check_classes(path, split, [str(c) for c in labels], [str(c) for c in np.unique(y)])
-        pools[split] = _image_set(x if x.shape[3] == 3 else x.repeat(3, axis=3), y, names, size)
-    return pools, info
+        _check_classes(path, split, [str(c) for c in labels], [str(c) for c in np.unique(y)])
+        sets[split] = _pixel_set(np.broadcast_to(x, (*x.shape[:3], 3)), y, names, info, size)
+    return sets
 
 
-def _find(dataset: str) -> SetInfo | Path:
-    """The record of a known name, or the path of an existing folder or .npz; UserError otherwise."""
+def _lines(source: Path) -> list[str]:
+    try:
+        text = source.read_text(encoding="utf-8-sig").rstrip()
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "no text in UTF-8"
+        raise UserError(f"{source}: {why}; expected lines `relative/path label`") from error
+    return text.split("\n") if text else []
+
+
+class ListReader:
+    """Reads the lists of a set, lines `relative/path label`, and checks that they go together.
+
+    Labels are 0..C-1, C the largest + 1 of the first list and at most `most`, and none may be
+    without an image; folder and label go together one to one, in all lists, and name the classes.
+    Paths stay inside the root and differ, over all lists where they are `disjoint`. UserError
+    names file and line. The images are not looked for.
+    """
+
+    def __init__(self, root: Path, most: int | None = None, disjoint: bool = False):
+        self.root, self.most, self.disjoint = root, most, disjoint
+        self.folder_of, self.label_of, self.seen, self.first = {}, {}, {}, None
+
+    def read(self, source: Path, lines: list[str] | None = None) -> Set:
+        """The next list; `lines` where they were made of another file."""
+        paths, labels = [], []
+        if not self.disjoint:
+            self.seen = {}
+        for k, line in enumerate(_lines(source) if lines is None else lines, 1):
+            try:
+                path, label = self._checked(line, f"{source}:{k}")
+            except ValueError as error:
+                raise UserError(f"{source}:{k}: {error}") from None
+            paths.append(path)
+            labels.append(label)
+        if not labels:
+            raise UserError(f"{source}: no image in it; expected lines `relative/path label`")
+        if self.first is None:
+            self.first, self.most = source, max(labels) + 1
+        present = set(labels)
+        empty = next((label for label in range(self.most) if label not in present), None)
+        if empty is not None:
+            name = f"label {empty}" + f" ({self.folder_of.get(empty)})" * (source != self.first)
+            every = f"every label 0..{self.most - 1} needs one"
+            raise UserError(f"{source}: {name} has no image; {every}")
+        classes = [self.folder_of[label] for label in range(self.most)]
+        return Set(Files(self.root, paths), torch.tensor(labels), torch.arange(len(paths)), classes)
+
+    def _checked(self, line: str, at: str) -> tuple[str, int]:
+        """Path and label of a line; ValueError says what is wrong with it."""
+        parts = line.rsplit(None, 1)
+        if len(parts) != 2:
+            raise ValueError(f"{line[:80]!r} is no line `relative/path label`")
+        path, label = parts
+        if not (label.isascii() and label.isdigit() and len(label) < 10):
+            raise ValueError(f"label {label[:40]!r} is no whole number 0..999999999")
+        label = int(label)
+        if self.most is not None and label >= self.most:
+            first = "" if self.first is None else f", the classes of {self.first}"
+            raise ValueError(f"label {label}; expected 0..{self.most - 1}{first}")
+        if path.startswith("/") or "./" in path or "//" in path or path.endswith(".."):
+            path = posixpath.normpath(path)
+            if path.startswith("/") or path.split("/")[0] == "..":
+                raise ValueError(f"{path} lies outside {self.root}; paths must be relative to it")
+        if self.seen.setdefault(path, at) != at:
+            raise ValueError(f"{path} stands at {self.seen[path]} already; remove one")
+        folder = path.rpartition("/")[0].rpartition("/")[2]
+        if self.label_of.setdefault(folder, label) != label:
+            known = f"{folder} has label {self.label_of[folder]}"
+            raise ValueError(f"{path} has label {label}, but before that {known}")
+        if self.folder_of.setdefault(label, folder) != folder:
+            known = f"label {label} is {self.folder_of[label]}"
+            raise ValueError(f"{path} has label {label}, but before that {known}")
+        return path, label
+
+
+def list_paths(info: SetInfo, root: Path, ratio: float | None) -> dict[str, Path]:
+    """Where the list of every split lies or should lie; `ratio` names one of mini-ImageNet-LT."""
+    if ratio is not None and info.name != "mini_imagenet_lt":
+        why = f"long-tailed as they are: --imb-ratio {ratio:g} makes no sense"
+        raise UserError(f"{info.name} has published lists, {why}")
+    ratio = 100 if ratio is None else ratio
+    return {split: root / name.format(f"{ratio:g}") for split, name in info.lists.items()}
+
+
+def listed_sets(info: SetInfo, data_root: str | Path, ratio: float | None = None) -> dict[str, Set]:
+    """The splits of imagenet_lt, inat18 (its validation list is the test set), mini_imagenet_lt.
+
+    UserError names file, line or class, or shows the expected layout.
+    """
+    root, mini = Path(data_root) / info.name, info.name == "mini_imagenet_lt"
+    sources, expected = list_paths(info, root, ratio), f"expected {root}/{info.layout}"
+    if not root.is_dir():
+        raise UserError(f"{info.name}: no folder {root}; {expected}")
+    reader, sets = ListReader(root, None if mini else info.num_classes, disjoint=mini), {}
+    for split, source in sources.items():
+        if not source.exists():
+            make = f"lists --dataset {info.name}"
+            if mini:
+                make = f"mini --imb-ratio {sources['train'].stem[8:]}"
+            make = f"`python -m tools.prepare {make}` puts it there"
+            raise UserError(f"{info.name}: {source} is missing; {make}; {expected}")
+        sets[split] = reader.read(source)
+        sets[split].info = info
+        sets[split].split = source.stem if mini else split  # train_ir100, val, test
+    return sets
+
+
+def find(dataset: str) -> SetInfo:
+    """The record of a known name, or one of a folder or .npz that is there; UserError otherwise."""
     path = Path(dataset)
     if dataset in DATASETS:
-        return DATASETS[dataset]
+        return dataclasses.replace(DATASETS[dataset])
     if path.is_dir() or (path.suffix == ".npz" and path.is_file()):
-        return path
+        return SetInfo(path.resolve().name if path.is_dir() else path.stem)
     if path.exists() or path.suffix == ".npz" or os.sep in str(dataset):
         raise UserError(f"data set {dataset}: no such folder or .npz; expected {PATH_LAYOUT}")
-    raise UserError(f"unknown data set {dataset!r}; known: {', '.join(DATASETS)}; or the path of {PATH_LAYOUT}")
+    known = f"known: {', '.join(DATASETS)}; or the path of {PATH_LAYOUT}"
+    raise UserError(f"unknown data set {dataset!r}; {known}")
 
 
 def peek_image_size(dataset: str, data_root: str | Path = "data", image_size: int | None = None) -> int:
     """Side of the images in px, from the name, the .npz or the first image file."""
-    found = _find(dataset)
-    if image_size is not None or isinstance(found, SetInfo):
-        return found.size if image_size is None else image_size
-    if found.is_file():
-        return load_pool(dataset)[3].size
-    path = next(iter(class_folders(found / "train").values()))[0]
-    height, width, _ = _decode(path, path.parent.name, None).shape
-    return _checked_side(height, width, path, FROM_FILES)
-
-
-def _stays_files(found: SetInfo | Path, image_size: int | None) -> bool:
-    """Whether a set is used as image files: the known large ones, and class folders at a size above 64 px."""
-    return found.name in LISTED if isinstance(found, SetInfo) else found.is_dir() and (image_size or 0) > MAX_SIZE
+    info, path = find(dataset), Path(dataset)
+    if image_size is not None or dataset in DATASETS:
+        return image_size or info.size
+    if path.is_file():
+        return load_pool(dataset).image_size
+    name, images = next(iter(class_folders(path / "train").items()))
+    first = Set(Files(path / "train" / name, images[:1]), torch.tensor([0]), None, [name])
+    return in_memory(first, None).size
 
 
 def load_pool(
-    dataset: str, root: str | Path = "data", image_size: int | None = None, files: bool = False,
+    dataset: str,
+    root: str | Path = "data",
+    image_size: int | None = None,
+    files: bool = False,
     ratio: float | None = None,
-) -> Pool:  # fmt: skip
-    """Training pool, test set, own validation set or None, and the record: the source before any long tail.
+) -> Splits:
+    """Training pool, test set and own validation set or None, before any long tail.
 
-    `image_size` resizes the short side and crops the centre; needed where images differ in size or exceed 64 px.
-    `files`: a large set may come as `file_lists.FileSet`; `ratio` names the training list where a set has several.
+    `image_size` resizes the short side and crops the centre; needed where images differ in size or
+    exceed 64 px. `files`: the images of large sets (the known ones, and class folders at a size
+    above 64 px) stay files; `ratio` names the training list where a set has several.
     """
-    found = _find(dataset)
-    if files and _stays_files(found, image_size):
-        import file_lists
-
-        train, val, test = file_lists.load_lists(dataset, root, ratio)
-        info = found if isinstance(found, SetInfo) else SetInfo(found.resolve().name, **IMAGENET)
-        return Pool(train, test, val, replace(info, num_classes=len(train.classes), size=image_size or info.size))
-    if isinstance(found, SetInfo) and _stays_files(found, image_size):
-        raise UserError(f"{dataset}: its images are files above {MAX_SIZE} px; this needs small images in memory")
-    if image_size is not None and not 1 <= image_size <= MAX_SIZE:
-        raise UserError(f"image size {image_size}: give 1..{MAX_SIZE}: this needs small images in memory")
-    if isinstance(found, SetInfo):
-        parts = fetch(found, root) if found.source else make_glyphs()
-        return Pool(*(_image_set(*part, image_size) for part in parts), None, found)
-    if found.is_dir():
-        pools, info = _folder_pool(found, image_size), SetInfo(found.resolve().name)
+    info, path = find(dataset), Path(dataset)
+    if info.lists or (path.is_dir() and dataset not in DATASETS and (image_size or 0) > MAX_SIZE):
+        if not files:
+            wanted = "this needs small images in memory"
+            raise UserError(f"{dataset}: its images are files above {MAX_SIZE} px; {wanted}")
+        info.size = image_size or info.size
+        if dataset in DATASETS:
+            sets = listed_sets(info, root, ratio)
+        else:
+            info.mean, info.std = IMAGENET.values()
+            sets = folder_sets(path, info)
+    elif image_size is not None and not 1 <= image_size <= MAX_SIZE:
+        wanted = f"give 1..{MAX_SIZE}: this needs small images in memory"
+        raise UserError(f"image size {image_size}: {wanted}")
+    elif dataset in DATASETS:
+        parts = fetch(info, root) if info.source else make_glyphs()
+        named = zip(("train", "test"), parts, strict=True)
+        sets = {split: _pixel_set(*part, info, image_size) for split, part in named}
+    elif path.is_dir():
+        sets = folder_sets(path, info)
+        sets = {split: in_memory(part, image_size) for split, part in sets.items()}
     else:
-        pools, info = _npz_pool(found, image_size, SetInfo(found.stem))
-    train = pools["train"]
-    info = replace(info, num_classes=len(train.classes), size=train.images.shape[-1])
-    return Pool(train, pools["test"], pools.get("val"), info)
+        sets = npz_sets(path, image_size, info)
+    info.num_classes, info.size = len(sets["train"].classes), sets["train"].size
+    return Splits(sets["train"], sets["test"], sets.get("val"), info)
 
 
-def load(
-    args: object = None, *, dataset: str = "glyphs_lt", data_root: str | Path = "data", imb_ratio: float | None = None,
-    imb_type: str = "exp", subset_rule: str = "common", data_seed: int = 0, image_size: int | None = None,
-    val: str | None = None, files: bool = False,
-) -> Splits:  # fmt: skip
-    """Train, test and validation set as the shared flags ask for; from parsed `args` or from keywords.
+def load(args) -> Splits:
+    """Train, test and validation set as the shared flags ask for.
 
-    `imb_ratio` None: the set's default (100), or as it is for a path. A path is made long-tailed over its classes
-    sorted by name, with the largest head for which no class runs out. Only `data_seed` decides which images; the rule
-    fsgl adds it to 3407, so that 0 gives FSGL's own subset.
-    `val`: "own" the set's own; "train" a tenth of each class of the long-tailed training set, removed from it (at
-    least one image of every class that has two), drawn by its own generator of the data seed; "test" the test set
-    itself serves; None the set's own if it has one. Raises UserError, also when the profile empties a class.
-    `files`: large sets come as `file_lists.FileSet`; published lists stay as they are, mini_imagenet_lt has a list of
-    each ratio, and class folders (with an image size above 64 px) may be made long-tailed.
+    `--imb-ratio` left alone: the set's default (100), or as it is for a path. A path is made
+    long-tailed over its classes sorted by name, with the largest head for which no class runs out.
+    Published lists stay as they are, mini_imagenet_lt has a list of each ratio. Validation:
+    `--val-from train` a tenth of each class of the long-tailed training set, removed from it, drawn
+    by a generator of the data seed (at least one image of every class that has two); `test` the
+    test set itself; else the set's own, carved from train where `--select val` needs one and there
+    is none. UserError also when the profile empties a class.
     """
-    if args is not None:
-        keys = ("dataset", "data_root", "imb_ratio", "imb_type", "subset_rule", "data_seed", "image_size")
-        given = {key: getattr(args, key) for key in keys if hasattr(args, key)}
-        splits = load(**given, val=getattr(args, "val_from", None), files=files)
-        if getattr(args, "select", "last") != "val" or splits.val is not None:
-            return splits
-        return load(**given, val="train", files=files)  # it has none of its own: carved from what it trains on
-    if subset_rule not in ("common", "fsgl"):
-        raise UserError(f"subset rule {subset_rule!r}: choose common or fsgl")
-    if val not in (None, "own", "train", "test"):
-        raise UserError(f"validation set from {val!r}: choose train or test")
-    if dataset in LISTED and (data_seed or subset_rule != "common"):
-        flag = f"--data-seed {data_seed}" if data_seed else f"--subset-rule {subset_rule}"
-        raise UserError(f"{flag} makes no sense for {dataset}: its lists decide which images")
-    if not 0 <= data_seed < 2**32:
-        raise UserError(f"data seed {data_seed}: give a whole number 0..{2**32 - 1}")
-    long_tail_counts(1, 1, 1.0 if imb_ratio is None else imb_ratio, imb_type)  # bad values end here, before any reading
-    pool, test, own, info = load_pool(dataset, data_root, image_size, files, imb_ratio)
-    ratio = info.ratio if imb_ratio is None or dataset in LISTED else imb_ratio
-    if ratio is None and imb_type != "exp":
-        raise UserError(f"imbalance type {imb_type!r} needs --imb-ratio: {dataset} is read as it is")
-    if val == "own" and own is None:
-        raise UserError(f"{dataset} has no validation set of its own; give --val-from train or test")
-    chosen = np.arange(len(pool))
+    dataset, ratio, kind, seed = args.dataset, args.imb_ratio, args.imb_type, args.data_seed
+    source = getattr(args, "val_from", None)
+    if source not in (None, "train", "test"):
+        raise UserError(f"validation set from {source!r}: choose train or test")
+    if dataset in LISTED and seed:
+        why = "its lists decide which images"
+        raise UserError(f"--data-seed {seed} makes no sense for {dataset}: {why}")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"data seed {seed}: give a whole number 0..{2**32 - 1}")
+    long_tail_counts(1, 1, 1.0 if ratio is None else ratio, kind)  # bad values end before reading
+    data = load_pool(dataset, args.data_root, args.image_size, files=True, ratio=ratio)
+    if ratio is None or dataset in LISTED:
+        ratio = data.info.ratio
+    if ratio is None and kind != "exp":
+        raise UserError(f"imbalance type {kind!r} needs --imb-ratio: {dataset} is read as it is")
     if ratio is not None:
-        chosen = _long_tailed(pool, info, ratio, imb_type, subset_rule, data_seed)
-    train, validation = pool.select(chosen), test if val == "test" else own
-    if val == "train":
-        held = holdout(train.labels.numpy(), len(train.classes), generator(data_seed, "holdout"))
+        chosen = _long_tailed(data, ratio, kind, seed)
+        data.leftover = np.setdiff1d(np.arange(len(data.train)), chosen)
+        data.train = data.train.select(chosen)
+    if source == "test" or getattr(args, "select", None) == "test":
+        data.val = data.test
+    if source == "train" or (getattr(args, "select", None) == "val" and data.val is None):
+        held = holdout(data.train.labels, data.num_classes, generator(seed, "holdout"))
         if not len(held):
-            raise UserError(f"{dataset}: no class has two images to carve a validation set from; drop --val-from train")
-        validation, train = train.select(held), train.select(np.setdiff1d(np.arange(len(train)), held))
-    leftover = np.setdiff1d(np.arange(len(pool)), chosen)
-    return Splits(info.name, train, test, validation, info.mean, info.std, train.counts(), leftover, info.size)
+            raise UserError(f"{dataset}: no class has two images to carve a validation set from")
+        rest = np.setdiff1d(np.arange(len(data.train)), held)
+        data.val, data.train = data.train.select(held), data.train.select(rest)
+    return data
 
 
-def _long_tailed(pool: ImageSet, info: SetInfo, ratio: float, kind: str, rule: str, seed: int) -> np.ndarray:
-    """Positions of the long-tailed subset of `pool`; UserError when a class would be left without images."""
-    sizes = pool.counts()
+def _long_tailed(data: Splits, ratio: float, kind: str, seed: int) -> np.ndarray:
+    """Positions of the long-tailed subset; UserError when a class would be left without images."""
+    sizes, info = data.counts, data.info
     order = list(info.class_order or range(len(sizes)))
     n_max = info.n_max or largest_head([sizes[c] for c in order], ratio, kind)
     counts = [0] * len(sizes)
     for c, n in zip(order, long_tail_counts(len(sizes), n_max, ratio, kind), strict=True):
         counts[c] = n
         if n == 0:
-            raise UserError(
-                f"imbalance ratio {ratio:g} leaves class {pool.classes[c]!r} with 0 of its {sizes[c]} images "
-                f"(largest class: {n_max:g}); give a smaller --imb-ratio"
-            )
-    if rule == "fsgl":
-        return subset_fsgl(pool.labels.numpy(), counts, LegacyRng((FSGL_SEED + seed) % 2**32))
-    return subset_common(pool.labels.numpy(), counts, LegacyRng(seed), order)
+            lost = f"class {data.classes[c]!r} with 0 of its {sizes[c]} images"
+            head = f"(largest class: {n_max:g}); give a smaller --imb-ratio"
+            raise UserError(f"imbalance ratio {ratio:g} leaves {lost} {head}")
+    return subset_common(data.train.labels.numpy(), counts, LegacyRng(seed), order)
 
 
-# --- samplers and loader
+# --- augmentation -----------------------------------------------------------------------------
+# n samples, H x W pixels in, S x S out; uint8 up to the crop, then float32 in [0, 1]. Every
+# parameter is a tensor [n] on the device of the images, one value a sample. No function waits for
+# the device or loops over samples; each agrees with its namesake in torchvision's v2.functional.
+
+GREY = (0.2989, 0.587, 0.114)  # weights of red, green and blue in the grey of a pixel
+BRIGHTNESS, CONTRAST, SATURATION = range(3)  # the colour operations that are blends; then hue
+CPU_CHUNK = 65536  # output pixels augmented at a time on a CPU: they stay in its cache
+
+
+def per_sample(values: Tensor) -> Tensor:
+    """[n] -> [n, 1, 1, 1], to be broadcast over images."""
+    return values.view(-1, 1, 1, 1)
+
+
+def crop_pad(x: Tensor, top: Tensor, left: Tensor, pad: int, size=None, flip=None) -> Tensor:
+    """Put `pad` zeros around the images and cut windows of `size` (rows, columns; default H, W).
+
+    (top, left): their corners in the padded images. Mirrored left to right where `flip` is true.
+    """
+    n, channels, height, width = x.shape
+    rows, columns = size or (height, width)
+    row = top.long()[:, None] + torch.arange(rows, device=x.device)  # [n, rows]
+    column = torch.arange(columns, device=x.device)
+    if flip is not None:
+        column = torch.where(flip.bool()[:, None], columns - 1 - column, column)
+    column = left.long()[:, None] + column  # [n, columns]
+    index = row[:, :, None] * (width + 2 * pad) + column[:, None, :]  # into a flattened plane
+    padded = F.pad(x, (pad,) * 4).flatten(2)
+    index = index.view(n, 1, -1).expand(-1, channels, -1)
+    return padded.gather(2, index).view(n, channels, rows, columns)
+
+
+def interpolation(start: Tensor, length: Tensor, extent: int, size: int, flip=None) -> Tensor:
+    """Matrices [n, size, extent]: pixels start..start + length - 1 of an axis, resized to `size`.
+
+    Bilinear with antialias: output i stands at (i + 1/2) r, r = length / size, and weighs pixel j,
+    at j + 1/2, by max(0, 1 - distance / max(1, r)), or 0 outside; then a row is made to sum to 1.
+    """
+    ratio = (length.float() / size).view(-1, 1, 1)
+    reach = ratio.clamp(min=1)
+    output = torch.arange(size, device=start.device) + 0.5
+    if flip is not None:
+        output = torch.where(flip.bool()[:, None], size - output, output)
+    pixel = (torch.arange(extent, device=start.device) - start[:, None])[:, None] + 0.5
+    inside = ((pixel > 0) & (pixel < length.view(-1, 1, 1))).float()  # [n, 1, extent]
+    weight = pixel / reach - output.view(-1, size, 1) * (ratio / reach)  # [n, size, extent]
+    weight.abs_().neg_().add_(1).clamp_(min=0).mul_(inside)
+    return weight.div_(weight.sum(2, keepdim=True))
+
+
+def resized_crop(x: Tensor, top, left, height, width, size: int, flip=None) -> Tensor:
+    """Cut windows height x width at (top, left), resize them to S x S, mirror where `flip` is true.
+
+    = V X U' with a small V and U of each sample.
+    """
+    n, channels, rows, columns = x.shape
+    down = interpolation(top, height, rows, size)  # V [n, S, H]
+    across = interpolation(left, width, columns, size, flip)  # U [n, S, W]
+    x = torch.bmm(x.reshape(n, channels * rows, columns), across.transpose(1, 2))  # [n, 3H, S]
+    return torch.matmul(down[:, None], x.view(n, channels, rows, size))  # [n, 3, S, S]
+
+
+def blend_(x: Tensor, own: Tensor, grey: Tensor, mean: Tensor) -> Tensor:
+    """x <- clamp(own * x + grey * grey of the pixel + mean * mean grey of the image), in place.
+
+    For a factor f the weights are (f, 0, 0) for brightness, (f, 0, 1 - f) for contrast,
+    (f, 1 - f, 0) for saturation; (0, 1, 0) makes grey: one call where samples differ in operation.
+    """
+    if len(x) == 0:
+        return x
+    red, green, blue = x.split(1, dim=1)
+    luma = (red * GREY[0]).add_(green, alpha=GREY[1]).add_(blue, alpha=GREY[2])  # [n, 1, H, W]
+    average = luma.mean((1, 2, 3), keepdim=True)
+    luma.mul_(per_sample(grey)).add_(average.mul_(per_sample(mean)))
+    return torch.addcmul(luma, x, per_sample(own), out=x).clamp_(0, 1)
+
+
+def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
+    """Add `shift` (in turns, -1/2..1/2) to the hue of the HSV model; value and saturation stay.
+
+    m = min(r, g, b), C = max(r, g, b) - m. In sixths of a turn the hue is
+    +-(1 + (g + b - r - m) / C) with the sign of g - b; a channel is m + C clamp(2 - 6 d, 0, 1),
+    d = distance in turns between the hue and its own.
+    """
+    red, green, blue = x.unbind(1)  # [n, H, W]
+    low = torch.minimum(torch.minimum(red, green), blue)
+    chroma = torch.maximum(torch.maximum(red, green), blue).sub_(low)
+    hue = (green + blue).sub_(red).sub_(low).div_(chroma.clamp(min=1e-9)).add_(1)
+    hue = hue.copysign_(green - blue).div_(6).add_(shift.view(-1, 1, 1))
+    own = torch.arange(3, dtype=x.dtype, device=x.device).view(3, 1, 1) / 3
+    distance = hue[:, None] - own  # [n, 3, H, W], modulo 1
+    wave = distance.sub_(distance.round()).abs_().mul_(-6).add_(2).clamp_(0, 1)
+    return torch.addcmul(low[:, None], chroma[:, None], wave, out=wave)
+
+
+def gaussian_blur(x: Tensor, sigma: Tensor, kernel: int = 3) -> Tensor:
+    """Separable blur: weights exp(-t^2 / 2 sigma^2), |t| <= kernel // 2, made to sum to 1.
+
+    The border is reflected. sigma > 0 in pixels; `kernel` odd, kernel // 2 < min(H, W).
+    """
+    radius = kernel // 2
+    offset = torch.arange(-radius, radius + 1, device=x.device)
+    weight = torch.softmax(-0.5 * (offset / sigma[:, None]) ** 2, dim=1)  # [n, kernel]
+    for axis, border in (3, (radius, radius, 0, 0)), (2, (0, 0, radius, radius)):
+        length, padded = x.shape[axis], F.pad(x, border, mode="reflect")
+        x = padded.narrow(axis, 0, length) * per_sample(weight[:, 0])
+        for tap in range(1, kernel):
+            x.addcmul_(padded.narrow(axis, tap, length), per_sample(weight[:, tap]))
+    return x
+
+
+def uniforms(n: int, rng: torch.Generator) -> Tensor:
+    """The numbers in [0, 1) behind n draws, float64 [37, n]: 22 make windows, then flips, ..."""
+    return torch.rand(37, n, dtype=torch.float64, generator=rng)
+
+
+def crop_windows(u: np.ndarray, height: int, width: int, scale, ratio) -> np.ndarray:
+    """Windows (top, left, height, width), [4, n], from uniform numbers u [22, n].
+
+    The first of ten pairs (area, log aspect) that fits, at a uniform place; if none does, the
+    largest central window of an allowed aspect (RandomResizedCrop).
+    """
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * u[:10])
+    aspect = np.exp(math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * u[10:20])
+    w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))  # [10, n]
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    first = fits.argmax(0), np.arange(u.shape[1])
+    w, h = w[first], h[first]
+    drawn = np.stack([np.floor((height - h + 1) * u[20]), np.floor((width - w + 1) * u[21]), h, w])
+    h, w = min(height, round(width / ratio[0])), min(width, round(height * ratio[1]))
+    central = np.array([[(height - h) // 2], [(width - w) // 2], [h], [w]])
+    return np.where(fits.any(0), drawn, central)
+
+
+@dataclass
+class Draws:
+    """The random parameters of n samples as one float32 matrix (integers are exact) [n, 15].
+
+    A rank takes its rows, one copy brings them to the device. `draws[name]` is [n] or [n, 3].
+    """
+
+    table: Tensor
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.table[:, COLUMNS[name]]
+
+
+COLUMNS = {
+    **{"top": 0, "left": 1, "height": 2, "width": 3, "flip": 4},  # window in the (padded) image
+    "operation": slice(5, 8),  # order of the three blends, a permutation of 0, 1, 2
+    "factor": slice(8, 11),  # of these, in that order
+    "hue_place": 11,  # after how many of the blends hue comes; 4: no jitter at all
+    **{"hue": 12, "grey": 13, "sigma": 14},  # shift in turns; 0 or 1; of the blur in px, 0: none
+}
+
+
+def to_device(values: Tensor, device: torch.device | str) -> Tensor:
+    """A copy of a CPU tensor on the device, for which the host does not wait."""
+    pinned = values.pin_memory() if torch.device(device).type == "cuda" else values
+    return pinned.to(device, non_blocking=True)
+
+
+@dataclass
+class Augment:
+    """crop -> flip -> jitter -> grey -> blur -> floor -> normalise, every sample for itself.
+
+    size: pixels S of the square output. mean, std: three floats each; None leaves the images in
+    [0, 1]. crop: "none" (the images are S x S), "pad" (`pad` zeros around the raw image, S x S
+    window) or "resized" (window of a share of the area in `scale` and an aspect in `ratio`,
+    bilinear to S x S). flip, jitter_p, grey, blur_p: chances. jitter: strengths s of brightness,
+    contrast, saturation (factors uniform in max(0, 1 - s)..1 + s) and hue (shift uniform in
+    -s..s turns), applied in a random order. blur_sigma: range in pixels. blur_floor: round down
+    to 8 bit, whether blurred or not.
+    """
+
+    size: int
+    mean: Sequence[float] | None
+    std: Sequence[float] | None
+    crop: str = "none"
+    pad: int = 4
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.0
+    jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    jitter_p: float = 1.0
+    grey: float = 0.0
+    blur_p: float = 0.0
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    blur_kernel: int = 3
+    blur_floor: bool = False
+
+    def __post_init__(self):
+        if self.crop not in ("none", "pad", "resized"):
+            raise ValueError(f"crop must be none, pad or resized, not {self.crop!r}")
+        if min(self.jitter) < 0 or self.jitter[3] > 0.5:
+            raise ValueError(f"jitter must be at least 0 and hue at most 0.5, not {self.jitter}")
+        kernel = self.blur_kernel
+        odd = kernel % 2 and kernel // 2 < self.size
+        if self.blur_p > 0 and (not odd or self.blur_sigma[0] <= 0):
+            wanted = f"an odd kernel below {2 * self.size} and sigma > 0"
+            raise ValueError(f"blur needs {wanted}, not {kernel}, {self.blur_sigma}")
+        self.pad *= self.crop == "pad"
+        self.statistics = torch.tensor([self.mean or (0.0,) * 3, self.std or (1.0,) * 3])
+
+    def draw(self, n: int, rng: torch.Generator, height: int, width: int) -> Draws:
+        """Parameters for n images of height x width pixels.
+
+        The generator gives the same numbers whatever is switched on: recipes that differ in the
+        jitter alone see the same crops.
+        """
+        u = uniforms(n, rng)
+        if self.crop == "resized":
+            window = crop_windows(u[:22].numpy(), height, width, self.scale, self.ratio)
+            window = torch.from_numpy(window)
+        else:
+            room = height + 2 * self.pad - self.size, width + 2 * self.pad - self.size
+            if min(room) < 0 or (self.crop == "none" and max(room) > 0):
+                what = f"{self.size} px squares of {height} x {width} px images"
+                raise ValueError(f"crop={self.crop!r} cannot make {what}")
+            corner = ((room[axis] + 1) * u[20 + axis] for axis in (0, 1))
+            window = *(c.floor() for c in corner), *torch.full((2, n), self.size)
+        operation = u[28:31].argsort(0)  # [3, n]
+        strength = torch.tensor(self.jitter, dtype=u.dtype)
+        low, high = (1 - strength).clamp(min=0)[operation], (1 + strength)[operation]
+        factor = low + (high - low) * u[24:27]
+        place = (4 * u[31]).floor() if self.jitter[3] > 0 else torch.full((n,), 3.0)
+        place = place.where(u[23] < (self.jitter_p if any(self.jitter) else 0), 4)
+        hue = self.jitter[3] * (2 * u[27] - 1)
+        sigma = self.blur_sigma[0] + (self.blur_sigma[1] - self.blur_sigma[0]) * u[34]
+        sigma = sigma.where(u[33] < self.blur_p, 0)
+        flip, grey = u[22] < self.flip, u[32] < self.grey
+        columns = *window, flip, *operation, *factor, place, hue, grey, sigma
+        return Draws(torch.stack([column.float() for column in columns], 1))
+
+    def __call__(self, images: Tensor, draws: Draws) -> Tensor:
+        """uint8 [n, 3, H, W] -> float32 [n, 3, S, S] on the same device, channels-last; draws: CPU.
+
+        Sorted by the place of hue, samples without jitter last, each step concerns one slice.
+        """
+        n, device, table = len(images), images.device, draws.table
+        if n != len(table) or images.dtype != torch.uint8:
+            found = f"{n} {images.dtype} images and draws for {len(table)}"
+            raise ValueError(f"{found}: need uint8 and equal numbers")
+        order = draws["hue_place"].argsort(stable=True)
+        ends = torch.bincount(draws["hue_place"].long(), minlength=5).cumsum(0)[:4]
+        table, sort = table[order], bool(ends[3])  # ends[p]: samples of place <= p
+        there = to_device(torch.cat([table, order[:, None]], 1), device)
+        order, self.statistics = there[:, -1].long(), self.statistics.to(device)
+        out = torch.empty(n, 3, self.size, self.size, device=device)
+        out = out.contiguous(memory_format=torch.channels_last)
+        chunk = max(1, CPU_CHUNK // self.size**2 if device.type == "cpu" else n)
+        for start in range(0, n, chunk):
+            part = slice(start, start + chunk)
+            raw = images.index_select(0, order[part]) if sort else images[part]
+            blurred = Draws(table[part])["sigma"].nonzero()[:, 0]
+            inside = (ends - start).clamp(0, len(raw)).tolist()
+            x = self._chain(raw, Draws(there[part]), inside, blurred)
+            out[order[part] if sort else part] = x
+        return out
+
+    def _chain(self, images: Tensor, draws: Draws, ends: list[int], blurred: Tensor) -> Tensor:
+        """Augment images: the first ends[p] have hue place <= p, `blurred` (on the CPU) a blur."""
+        top, left, flip = draws["top"], draws["left"], draws["flip"]
+        if self.crop == "resized":
+            window = top, left, draws["height"], draws["width"]
+            x = resized_crop(images.float().div_(255), *window, self.size, flip)
+        else:
+            if self.crop == "pad" or self.flip > 0:
+                images = crop_pad(images, top, left, self.pad, (self.size,) * 2, flip)
+            x = images.float().div_(255)
+
+        factor, operation = draws["factor"], draws["operation"]
+        grey, mean = (
+            (1 - factor) * (operation == SATURATION),
+            (1 - factor) * (operation == CONTRAST),
+        )
+        for blend, end in enumerate(ends[:3]):  # those that come before hue
+            part = slice(end, ends[3])
+            blend_(x[part], factor[part, blend], grey[part, blend], mean[part, blend])
+        if self.jitter[3] > 0:
+            x[: ends[3]] = adjust_hue(x[: ends[3]], draws["hue"][: ends[3]])
+        for blend, end in enumerate(ends[:3]):  # those that come after it
+            blend_(x[:end], factor[:end, blend], grey[:end, blend], mean[:end, blend])
+        if self.grey > 0:
+            blend_(x, 1 - draws["grey"], draws["grey"], 0 * draws["grey"])
+
+        if len(blurred) == len(x):
+            x = gaussian_blur(x, draws["sigma"], self.blur_kernel)
+        elif len(blurred):
+            blurred = to_device(blurred, x.device)
+            x[blurred] = gaussian_blur(x[blurred], draws["sigma"][blurred], self.blur_kernel)
+        if self.blur_floor:
+            x = x.mul_(255).add_(1e-3).floor_().div_(255)
+        return normalise(x, *self.statistics)
+
+
+def normalise(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """(x - mean) / std; mean and std [3], one for each channel, on the device of x."""
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return (x - mean.view(3, 1, 1)).div_(std.view(3, 1, 1))
+    rows = x.permute(0, 2, 3, 1).flatten(2)  # [n, H, 3 W]: broadcasting over 3 is five times slower
+    rows = (rows - mean.repeat(x.shape[3])).div_(std.repeat(x.shape[3]))
+    return rows.unflatten(2, (-1, 3)).permute(0, 3, 1, 2)
+
+
+# --- samplers ---------------------------------------------------------------------------------
 
 SAMPLERS = ("instance", "class_balanced", "power", "effective", "class_aware", "sequential")
 
@@ -666,12 +1173,12 @@ def _hash(*keys: int | np.ndarray) -> np.ndarray:
 
 
 def class_aware_order(labels: np.ndarray, length: int, samples_per_class: int, seed: int, visit: int = 0) -> np.ndarray:
-    """Positions int64 [length] of the endless class-aware stream, from class visit number `visit` on.
+    """Positions int64 [length] of the endless class-aware stream, from class visit `visit` on.
 
-    Classes with images are visited in cycles, each cycle a random permutation of them; every visit takes
-    `samples_per_class` consecutive items of that class's own endless stream of random permutations of its images
-    (Decoupling, Kang et al. 2020, released code). A permutation is the sorting order of keys hashed from (seed, class,
-    number of the permutation, position), so any part of the stream is made without the part before it.
+    Classes with images are visited in cycles, each cycle a random permutation of them; every visit
+    takes `samples_per_class` items of that class's own endless stream of random permutations of
+    its images (Decoupling, Kang et al. 2020, released code). A permutation is the sorting order of
+    keys hashed from (seed, class, number of the permutation, position): no part needs another.
     """
     pools = [pool for pool in class_positions(labels, int(labels.max()) + 1) if len(pool)]
     sizes = np.array([len(pool) for pool in pools])
@@ -681,86 +1188,284 @@ def class_aware_order(labels: np.ndarray, length: int, samples_per_class: int, s
     turn = np.argsort(_hash(seed, 0, cycles, np.arange(len(pools))), axis=1, kind="stable")
     visited = turn[visits // len(pools) - first, visits % len(pools)]
 
-    # In cycle k a class delivers the items k * S .. k * S + S - 1 of its stream; item p lies in permutation p // n_c.
+    # In cycle k a class delivers the items k S .. k S + S - 1 of its stream (S samples a visit);
+    # item p lies in permutation p // n_c.
     begin = first * samples_per_class // sizes
     lengths = sizes * (((last + 1) * samples_per_class - 1) // sizes - begin + 1)
     starts = np.cumsum(lengths) - lengths
     owner = np.repeat(np.arange(len(pools)), lengths)
-    number, within = np.divmod(np.arange(lengths.sum()) + (begin * sizes - starts)[owner], sizes[owner])
+    items = np.arange(lengths.sum()) + (begin * sizes - starts)[owner]
+    number, within = np.divmod(items, sizes[owner])
     member = within[np.lexsort((_hash(seed, 1, owner, number, within), number, owner))]
     stream = np.concatenate(pools)[(np.cumsum(sizes) - sizes)[owner] + member]
     items = visits[:, None] // len(pools) * samples_per_class + np.arange(samples_per_class)
     return stream[(starts - begin * sizes)[visited][:, None] + items].reshape(-1)[:length]
 
 
-def sampler_order(
-    sampler: str, labels: np.ndarray, length: int, seed: int, epoch: int, q=1.0, beta=0.9999, samples_per_class=4
-) -> np.ndarray:
+def sampler_order(sampler: str, labels: np.ndarray, length: int, seed: int, epoch: int, **options) -> np.ndarray:
     """Positions int64 [length] visited in `epoch`; a pure function of its arguments.
 
-    instance: random permutations (one when length = N); sequential: 0, 1, 2, ...; class_aware: `class_aware_order`,
-    epoch e begins at visit e * ceil(length / samples_per_class). With replacement: class_balanced (every class equally
-    often), power (a sample of class c has weight n_c^-q: 0 instance, 1 class-balanced), effective (weight
-    (1 - beta) / (1 - beta^n_c)).
+    instance: random permutations (one when length = N); sequential: 0, 1, 2, ...; class_aware:
+    `class_aware_order`, epoch e begins at visit e * ceil(length / samples_per_class) (4). With
+    replacement: class_balanced (every class equally often), power (a sample of class c has weight
+    n_c^-q, q = 1), effective (weight (1 - beta) / (1 - beta^n_c), beta = 0.9999).
     """
     n = len(labels)
     if sampler == "sequential":
         return np.arange(length) % n
     if sampler == "class_aware":
-        visit = epoch * -(-length // samples_per_class)
-        return class_aware_order(labels, length, samples_per_class, derive_seed(seed, "class_aware"), visit)
-    random = generator(seed, "order", epoch)
+        each = options.get("samples_per_class", 4)
+        visit = epoch * -(-length // each)
+        return class_aware_order(labels, length, each, derive_seed(seed, "class_aware"), visit)
+    rng = generator(seed, "order", epoch)
     if sampler == "instance":
-        return torch.cat([torch.randperm(n, generator=random) for _ in range(-(-length // n))])[:length].numpy()
+        turns = [torch.randperm(n, generator=rng) for _ in range(-(-length // n))]
+        return torch.cat(turns)[:length].numpy()
     counts = np.bincount(labels)
-    power = np.maximum(counts, 1.0) ** -(1.0 if sampler == "class_balanced" else q)
-    edges = np.cumsum((effective_number_weights(counts, beta) if sampler == "effective" else power)[labels])
-    points = torch.rand(length, generator=random, dtype=torch.float64).numpy() * edges[-1]
+    if sampler == "effective":
+        weights = effective_number_weights(counts, options.get("beta", 0.9999))
+    else:
+        q = options.get("q", 1.0) if sampler == "power" else 1.0
+        weights = np.maximum(counts, 1.0) ** -q
+    edges = np.cumsum(weights[labels])
+    points = torch.rand(length, generator=rng, dtype=torch.float64).numpy() * edges[-1]
     return np.searchsorted(edges, points, side="right").clip(max=n - 1)
 
 
-class Loader:
-    """Batches (views, labels, indices) of a set that lives on the device.
+# --- decoding ---------------------------------------------------------------------------------
 
-    views float32 [V, b, 3, H, W] (channels-last strides), labels int64 [b], indices int64 [b] = positions in
-    `dataset`; b is this rank's share of the global batch of `batch_size` items. The order of an epoch is computed once,
-    on the CPU; augmentation parameters are drawn on the CPU for the global batch and shared out, so N ranks see the
-    images that one would. Everything is a function of (seed, epoch, step): `set_epoch(e, s)` continues with step s.
 
-    Training: a last batch with fewer items than ranks is dropped. `evaluation=True`: sequential order, normalise only,
-    every item exactly once over all ranks (a rank without a share of the last batch yields one batch fewer; the sampler
-    "sequential" does the same with the augmentation on). `epoch_length`: items visited in an epoch (default N).
-    `shard`: (rank, ranks), default this process's. `options`: q, beta, samples_per_class, see `sampler_order`.
-    `global_batch` is the number of items of the last batch over all ranks.
+def cut(image: Image.Image | np.ndarray, window: Ints, size: int) -> np.ndarray:
+    """The window (top, left, height, width) resized to uint8 [S, S, 3], bilinear, antialiased.
+
+    As torchvision's on a Pillow image but for rounding (one of 255 levels), three times as fast.
+    """
+    top, left, height, width = window
+    if isinstance(image, np.ndarray):
+        part = image[top : top + height, left : left + width]
+    else:
+        part = image.crop((left, top, left + width, top + height))
+        part = np.array(part if part.mode == "RGB" else part.convert("RGB"))
+    x = torch.from_numpy(part)[None].permute(0, 3, 1, 2)  # uint8 and channels-last: the fast path
+    x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
+    return x[0].permute(1, 2, 0).numpy()
+
+
+@dataclass
+class Reader:
+    """What a worker does: task (epoch, step, n, begin, end, rows [b]) -> uint8 [V b, S, S, 3].
+
+    Rows are this rank's items begin..end - 1 of the n in the global batch; windows and flips are
+    those that `augment` draws for it. resize: short side of which the centre is cut; None for
+    windows. An image that cannot be read gives (row, why) instead.
     """
 
-    def __init__(
-        self, dataset: ImageSet, batch_size: int, *, augment: Augment, seed: int = 0, sampler: str = "instance",
-        views: int = 1, drop_last: bool = False, epoch_length: int | None = None, device: torch.device | str = "cpu",
-        evaluation: bool = False, shard: tuple[int, int] | None = None, **options,
-    ):  # fmt: skip
-        if sampler not in SAMPLERS:
-            raise UserError(f"unknown sampler {sampler!r}; known: {', '.join(SAMPLERS)}")
-        for name, value in {"batch size": batch_size, "views": views, **options}.items():
-            if value < (0 if name in ("q", "beta") else 1):
-                raise UserError(f"{name} {value}: too small; give at least {0 if name in ('q', 'beta') else 1}")
-        self.rank, self.ranks = shard or (rank(), world_size())
-        self.sampler, self.options = "sequential" if evaluation else sampler, options
-        self.labels = dataset.labels.cpu().numpy()
-        self.device = torch.device(device)
-        self.dataset = dataset.to(self.device) if isinstance(dataset, ImageSet) else dataset
-        self.augment = Augment(augment.size, *augment.statistics.tolist()) if evaluation else augment
-        self.batch_size, self.views, self.seed = batch_size, views, seed
-        self.length = len(dataset) if epoch_length is None else epoch_length
-        full, tail = divmod(self.length, batch_size)
+    source: Files | Cache
+    augment: Augment
+    views: int
+    seed: int
+    resize: int | None
+
+    def __getitem__(self, task: tuple) -> Tensor | tuple[int, str]:
+        epoch, step, n, begin, end, rows = task
+        u = uniforms(self.views * n, generator(self.seed, "augment", epoch, step))[:23]
+        u = u.view(23, self.views, n)[:, :, begin:end].numpy()  # [23, V, b]
+        size = self.augment.size
+        out = np.empty((self.views, len(rows), size, size, 3), np.uint8)
+        for place, row in enumerate(rows.tolist()):
+            try:
+                with self.source.open(row) as image:
+                    self.fill(out[:, place], image, u[:, :, place])
+            except MemoryError:
+                raise
+            except Exception as error:  # Pillow's readers raise many kinds
+                return row, str(error).partition("\n")[0] or type(error).__name__
+        return torch.from_numpy(out).flatten(0, 1)
+
+    def fill(self, out: np.ndarray, image: Image.Image | np.ndarray, u: np.ndarray) -> None:
+        """The views [V, S, S, 3] of one image from its uniform numbers [23, V]."""
+        a, stored = self.augment, isinstance(image, np.ndarray)
+        if self.resize:
+            out[:] = centre(Image.fromarray(image) if stored else rgb(image), self.resize, a.size)
+            return
+        height, width = image.shape[:2] if stored else (image.height, image.width)
+        windows = crop_windows(u[:22], height, width, a.scale, a.ratio).astype(int).T.tolist()
+        for view, window, flip in zip(out, windows, u[22] < a.flip, strict=True):
+            pixels = cut(image, window, a.size)
+            view[:] = pixels[:, ::-1] if flip else pixels
+
+
+def leave_signals(worker: int) -> None:
+    """In a worker: Ctrl-C is for the main process to answer, and SIGTERM ends it without a word."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def decoded(reader: Reader, tasks: list[tuple], workers: int, pin: bool) -> Iterator:
+    """reader[task] of every task, by worker processes (0: here). RunError when one of them dies."""
+    if workers == 0:
+        yield from map(reader.__getitem__, tasks)
+        return
+    on_child = signal.getsignal(signal.SIGCHLD)
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # --workers is the user's
+    batches = DataLoader(
+        reader, batch_size=None, sampler=tasks, num_workers=min(workers, len(tasks)),
+        pin_memory=pin, collate_fn=lambda batch: batch, worker_init_fn=leave_signals,
+        generator=torch.Generator(),  # or it would draw from the one of the network's dropout
+    )  # fmt: skip
+    try:
+        batches = iter(batches)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, on_child)  # a death is told when its batch is asked for
+        while (batch := next(batches, None)) is not None:
+            yield batch
+    except (RuntimeError, OSError, EOFError) as error:
+        why = str(error).partition("\n")[0] or type(error).__name__
+        hint = "out of memory, or /dev/shm is full? try fewer --workers"
+        raise RunError(f"a decoding worker failed ({why}); {hint}") from None
+
+
+# --- cache ------------------------------------------------------------------------------------
+# A cache NAME is NAME.u8, the images one after the other (uint8 H x W x 3), and NAME.npz, its
+# index, which is written when all are there. While it is made, NAME.part lists what is complete.
+
+RECORD = np.dtype([("offset", "<i8"), ("height", "<i4"), ("width", "<i4")])  # of one image
+
+
+class Cache:
+    """The images of a finished cache, as many as the set had that it was made from."""
+
+    def __init__(self, path: str | Path):
+        self.file, index = Path(f"{path}.u8"), Path(f"{path}.npz")
+        again = "make it with `python -m tools.prepare cache`"
+        if not index.exists():
+            state = "is unfinished" if Path(f"{path}.part").exists() else "does not exist"
+            raise UserError(f"cache {path} {state}: {again}")
+        try:
+            with np.load(index, allow_pickle=False) as saved:
+                self.records, self.labels, paths = (saved[k] for k in ("records", "labels", "paths"))
+                head = json.loads(saved["head"].tobytes())
+            self.paths = os.fsdecode(paths.tobytes()).split("\0")
+            self.fingerprint, self.side, total = (head[k] for k in ("fingerprint", "side", "bytes"))
+        except Exception as error:  # a foreign or damaged .npz raises many kinds
+            why = str(error).partition("\n")[0] or type(error).__name__
+            raise UserError(f"{index} is no index of a cache ({why}); delete it and {again}") from None
+        size = self.file.stat().st_size if self.file.exists() else 0
+        if size != total:
+            wrong = f"{self.file} has {size} bytes, its index says {total}"
+            raise UserError(f"{wrong}; delete both and {again}")
+        self.pixels = None
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def match(self, part: Set) -> Cache:
+        """The images of a set, in its order; UserError where one is not there or labelled so."""
+        found, rows = copy.copy(self), np.arange(len(self))
+        if self.fingerprint != part.fingerprint():
+            known, names = {path: row for row, path in enumerate(self.paths)}, part.images.names
+            rows = np.array([known.get(name, -1) for name in names])
+            for row, name, label in zip(rows.tolist(), names, part.labels.tolist(), strict=True):
+                if row < 0 or self.labels[row] != label:
+                    what = "is not in it"
+                    if row >= 0:
+                        what = f"has label {self.labels[row]} in it, {label} in the list"
+                    raise UserError(f"cache {self.file} is of another list: {name} {what}")
+        found.records, found.labels, found.paths = self.records[rows], self.labels[rows], None
+        return found
+
+    def open(self, row: int) -> contextlib.nullcontext[np.ndarray]:
+        if self.pixels is None:
+            self.pixels = np.memmap(self.file, np.uint8, "c")  # private: nothing is ever written
+        offset, height, width = self.records[["offset", "height", "width"]][row].tolist()
+        pixels = self.pixels[offset : offset + height * width * 3]
+        return contextlib.nullcontext(pixels.reshape(height, width, 3))
+
+
+# --- loader -----------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Loader:
+    """Batches (views, labels, indices) of a set: pixels on the device, files, or a cache of them.
+
+    views float32 [V, b, 3, S, S] (channels-last strides), labels int64 [b], indices int64 [b] =
+    positions in `dataset`; b is this rank's share of the global batch of `batch_size` items. Order
+    and augmentation are computed on the CPU for the global batch and shared out, so N ranks see
+    the images that one would. All is a function of (seed, epoch, step): `set_epoch(e, s)`
+    continues with step s. `global_batch`: items of the last batch over all ranks.
+
+    Training: every rank gets the same number of rows, what is left of a batch is cut. Evaluation
+    (`evaluation=True`: normalise only) and sampler "sequential": every item exactly once over all
+    ranks. `epoch_length`: items visited in an epoch (default N). `shard`: (rank, ranks).
+    q, beta, samples_per_class: see `sampler_order`.
+
+    Images in files: with crop "resized" the drawn window is cut and resized by `workers` processes
+    (0: here), which changes nothing in the batches; else, and in evaluation, the short side
+    becomes `resize` (default S * 256 / 224) and the central S x S pixels are cut. An image that
+    cannot be read ends the iteration with a UserError, a worker that dies with a RunError.
+    """
+
+    dataset: Set
+    batch_size: int
+    augment: Augment
+    seed: int = 0
+    sampler: str = "instance"
+    views: int = 1
+    drop_last: bool = False
+    epoch_length: int | None = None
+    device: torch.device | str = "cpu"
+    evaluation: bool = False
+    shard: tuple[int, int] | None = None
+    q: float = 1.0
+    beta: float = 0.9999
+    samples_per_class: int = 4
+    workers: int = 0
+    cache: str | Path | None = None
+    resize: int | None = None
+
+    def __post_init__(self):
+        if self.sampler not in SAMPLERS:
+            raise UserError(f"unknown sampler {self.sampler!r}; known: {', '.join(SAMPLERS)}")
+        for name, least in (("batch_size", 1), ("views", 1), ("samples_per_class", 1),
+                            ("q", 0), ("beta", 0)):  # fmt: skip
+            if getattr(self, name) < least:
+                what = f"{name.replace('_', ' ')} {getattr(self, name)}"
+                raise UserError(f"{what}: too small; give at least {least}")
+        self.rank, self.ranks = self.shard or (rank(), world_size())
+        self.device, self.labels = torch.device(self.device), self.dataset.labels.cpu().numpy()
+        if self.evaluation:
+            self.sampler = "sequential"
+            self.augment = Augment(self.augment.size, self.augment.mean, self.augment.std)
+        self.length = len(self.dataset) if self.epoch_length is None else self.epoch_length
         fewest = 1 if self.sampler == "sequential" else self.ranks
-        self.steps = full + (tail >= fewest and (evaluation or not drop_last))
-        if self.steps < 1 or batch_size < fewest:
-            raise UserError(
-                f"batch size {batch_size}: no batch from {self.length} images on {self.ranks} rank(s); "
-                f"give --batch-size {fewest}..{self.length}"
-            )
+        full, tail = divmod(self.length, self.batch_size)
+        self.steps = full + (tail >= fewest and (self.evaluation or not self.drop_last))
+        if self.steps < 1 or self.batch_size < fewest:
+            what = f"no batch from {self.length} images on {self.ranks} rank(s)"
+            give = f"give --batch-size {fewest}..{self.length}"
+            raise UserError(f"batch size {self.batch_size}: {what}; {give}")
         self.epoch, self.start_step, self.global_batch = 0, 0, 0
+        self.reader = None if self.dataset.in_memory else self._make_reader()
+        self.images = self.dataset.images.to(self.device)
+        self.device_labels = self.dataset.labels.to(self.device)
+
+    def _make_reader(self) -> Reader:
+        """For images in files; what is left to `augment` afterwards draws the same numbers."""
+        size, whole, windows = self.augment.size, self.augment, self.augment.crop == "resized"
+        resize = self.resize or round(size * 256 / 224)
+        if resize < size:
+            raise UserError(f"resize {resize}: smaller than the {size} px that are cut from it")
+        source = self.dataset.images
+        if self.cache is not None:
+            source = Cache(self.cache).match(self.dataset)
+            if source.side < resize:
+                what = f"has a short side of {source.side} px, {size} px images need {resize}"
+                make = f"make it with `python -m tools.prepare cache --side {resize}`"
+                raise UserError(f"cache {self.cache} {what}: {make}, or give a smaller --image-size")
+        if windows:
+            self.augment = dataclasses.replace(whole, crop="none", flip=0.0)
+        return Reader(source, whole, self.views, self.seed, None if windows else resize)
 
     def __len__(self) -> int:
         return self.steps
@@ -771,12 +1476,17 @@ class Loader:
 
     def order(self, epoch: int) -> np.ndarray:
         """Positions int64 [epoch_length] visited in this epoch, over all ranks."""
-        return sampler_order(self.sampler, self.labels, self.length, self.seed, epoch, **self.options)
+        options = {"q": self.q, "beta": self.beta, "samples_per_class": self.samples_per_class}
+        return sampler_order(self.sampler, self.labels, self.length, self.seed, epoch, **options)
+
+    def items(self, step: int) -> int:
+        """Items of the batch of this step, before it is cut to equal shares."""
+        return min(self.batch_size, self.length - step * self.batch_size)
 
     def share(self, step: int) -> tuple[int, int, int]:
-        """Items of the global batch of this step, and where this rank's share of them begins and ends."""
-        n = min(self.batch_size, self.length - step * self.batch_size)
-        if self.sampler != "sequential":  # training: equal shares, so that a mean of means is the mean
+        """Items of the global batch of this step, and where this rank's share begins and ends."""
+        n = self.items(step)
+        if self.sampler != "sequential":
             n -= n % self.ranks
         size, longer = divmod(n, self.ranks)
         begin = self.rank * size + min(self.rank, longer)
@@ -784,251 +1494,68 @@ class Loader:
 
     def draw(self, epoch: int, step: int, height: int, width: int) -> Draws:
         """This rank's share of the augmentation parameters of the global batch, view by view."""
-        n, begin, end = self.share(step)
-        draws = self.augment.draw(self.views * n, generator(self.seed, "augment", epoch, step), height, width)
-        if self.ranks == 1:
-            return draws
-        return draws.share((torch.arange(self.views)[:, None] * n + torch.arange(begin, end)).flatten())
+        _, begin, end = self.share(step)
+        whole, rng = self.items(step), generator(self.seed, "augment", epoch, step)
+        table = self.augment.draw(self.views * whole, rng, height, width).table
+        return Draws(table.unflatten(0, (self.views, whole))[:, begin:end].flatten(0, 1))
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        epoch, images = self.epoch, self.dataset.images
-        order = torch.from_numpy(self.order(epoch)).to(self.device)
-        for step in range(self.start_step, self.steps):
-            n, begin, end = self.share(step)
-            self.global_batch = n
-            if begin == end:
-                continue
-            rows = order[step * self.batch_size :][begin:end]
-            draws = self.draw(epoch, step, *images.shape[2:])
-            x = self.augment(images.index_select(0, rows.repeat(self.views)), draws)
-            yield x.unflatten(0, (self.views, end - begin)), self.dataset.labels[rows], rows
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        epoch, order = self.epoch, self.order(self.epoch)
+        shares = [(step, *self.share(step)) for step in range(self.start_step, self.steps)]
+        shares = [share for share in shares if share[2] < share[3]]
+        there = torch.from_numpy(order).to(self.device)
+        with contextlib.closing(self._pixels(epoch, shares, order, there)) as batches:
+            for (step, self.global_batch, begin, end), images in zip(shares, batches, strict=True):
+                draws = self.draw(epoch, step, *images.shape[2:])
+                x = self.augment(images, draws).unflatten(0, (self.views, end - begin))
+                rows = there[step * self.batch_size :][begin:end]
+                yield x, self.device_labels[rows], rows
+
+    def _pixels(self, epoch: int, shares: list, order: np.ndarray, there: Tensor) -> Iterator:
+        """uint8 [V b, 3, H, W] on the device for every share; order [length], `there` as well."""
+        if self.reader is None:
+            for step, _, begin, end in shares:
+                rows = there[step * self.batch_size :][begin:end]
+                yield self.images.index_select(0, rows.repeat(self.views))
+            return
+        rows = [order[step * self.batch_size :][b:e] for step, _, b, e in shares]
+        tasks = [
+            (epoch, step, self.items(step), begin, end, part)
+            for (step, _, begin, end), part in zip(shares, rows, strict=True)
+        ]
+        pin = self.device.type == "cuda"
+        with contextlib.closing(decoded(self.reader, tasks, self.workers, pin)) as batches:
+            for found in batches:
+                if isinstance(found, (tuple, list)):
+                    raise unreadable(self.dataset, *found)
+                yield found.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
 
 
-def make_loader(args, dataset, batch_size: int, *, augment: Augment, **options) -> Loader:
-    """The loader that fits the set, with the shared flags: `Loader` for an ImageSet, `decode.DecodedLoader` for files.
+def loader(args, dataset: Set, batch_size: int, *, augment=None, seed=None, **options) -> Loader:
+    """The loader of a set with the shared flags; options: those of `Loader`.
 
-    dataset: a part of `Splits` or `Pool`; options: those of `Loader` (`seed` is args.seed unless given).
+    augment: an `Augment`, or a dict of its options by name (size, mean and std are the set's).
+    seed: a number, or a key of several such as (args.seed, "tsc"); default args.seed.
     """
-    options = {"seed": args.seed, "device": args.device} | options
-    if isinstance(dataset, ImageSet):
-        for flag, given in (("--cache", args.cache), ("--skip-broken", args.skip_broken)):
-            if given:
-                raise UserError(f"{flag} makes no sense for --dataset {args.dataset}: its images are in memory")
-        return Loader(dataset, batch_size, augment=augment, **options)
-    from decode import DecodedLoader
-
-    cache = args.cache and Path(args.data_root) / args.dataset / f"cache{args.cache}" / dataset.split
-    options |= {"workers": args.workers, "cache": cache, "skip_broken": args.skip_broken}
-    return DecodedLoader(dataset, batch_size, augment=augment, **options)
-
-
-def evaluation_loader(args, dataset, statistics: tuple, size: int | None = None) -> Loader:
-    """Every image once, normalised only: 1000 at a time, 250 where images are files.
-
-    statistics: (mean, std); size: pixels, needed for files.
-    """
-    size = size or dataset.images.shape[-1]
-    batch = 1000 if isinstance(dataset, ImageSet) else 250
-    return make_loader(args, dataset, batch, augment=Augment(size, *statistics), evaluation=True)
+    if not isinstance(augment, Augment):
+        usual = {"size": dataset.size, "mean": dataset.info.mean, "std": dataset.info.std}
+        augment = Augment(**usual | (augment or {}))
+    seed = args.seed if seed is None else seed
+    seed = derive_seed(*seed) if isinstance(seed, tuple) else seed
+    if not dataset.in_memory:
+        options["workers"] = args.workers
+        if args.cache:
+            folder = Path(args.data_root, args.dataset, f"cache{args.cache}")
+            options["cache"] = folder / dataset.split
+    elif args.cache:
+        why = "its images are in memory"
+        raise UserError(f"--cache makes no sense for --dataset {args.dataset}: {why}")
+    return Loader(dataset, batch_size, augment, **{"seed": seed, "device": args.device} | options)
 
 
-# --- command line
-
-
-def profile_text(splits: Splits) -> str:
-    """The profile as text: a header, then one line a class with count, group and a bar.
-
-    Groups by training images: many > 100, medium 20..100, few < 20.
-    """
-    counts, names, held = splits.counts, splits.train.classes, len(splits.val or [])
-    groups = ["many" if n > 100 else "medium" if n >= 20 else "few" for n in counts]
-    width, high, low, size = max(map(len, names)), max(counts), min(counts), splits.image_size
-    return "\n".join([
-        f"{splits.name}: {len(names)} classes, {high} to {low} images (ratio {high / max(low, 1):g}), {size}x{size} px",
-        f"train {sum(counts)}, val {held}, test {len(splits.test)}, unused {len(splits.leftover)}; "
-        + ", ".join(f"{groups.count(group)} {group}" for group in ("many", "medium", "few")),
-        f"mean {splits.mean}, std {splits.std}",
-        f"fingerprint: train {splits.train.fingerprint()}, test {splits.test.fingerprint()}",
-    ] + [
-        f"{c:4d} {names[c]:{width}} {n:6d} {groups[c]:6} {'#' * math.ceil(50 * n / high)}" for c, n in enumerate(counts)
-    ])  # fmt: skip
-
-
-def picture_grid(dataset: ImageSet, per_class: int = 12) -> Image.Image:
-    """One row a class: its name, its count and its first images, enlarged to at least 32 px."""
-    side, counts = dataset.images.shape[-1], dataset.counts()
-    tile, margin = side * max(1, 32 // side), 110
-    sheet = Image.new("RGB", (margin + per_class * (tile + 2), len(counts) * (tile + 2)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for c, pool in enumerate(class_positions(dataset.labels.numpy(), len(counts))):
-        top = c * (tile + 2)
-        pen.text((4, top + tile // 2 - 6), f"{dataset.classes[c][:12]} {counts[c]}", fill="black")
-        for k, position in enumerate(pool[:per_class]):
-            picture = Image.fromarray(dataset.images[position].permute(1, 2, 0).contiguous().numpy())
-            picture = picture.resize((tile, tile), Image.Resampling.NEAREST)
-            sheet.paste(picture, (margin + k * (tile + 2), top))
-    return sheet
-
-
-def write_atomic(path: Path, write: Callable) -> None:
-    """Call `write(file)` on a temporary file beside `path` and move it there; UserError when that fails."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        try:
-            with open(temporary, "wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
-
-
-def export(splits: Splits, path: str | Path, force: bool = False) -> None:
-    """Write the subset to one .npz that `--dataset` reads back identically: x_*, y_*, classes, mean, std, index_train.
-
-    A path without suffix becomes class folders of PNG files (classes are then sorted by name). A validation set that
-    is not the test set itself goes along. Refuses to overwrite unless `force`.
-    """
-    path = Path(path)
-    if path.suffix not in (".npz", ""):
-        raise UserError(f"{path}: the name must end in .npz (or have no suffix: class folders)")
-    if path.exists() and not force:
-        raise UserError(f"{path} exists; give --force to overwrite it")
-    if not path.suffix:
-        return _export_folders(splits, path)
-    arrays = {"classes": np.array(splits.train.classes), "index_train": splits.train.indices.numpy()}
-    arrays |= {"mean": np.array(splits.mean), "std": np.array(splits.std)}
-    for split in ("train", "test", "val"):
-        part = getattr(splits, split)
-        if part is not None and (split != "val" or part is not splits.test):
-            arrays[f"x_{split}"], arrays[f"y_{split}"] = part.images.permute(0, 2, 3, 1).numpy(), part.labels.numpy()
-    write_atomic(path, lambda file: np.savez(file, **arrays))
-
-
-def _export_folders(splits: Splits, root: Path) -> None:
-    """<root>/<split>/<class>/<position in the source>.png."""
-    try:
-        for split in ("train", "test", "val"):
-            part = getattr(splits, split)
-            if part is None or (split == "val" and part is splits.test):
-                continue
-            images = part.images.permute(0, 2, 3, 1).numpy()
-            for pixels, label, index in zip(images, part.labels.tolist(), part.indices.tolist(), strict=True):
-                folder = root / split / str(part.classes[label])
-                folder.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(pixels).save(folder / f"{index:06}.png")
-    except OSError as error:
-        raise UserError(f"cannot write below {root}: {error.strerror or error}") from None
-
-
-def prepare(
-    dataset: str, root: str | Path, image_size: int | None = None, cache: int = 0, skip_broken: bool = False, **options
-) -> str:
-    """Fetch and verify a set; what lies where, as text. `options` (of `file_lists.prepare`) are for sets with lists.
-
-    cache: also decode every image once, short side `cache` pixels, into memory-mapped files beside the set.
-    """
-    info = _find(dataset)
-    if cache:
-        import decode
-        import file_lists
-
-        if not (isinstance(info, SetInfo) and info.name in LISTED):
-            raise UserError(f"--cache makes no sense for {dataset}; it is for {', '.join(sorted(LISTED))}")
-        listed = dataset in file_lists.PUBLIC
-        text = file_lists.prepare(dataset, root, **options | ({"skip_broken": skip_broken} if listed else {}))
-        parts = file_lists.load_lists(dataset, root, options.get("imb_ratio"))
-        splits = {part.split: part for part in parts if part is not None}
-        return text + "\n" + decode.prepare_cache(splits, Path(root) / dataset, cache, skip_broken)
-    if skip_broken:
-        raise UserError("--skip-broken is for making a cache: give --cache 256, too")
-    if isinstance(info, SetInfo) and info.name in LISTED:
-        import file_lists
-
-        return file_lists.prepare(dataset, root, **options)
-    given = [f"--{key.replace('_', '-')}" for key, value in options.items() if value]
-    if given:
-        raise UserError(f"{given[0]} makes no sense for {dataset}; it is for {', '.join(sorted(LISTED))}")
-    if isinstance(info, Path):
-        train, test, _, info = load_pool(dataset, root, image_size, files=True)
-        how = "every image read" if isinstance(train, ImageSet) else "images listed, not read"
-        where = f"{dataset}, {how}, {info.num_classes} classes"
-    elif info.source:
-        train, test = (labels for _, labels, _ in fetch(info, root, create=True))
-        where = f"{Path(root) / info.layout}, md5 verified"
-    else:
-        return f"{dataset} is drawn by the program: nothing to prepare"
-    return f"{info.name}: {where}, {len(train)} training and {len(test)} test images"
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """An argparse parser whose errors are one line."""
-
-    def error(self, message: str):
-        raise UserError(f"{message} (see {self.prog} --help)")
-
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = OneLineParser(prog="data_lt.py", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    about = {"show": "print the class profile", "export": "write the exact subset to one .npz or to class folders"}
-    for name, text in (about | {"prepare": "fetch and verify a set"}).items():
-        sub = commands.add_parser(name, help=text, description=text)
-        sub.add_argument("--dataset", default="glyphs_lt", help=f"{', '.join(DATASETS)} or a path (default glyphs_lt)")
-        sub.add_argument("--data-root", default="data", help="folder that holds the sets (default data)")
-        sub.add_argument("--image-size", type=int, help="resize the short side to this many px and crop the centre")
-        if name in about:
-            sub.add_argument("--imb-ratio", type=float, help="largest / smallest class (default 100; a path: as it is)")
-            sub.add_argument("--imb-type", default="exp", help="shape of the tail, exp or step (default exp)")
-            sub.add_argument("--subset-rule", default="common", help="which images: common or fsgl (default common)")
-            sub.add_argument("--data-seed", type=int, default=0, help="which images: the seed (default 0)")
-            sub.add_argument("--val-from", help="train: carve a validation set; test: use the test set")
-        else:
-            sub.add_argument("--imb-ratio", type=float, help="mini_imagenet_lt: ratio of the list (default 100)")
-            sub.add_argument("--data-seed", type=int, default=0, help="mini_imagenet_lt: which images (default 0)")
-            sub.add_argument("--full", action="store_true", help="lists: look for every image, not for a sample")
-            sub.add_argument("--trust-list", action="store_true", help="lists: go on with one that was edited")
-            sub.add_argument("--cache", type=int, default=0, help="lists: decode once, short side of N px (256)")
-            sub.add_argument("--skip-broken", action="store_true", help="cache: replace unreadable images and report")
-        if name == "show":
-            sub.add_argument("--png", type=Path, help="also write a picture: the first images of every class")
-        if name == "export":
-            sub.add_argument("--out", type=Path, required=True, help="the .npz to write, or a folder of class folders")
-            sub.add_argument("--force", action="store_true", help="overwrite it")
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    try:
-        args = parse_args(argv)
-        if args.command == "prepare":
-            keys = ("imb_ratio", "data_seed", "full", "trust_list")
-            options = {key: getattr(args, key) for key in (*keys, "cache", "skip_broken")}
-            if args.cache and not 8 <= args.cache <= 2048:
-                raise UserError(f"--cache {args.cache}: give the short side in px, 8..2048 (usual: 256)")
-            print(prepare(args.dataset, args.data_root, args.image_size, **options))
-            return 0
-        splits = load(args, files=args.command == "show")
-        if args.command == "show" and args.png and not isinstance(splits.train, ImageSet):
-            raise UserError(f"--png makes no sense for {args.dataset}: its images are not decoded here")
-        print(profile_text(splits))
-        if args.command == "export":
-            export(splits, args.out, args.force)
-            print(f"wrote {args.out}")
-        elif args.png:
-            write_atomic(args.png, lambda file: picture_grid(splits.train).save(file, "png"))
-            print(f"wrote {args.png}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on where it was", file=sys.stderr)
-        return 130
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def evaluation_loader(args, dataset: Set, statistics: tuple | None = None, size=None) -> Loader:
+    """Every image once, normalised only, by (mean, std); default: those of the set."""
+    mean, std = statistics or (dataset.info.mean, dataset.info.std)
+    augment = Augment(size or dataset.size, mean, std)
+    batch = 1000 if dataset.in_memory else 250
+    return loader(args, dataset, batch, augment=augment, evaluation=True)

@@ -40,7 +40,7 @@ Where this differs from the released code (no paper to compare with), and the fl
  1. The gain follows the rank of a class by its count; the code takes the class id, which is the same on CIFAR-LT and
     unrelated to frequency on ImageNet-LT (`--fsm-order index`).
  2. The code's warm-up is late by one epoch, the first runs at the full rate (`--lr-timing legacy`; ImageNet-LT only).
- 3. Its images are drawn with seed 3407 (`--subset-rule fsgl`); batch norm saw 32 images, half a batch, on each of two
+ 3. Its images are drawn with seed 3407 (`--data-seed 3407`); batch norm saw 32 images, half a batch, on each of two
     devices (`--bn-groups 2`); its figure is the best epoch on test data (`--select val --val-from test`, and always
     recorded as best_on_test). `--recipe released` sets 1 to 3.
  4. gamma is a matter of the ratio: 0.5 on CIFAR-10-LT, but 0.1 at ratio 100, where the only script row that there is
@@ -111,11 +111,11 @@ GAINS = {("cifar10_lt", 100): 0.1}  # where the published gamma depends on the r
 VARIANTS = {"ce": {"fcc": 0.0, "rho": 0.0}, "glmc": {"fcc": 0.0, "rho": 0.0}, "glmc_sam": {"fcc": 0.0}, "fsgl": {}}
 
 RELEASE = {
-    "fsm_order": "index", "lr_timing": "legacy", "subset_rule": "fsgl", "bn_groups": 2, "select": "val",
+    "fsm_order": "index", "lr_timing": "legacy", "data_seed": 3407, "bn_groups": 2, "select": "val",
     "val_from": "test",
 }  # fmt: skip
 RELEASED = dict.fromkeys(("cifar10_lt", "cifar100_lt"), RELEASE)
-RELEASED |= dict.fromkeys(("imagenet_lt", "inat18"), {k: v for k, v in RELEASE.items() if k != "subset_rule"})  # lists
+RELEASED |= dict.fromkeys(("imagenet_lt", "inat18"), {k: v for k, v in RELEASE.items() if k != "data_seed"})  # lists
 
 MIXING = (
     "fcc fsm_mode fsm_order fsm_round mix_alpha cutmix_label resample_weighting label_weighting contrast_weight acsl "
@@ -588,10 +588,10 @@ def training_loader(args, splits: data_lt.Splits):
     """Uniform loader; for the mixing methods paired with one that draws with replacement, weight n^-q an image."""
     augment = make_augment(args, splits.image_size, splits.mean, splits.std)
     views = 1 if args.variant == "ce" else 2
-    first = data_lt.make_loader(args, splits.train, args.batch_size, augment=augment, views=views)
+    first = data_lt.loader(args, splits.train, args.batch_size, augment=augment, views=views)
     if args.variant == "ce":
         return first
-    second = data_lt.make_loader(
+    second = data_lt.loader(
         args, splits.train, args.batch_size, augment=augment, views=views, sampler="power", q=args.resample_weighting,
         seed=common.derive_seed(args.seed, "partners"),
     )  # fmt: skip
@@ -689,9 +689,9 @@ def heads_table(figures: dict[str, dict]) -> list[dict]:
 
 
 def load_splits(args) -> data_lt.Splits:
-    splits = data_lt.load(args, files=True)
+    splits = data_lt.load(args)
     if args.dataset == "cifar10_lt":
-        splits.mean, splits.std = CIFAR10_STATISTICS
+        splits.info.mean, splits.info.std = CIFAR10_STATISTICS
     return splits
 
 

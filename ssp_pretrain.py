@@ -59,6 +59,7 @@ Where this differs from the papers and their code:
 
 from __future__ import annotations
 
+import dataclasses
 import copy
 import sys
 import warnings
@@ -74,7 +75,6 @@ from torch import Tensor, nn
 import common
 import data_lt
 import models
-from augment import Augment, rotation_labels, to_device
 
 # --- settings -------------------------------------------------------------------------------------------------------
 
@@ -335,12 +335,18 @@ def turn(x: Tensor, turns: Tensor) -> Tensor:
     Grouped by angle: four rotations whatever B is, and the sizes of the groups are known without asking the device.
     Taken as [B, S, S, 3], which is how channels-last images lie in memory, so that a group is copied image by image.
     """
-    sizes, order = torch.bincount(turns, minlength=4).tolist(), to_device(turns.argsort(stable=True), x.device)
+    sizes, order = torch.bincount(turns, minlength=4).tolist(), data_lt.to_device(turns.argsort(stable=True), x.device)
     x = x.permute(0, 2, 3, 1)
     turned = torch.empty_like(x)
     for angle, rows in enumerate(order.split(sizes)):
         turned.index_copy_(0, rows, x.index_select(0, rows).rot90(angle, (1, 2)))
     return turned.permute(0, 3, 1, 2)
+
+
+def rotation_labels(n: int, generator: torch.Generator) -> Tensor:
+    """Quarter turns, int64 [n] on the CPU: floor(n / 4) + 1 copies of 0..3 permuted, the first n of them."""
+    labels = torch.arange(4).repeat(n // 4 + 1)
+    return labels[torch.randperm(len(labels), generator=generator)[:n]]
 
 
 def ce_terms(logits: Tensor, labels: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -522,10 +528,11 @@ def unlabeled_counts(labeled, sizes, ratio: float | None) -> list[int]:
     return [int(share * n) for n in asked]
 
 
-def pool_pseudo(labeled: data_lt.ImageSet, unlabeled: data_lt.ImageSet, pseudo: Tensor) -> data_lt.ImageSet:
+def pool_pseudo(labeled: data_lt.Set, unlabeled: data_lt.Set, pseudo: Tensor) -> data_lt.Set:
     """The labelled images, then the unlabelled ones with pseudo-labels [U]; the indices of these count down from -1."""
     images, labels = torch.cat([labeled.images, unlabeled.images]), torch.cat([labeled.labels, pseudo])
-    return data_lt.ImageSet(images, labels, torch.cat([labeled.indices, -1 - unlabeled.indices]), labeled.classes)
+    indices = torch.cat([labeled.indices, -1 - unlabeled.indices])
+    return dataclasses.replace(labeled, images=images, labels=labels, indices=indices)
 
 
 def warn(text: str) -> None:
@@ -537,23 +544,23 @@ def warn(text: str) -> None:
 
 
 def load(args) -> data_lt.Splits:
-    return data_lt.load(args, files=True)
+    return data_lt.load(args)
 
 
 def statistics(splits) -> tuple:
     return splits.mean, splits.std
 
 
-def label_augment(args, splits) -> Augment:
+def label_augment(args, splits) -> data_lt.Augment:
     """Augmentation of rotation and of all stages with labels."""
-    jitter = (args.jitter,) * 3 + (0.0,)
-    return Augment(splits.image_size, *statistics(splits), crop=args.crop, pad=args.pad, flip=args.flip, jitter=jitter)
+    size, jitter = splits.image_size, (args.jitter,) * 3 + (0.0,)
+    return data_lt.Augment(size, *statistics(splits), crop=args.crop, pad=args.pad, flip=args.flip, jitter=jitter)
 
 
-def moco_augment(args, splits) -> Augment:
+def moco_augment(args, splits) -> data_lt.Augment:
     """The two views of MoCo v2 (Chen et al. 2020); version 1: jitter of every view with hue 0.4, no blur."""
     size, second = splits.image_size, args.moco_version == 2
-    return Augment(
+    return data_lt.Augment(
         size, *statistics(splits), crop="resized", scale=(args.crop_scale, 1.0), flip=args.flip,
         jitter=(0.4, 0.4, 0.4, 0.1 if second else 0.4), jitter_p=0.8 if second else 1.0, grey=0.2,
         blur_p=args.blur if second else 0.0, blur_kernel=size // 20 * 2 + 1 if size >= 40 else 3,
@@ -569,7 +576,7 @@ def sampling(args, rule: str) -> dict:
     return {"sampler": "class_balanced"} if args.rs_exact else {"sampler": "effective", "beta": args.beta}
 
 
-def read_unlabeled(path: str, splits) -> tuple[data_lt.ImageSet, bool]:
+def read_unlabeled(path: str, splits) -> tuple[data_lt.Set, bool]:
     """The images of an .npz with x (uint8 NHWC) and perhaps y; whether hidden classes are known."""
     try:
         with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
@@ -586,17 +593,18 @@ def read_unlabeled(path: str, splits) -> tuple[data_lt.ImageSet, bool]:
                                f"[{len(x)}] in 0..{splits.num_classes - 1}, or no y")  # fmt: skip
     images = torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
     labels = torch.from_numpy(y.astype(np.int64))
-    return data_lt.ImageSet(images, labels, torch.arange(len(x)), splits.train.classes), "y" in arrays
+    found = dataclasses.replace(splits.train, images=images, labels=labels, indices=torch.arange(len(x)))
+    return found, "y" in arrays
 
 
-def load_unlabeled(args, splits) -> tuple[data_lt.ImageSet, bool]:
+def load_unlabeled(args, splits) -> tuple[data_lt.Set, bool]:
     """The unlabelled images (`labels`: hidden classes, zeros where nobody knows them) and whether they are known.
 
     The generator that drew the labelled subset goes on, hidden classes in ascending order; the hidden class decides
     which images are there and is never trained on.
     """
     leftover = args.unlabeled_source == "leftover"
-    if not isinstance(splits.train, data_lt.ImageSet):
+    if not splits.train.in_memory:
         raise common.UserError("--unlabeled-source: unlabelled images of large sets were never tried; use small ones")
     source = data_lt.load_pool(args.dataset, args.data_root, args.image_size)
     if leftover and not len(splits.leftover):
@@ -614,12 +622,11 @@ def load_unlabeled(args, splits) -> tuple[data_lt.ImageSet, bool]:
     order = list(source.info.class_order or range(splits.num_classes))
     asked = np.zeros(splits.num_classes, np.int64)
     asked[order] = unlabeled_counts(labeled[order].tolist(), [pool.counts()[c] for c in order], ratio)
-    seed = (args.data_seed + (data_lt.FSGL_SEED if args.subset_rule == "fsgl" else 0)) % 2**32
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         _, chosen = data_lt.subset_semi_supervised(
             source.train.labels.numpy(), labeled.tolist(), pool.labels.numpy(), asked.tolist(),
-            np.random.RandomState(seed), source.info.class_order,
+            np.random.RandomState(args.data_seed), source.info.class_order,
         )  # fmt: skip
     if len(pool) < 5 * labeled.sum():
         warn(f"{len(pool)} unlabelled images, five times the labelled ones is {5 * labeled.sum()}: profile scaled down")
@@ -681,7 +688,7 @@ def pretrain_rotation(run: common.Run, args, splits) -> models.Net:
     """Which way up is it? Four-way cross-entropy, one turn per image and visit; the labels of classes are not read."""
     net = build(args, "linear", 4)
     optimizer = common.sgd(net.parameters(), args.lr, args.weight_decay)
-    loader = data_lt.make_loader(args, splits.train, args.batch_size, augment=label_augment(args, splits))
+    loader = data_lt.loader(args, splits.train, args.batch_size, augment=label_augment(args, splits))
     stage = run.stage("pretrain", args.epochs, {"task": "rotation"}, model=net, optimizer=optimizer)
     if stage.finished:
         return net
@@ -693,7 +700,7 @@ def pretrain_rotation(run: common.Run, args, splits) -> models.Net:
         for views, _, _ in stage.batches(loader):
             size, begin, end = loader.share(stage.step)
             turns = rotation_labels(size, common.generator(args.seed, "rotation", epoch, stage.step))[begin:end]
-            x, turns = turn(views[0], turns), to_device(turns, views.device)
+            x, turns = turn(views[0], turns), data_lt.to_device(turns, views.device)
             with common.autocast(args):
                 logits = replica(x)  # [b, 4]
             losses = F.cross_entropy(logits.float(), turns, reduction="none")  # [b]
@@ -717,7 +724,7 @@ def pretrain_moco(run: common.Run, args, splits) -> models.Net:
     momentum = copy.deepcopy(net).requires_grad_(False)
     queue = Queue(args.queue, args.projection_dim, common.generator(args.seed, "queue")).to(args.device)
     optimizer = common.sgd(net.parameters(), args.lr, args.weight_decay)
-    loader = data_lt.make_loader(
+    loader = data_lt.loader(
         args, splits.train, args.batch_size, augment=moco_augment(args, splits), views=2, drop_last=True
     )
     stage = run.stage(
@@ -733,7 +740,7 @@ def pretrain_moco(run: common.Run, args, splits) -> models.Net:
         momentum.train()
         for views, _, _ in stage.batches(loader):
             rng = common.generator(args.seed, "shuffle", epoch, stage.step)
-            order = to_device(torch.randperm(loader.global_batch, generator=rng), views.device)
+            order = data_lt.to_device(torch.randperm(loader.global_batch, generator=rng), views.device)
             losses, found, keys = moco_step(replica, net, momentum, queue, views, order, args)
             loss = losses.mean()
             optimizer.zero_grad(set_to_none=True)
@@ -775,7 +782,7 @@ def fit(run: common.Run, args, name: str, net: models.Net, splits, train=None, l
     trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
     optimizer = common.sgd(trained, base_lr, args.train_weight_decay)
     augment = label_augment(args, splits)
-    loader = data_lt.make_loader(args, train, batch_size, augment=augment, **sampling(args, rule))
+    loader = data_lt.loader(args, train, batch_size, augment=augment, **sampling(args, rule))
     test_loader = data_lt.evaluation_loader(args, splits.test, statistics(splits), splits.image_size)
     val_loader = None
     if args.select == "val":
@@ -848,7 +855,7 @@ def fill_backbone(backbone: nn.Module, args, fingerprint: str) -> None:
         raise common.UserError(f"{error}{hint}") from None
 
 
-def pseudo_label(args, net: models.Net, unlabeled: data_lt.ImageSet, splits) -> tuple[Tensor, Tensor]:
+def pseudo_label(args, net: models.Net, unlabeled: data_lt.Set, splits) -> tuple[Tensor, Tensor]:
     """Arg max of eval-mode logits on the images as they are, int64 [U], and its softmax, float32 [U]."""
     loader = data_lt.evaluation_loader(args, unlabeled, statistics(splits))
     scores = common.evaluate(net, loader, autocast=lambda: common.autocast(args))

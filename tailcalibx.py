@@ -635,7 +635,7 @@ class tailcalib:  # noqa: N801 the published name
 def load(args, data_seed: int | None = None) -> data_lt.Splits:
     """The sets; with `--select val` the set's own validation images, else a tenth of the training images."""
     args = argparse.Namespace(**vars(args) | {"data_seed": args.data_seed if data_seed is None else data_seed})
-    return data_lt.load(args, files=True)
+    return data_lt.load(args)
 
 
 def build(args, num_classes: int, kind: str, power: float = 1.0, teachers: int = 1) -> Net:
@@ -684,7 +684,7 @@ def train_on_images(run: common.Run, args, name: str, net: Net, splits: data_lt.
     epochs = args.clf_epochs if head_only else args.epochs
     balanced = {"sampler": "class_aware", "samples_per_class": args.samples_per_class} if name in ("crt", "cbd") else {}
     length = steps_times_batch(len(splits.train), args.batch_size)
-    loader = data_lt.make_loader(
+    loader = data_lt.loader(
         args, splits.train, min(args.batch_size * args.accumulate, length), augment=training_augment(args, splits),
         seed=seed, epoch_length=length, **balanced,
     )  # fmt: skip
@@ -841,9 +841,9 @@ class BalancedFeatures:
     def __init__(self, args, name: str, net: Net, splits: data_lt.Splits):
         self.args, self.name, self.net, self.counts = args, name, net, splits.counts
         self.labels, self.classes, self.kept = splits.train.labels.cpu(), splits.train.classes, {}
-        batch = 1000 if isinstance(splits.train, data_lt.ImageSet) else 250
+        batch = 1000 if splits.train.in_memory else 250
         self.loaders = [
-            data_lt.make_loader(args, splits.train, batch, augment=training_augment(args, splits), sampler="sequential",
+            data_lt.loader(args, splits.train, batch, augment=training_augment(args, splits), sampler="sequential",
                                 seed=common.derive_seed(args.seed, purpose))
             for purpose in (["pass", "second pass"] if args.second_pass else ["pass"])
         ]  # fmt: skip

@@ -278,7 +278,7 @@ class Point:
     head_weight: float = 1.0
 
 
-def plan(args, source: data_lt.Pool) -> tuple[list[Point], int, int]:
+def plan(args, source: data_lt.Splits) -> tuple[list[Point], int, int]:
     """The points of the experiment and the head and tail class."""
     sizes, info = source.train.counts(), source.info
     num_classes, size = len(sizes), int(info.n_max or min(sizes))
@@ -330,7 +330,7 @@ def verification_point(p: float, head_weight: float, counts: list[int]) -> Point
     return Point(f"verification_p{p:g}_w{head_weight:g}", p, counts, p, head_weight)
 
 
-def check_point(args, pool: data_lt.ImageSet, point: Point) -> None:
+def check_point(args, pool: data_lt.Set, point: Point) -> None:
     """Refuse a point that asks for more images than there are, or for none of a class, before anything is trained."""
     data_lt.check_counts(pool, point.counts)
     for name, n in zip(pool.classes, point.counts, strict=True):
@@ -340,18 +340,13 @@ def check_point(args, pool: data_lt.ImageSet, point: Point) -> None:
             )
 
 
-def make_training_set(args, source: data_lt.Pool, point: Point, head: int, tail: int):
+def make_training_set(args, source: data_lt.Splits, point: Point, head: int, tail: int):
     """(training set, validation set or None) of a point, by the data seed alone.
 
     Choose the images, hold some out if validation data come from them, then overwrite part of the head's with mixtures.
     """
-    published = data_lt.FSGL_SEED if args.subset_rule == "fsgl" else 0
-    rng = np.random.RandomState((published + args.data_seed) % 2**32)
-    pool, labels = source.train, source.train.labels.numpy()
-    if args.subset_rule == "fsgl":
-        train = pool.select(data_lt.subset_fsgl(labels, point.counts, rng))
-    else:
-        train = pool.select(data_lt.subset_common(labels, point.counts, rng, source.info.class_order))
+    rng, labels = np.random.RandomState(args.data_seed), source.train.labels.numpy()
+    train = source.train.select(data_lt.subset_common(labels, point.counts, rng, source.info.class_order))
     val = None
     if args.select == "val":
         val = source.test if args.val_from == "test" else source.val
@@ -387,7 +382,7 @@ def build(args, num_classes: int) -> models.Net:
     return net.to(args.device, memory_format=torch.channels_last)
 
 
-def train_point(run: common.Run, args, point: Point, source: data_lt.Pool, head: int, tail: int) -> dict:
+def train_point(run: common.Run, args, point: Point, source: data_lt.Splits, head: int, tail: int) -> dict:
     """Train one network on one training set; returns the figures of the last epoch and, apart, of the best."""
     train, val = make_training_set(args, source, point, head, tail)
     statistics, counts = (source.mean, source.std), train.counts()
@@ -397,7 +392,7 @@ def train_point(run: common.Run, args, point: Point, source: data_lt.Pool, head:
     net = build(args, len(counts))
     optimizer = common.sgd(net.parameters(), args.lr, args.weight_decay)
     augment = data_lt.Augment(train.images.shape[-1], *statistics, crop="pad", pad=args.pad, flip=args.flip)
-    loader = data_lt.make_loader(args, train, args.batch_size, augment=augment)
+    loader = data_lt.loader(args, train, args.batch_size, augment=augment)
     epochs = math.ceil(args.steps / len(loader)) if args.steps else args.epochs
     info = {"counts": counts, "head": head, "tail": tail}
     stage = run.stage(point.name, epochs, info, model=net, optimizer=optimizer)
@@ -533,7 +528,7 @@ def network_of(args, path: str, num_classes: int) -> tuple[models.Net, dict, boo
     return net, checkpoint, whole
 
 
-def examine(args, source: data_lt.Pool) -> None:
+def examine(args, source: data_lt.Splits) -> None:
     """`--eval CKPT` (accuracy of a finished point) and `--init-from CKPT` (category similarity of any checkpoint)."""
     path, classes = Path(args.eval or args.init_from), source.train.classes
     net, checkpoint, whole = network_of(args, path, len(classes))

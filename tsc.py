@@ -52,6 +52,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import math
 import sys
 import zipfile
@@ -67,7 +68,6 @@ from torch import Tensor, nn
 import common
 import data_lt
 import models
-from augment import to_device
 
 # --- settings -------------------------------------------------------------------------------------------------------
 
@@ -137,7 +137,7 @@ COARSE = (4, 1, 14, 8, 0, 6, 7, 7, 18, 3, 3, 14, 9, 18, 7, 11, 3, 9, 7, 11, 6, 1
 TARGET_FLAGS = {*TSC_BASE, "target_file", "assign_every"}
 MOCO_FLAGS = {"queue", "key_momentum"}
 TOY_IDLE = {"classifier", "classifier_epochs", "classifier_milestones", "classifier_lr", "classifier_batch_size",
-            "lin_bn", "reweight", "diagnostics_every", "class_distances", "eval_every", "imb_type", "subset_rule",
+            "lin_bn", "reweight", "diagnostics_every", "class_distances", "eval_every", "imb_type",
             "val_from"}  # fmt: skip
 SIMCLR_FLAGS = {"view_forward", "anchors", "unbiased", "contrast_weights", "cifar_target"}
 
@@ -886,7 +886,7 @@ def pretrain(run: common.Run, args, name: str, epochs: int, state: Pretraining, 
     augment = data_lt.Augment(size, *statistics, **AUGMENT[args.augment][0])
     # a seed for each stage: its epochs count from 0, but their orders and crops must not come again
     seed = common.derive_seed(args.seed, name)
-    loader = data_lt.make_loader(
+    loader = data_lt.loader(
         args, train, args.batch_size, augment=augment, views=2, drop_last=moco, seed=seed
     )  # fmt: skip
     groups = args.bn_groups or world
@@ -926,14 +926,14 @@ def pretrain(run: common.Run, args, name: str, epochs: int, state: Pretraining, 
             if moco:
                 momentum_update(state.key_net, net, args.key_momentum)
                 order = torch.randperm(n, generator=common.generator(seed, "shuffle", epoch, step))
-                order = to_device(order, args.device) if groups > 1 else None
+                order = data_lt.to_device(order, args.device) if groups > 1 else None
                 keys = encode_keys(key_encoder, views[1], n, order, common.autocast(args))  # [B, d]
             if solve:
                 changed, skipped = matching.decide()
             if "targets" in options:
                 options["own"] = matching.assignment[labels]
             if moco:
-                draws = to_device(random_keys(n, args.k, rng)[begin:end], args.device)
+                draws = data_lt.to_device(random_keys(n, args.k, rng)[begin:end], args.device)
                 class_part, target_part = moco_loss(
                     embeddings, keys[begin:end], labels, state.queue.keys, state.queue.labels, draws, **options
                 )
@@ -951,8 +951,8 @@ def pretrain(run: common.Run, args, name: str, epochs: int, state: Pretraining, 
                 own_rows = torch.arange(begin, end).repeat(number, 1) + half * torch.arange(number)[:, None]
                 copies = torch.arange(n, half).repeat(number, 1) + half * torch.arange(number)[:, None]
                 rows = torch.cat([own_rows.flatten(), copies.flatten()])
-                draws = to_device(random_keys(2 * half, args.k, rng)[rows], args.device)
-                rows = to_device(rows, args.device)
+                draws = data_lt.to_device(random_keys(2 * half, args.k, rng)[rows], args.device)
+                rows = data_lt.to_device(rows, args.device)
                 if "own" in options:
                     options["own"] = options["own"].repeat(number)
                 class_part, target_part = in_batch_loss(x, names, rows, draws, **options)
@@ -1027,7 +1027,7 @@ def train_classifier(run: common.Run, args, splits: data_lt.Splits, backbone: nn
     augment = data_lt.Augment(size, *statistics, **AUGMENT[args.augment][1])
     options = {"sampler": "class_aware", "drop_last": True} if args.classifier == "linear" else {}
     seed = common.derive_seed(args.seed, "classifier")
-    loader = data_lt.make_loader(args, splits.train, batch, augment=augment, seed=seed, **options)
+    loader = data_lt.loader(args, splits.train, batch, augment=augment, seed=seed, **options)
     test_loader = data_lt.evaluation_loader(args, splits.test, statistics, size)
     val_loader = data_lt.evaluation_loader(args, splits.val, statistics, size) if args.select == "val" else None
     margins = ldam_margins(counts).to(args.device)
@@ -1135,13 +1135,14 @@ def toy(args) -> None:
     run.finish(tables=[table], classes=list(names), image_passes=run.passes, epochs=args.epochs)
 
 
-def three_classes(part: data_lt.ImageSet, chosen: list[int]) -> data_lt.ImageSet:
+def three_classes(part: data_lt.Set, chosen: list[int]) -> data_lt.Set:
     """The images of three classes, labelled 0, 1, 2 in the order given."""
     at = torch.cat([torch.where(part.labels == c)[0] for c in chosen])
     kept = part.select(at)
     number = torch.full((len(part.classes),), -1)
     number[chosen] = torch.arange(len(chosen))
-    return data_lt.ImageSet(kept.images, number[kept.labels], kept.indices, [part.classes[c] for c in chosen])
+    names = [part.classes[c] for c in chosen]
+    return dataclasses.replace(kept, labels=number[kept.labels], classes=names)
 
 
 # --- main -----------------------------------------------------------------------------------------------------------
@@ -1222,12 +1223,12 @@ def main(args) -> None:
     if args.eval:  # before the data: a foreign checkpoint needs none to be refused
         saved = common.load_checkpoint(args.eval)["args"]
         common.check_same(args.eval, saved, common.result_args(args), ["dataset", "backbone", "classifier"])
-    splits = data_lt.load(args, files=True)
+    splits = data_lt.load(args)
     for name, count in zip(splits.train.classes, splits.counts, strict=True):
         if count == 0:
             raise common.UserError(f"class {name} of {args.dataset} has no training image: take it out of the list")
     if (args.dataset, saved["imb_ratio"] if args.eval else args.imb_ratio) == ("cifar100_lt", 1):
-        splits.mean, splits.std = BALANCED_CIFAR100
+        splits.info.mean, splits.info.std = BALANCED_CIFAR100
     if args.eval:
         return evaluate_checkpoint(args, splits)
     batch = args.classifier_batch_size  # looked at here, not after hours of the other stages

@@ -38,21 +38,24 @@ import fsgl  # noqa: E402
 import ssp_pretrain  # noqa: E402
 import tailcalibx  # noqa: E402
 import tsc  # noqa: E402
-from augment import (  # noqa: E402
+from data_lt import (  # noqa: E402
+    COLUMNS,
     SATURATION,
     Augment,
     Draws,
-    rotation_labels,
+    Files,
+    Loader,
+    Set,
+    long_tail_counts,
 )
-from data_lt import ImageSet, Loader, long_tail_counts  # noqa: E402
-from decode import DecodedLoader, build_cache  # noqa: E402
-from file_lists import FileSet  # noqa: E402
 from models import (  # noqa: E402
     FSGLHeads,
     Net,
     ProjectionHead,
     backbone,
 )
+from ssp_pretrain import rotation_labels  # noqa: E402
+from tools.prepare import build_cache  # noqa: E402
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
@@ -69,10 +72,10 @@ def medians(*functions: Callable, repeats: int) -> list[float]:
     return [statistics.median(seconds) for seconds in times]
 
 
-def random_set(n: int, size: int = 32, classes: int = 10) -> ImageSet:
+def random_set(n: int, size: int = 32, classes: int = 10) -> Set:
     rng = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=rng)
-    return ImageSet(images, torch.arange(n) % classes, torch.arange(n), [str(c) for c in range(classes)])
+    return Set(images, torch.arange(n) % classes, torch.arange(n), [str(c) for c in range(classes)])
 
 
 def to_pil(images: torch.Tensor) -> list[Image.Image]:
@@ -81,7 +84,7 @@ def to_pil(images: torch.Tensor) -> list[Image.Image]:
 
 def pil_chain(image: Image.Image, draws: Draws, i: int, a: Augment) -> torch.Tensor:
     """What the baselines' transforms do to one PIL image, with the parameters of sample i instead of their own."""
-    value = {name: draws[name][i].tolist() for name in Draws.COLUMNS}
+    value = {name: draws[name][i].tolist() for name in COLUMNS}
     top, left, height, width = (int(value[name]) for name in ("top", "left", "height", "width"))
     if a.crop == "pad":
         image = TF.crop(TF.pad(image, a.pad), top, left, a.size, a.size)
@@ -225,12 +228,12 @@ def eval_metrics_vs_mask_loop() -> dict:
     return {"ratio": naive / own, "value": 1e3 * own, "unit": "ms", "target": ">= 50"}
 
 
-def jpeg_set(root: Path, n: int) -> FileSet:
+def jpeg_set(root: Path, n: int) -> Set:
     """n JPEGs of the usual size of ImageNet's, 500 x 375 and upright, in one class folder below `root`."""
     paths = [f"n0/{k:04d}.jpg" for k in range(n)]
     for k, path in enumerate(paths):
         write_jpeg(root / path, (0, k), (375, 500) if k % 4 == 0 else (500, 375))
-    return FileSet(root, paths, torch.zeros(n, dtype=torch.int64), torch.arange(n), ["n0"])
+    return Set(Files(root, paths), torch.zeros(n, dtype=torch.int64), torch.arange(n), ["n0"])
 
 
 def loader_vs_imagefolder(cached: bool, target: str) -> dict:
@@ -242,13 +245,13 @@ def loader_vs_imagefolder(cached: bool, target: str) -> dict:
             build_cache(files, cache)
         tail = [T.ToTensor(), T.Normalize(MEAN, STD)]
         chain = T.Compose([T.RandomResizedCrop(224), T.RandomHorizontalFlip(), *tail])
-        theirs = DataLoader(ImageFolder(files.root, chain), 32, shuffle=True)
+        theirs = DataLoader(ImageFolder(files.images.root, chain), 32, shuffle=True)
         augment = Augment(224, MEAN, STD, crop="resized", flip=0.5)
-        ours = DecodedLoader(files, 32, augment=augment, workers=0, cache=cache)
+        ours = Loader(files, 32, augment=augment, cache=cache)
 
         central = T.Compose([T.Resize(256), T.CenterCrop(224), *tail])
-        expected = torch.stack([image for image, _ in ImageFolder(files.root, central)])
-        found = DecodedLoader(files, 32, augment=augment, workers=0, cache=cache, evaluation=True)
+        expected = torch.stack([image for image, _ in ImageFolder(files.images.root, central)])
+        found = Loader(files, 32, augment=augment, cache=cache, evaluation=True)
         difference = (torch.cat([views[0] for views, _, _ in found]) - expected).abs()
         assert difference.max() < 1e-5, "the two sides do not load the same"
 
@@ -262,7 +265,7 @@ def jpeg_loader_vs_imagefolder() -> dict:
 
 
 def cache_loader_vs_imagefolder() -> dict:
-    """Our side reads the cache of `prepare --cache 256`, one core."""
+    """Our side reads the cache of `tools.prepare cache`, one core."""
     return loader_vs_imagefolder(True, ">= 5")
 
 
@@ -282,13 +285,12 @@ def loader_memory_growth() -> dict:
     with tempfile.TemporaryDirectory() as folder:
         files = jpeg_set(Path(folder), 256)
         augment = Augment(224, MEAN, STD, crop="resized", flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1))
-        loader, held = DecodedLoader(files, 32, augment=augment, workers=2), []
+        loader, held = Loader(files, 32, augment=augment, workers=2), []
         for epoch in range(4):
             loader.set_epoch(epoch)
             for _ in loader:
                 pass
             held.append(megabytes())
-        loader.close()
     return {"ratio": held[-1] / held[0], "value": held[-1] - held[0], "unit": "MB", "target": "value only"}
 
 

@@ -1,5 +1,6 @@
 """Running the scripts as a user does: `run("tsc.py", "--epochs", "1", out=tmp_path)`."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -18,13 +19,20 @@ ROOT = Path(__file__).resolve().parent.parent
 def tiny_letters(path: Path, train=(20,) * 10, test=(10,) * 10, side: int = 16) -> str:
     """Write the first `train` and `test` letters of each kind as an .npz set of images with `side` pixels."""
     arrays = {}
-    for split, part, counts in zip(("train", "test"), data_lt.load_pool("glyphs_lt"), (train, test), strict=False):
+    source = data_lt.load_pool("glyphs_lt")
+    for split, part, counts in (("train", source.train, train), ("test", source.test, test)):
         keep = torch.cat([torch.where(part.labels == c)[0][:n] for c, n in enumerate(counts)])
         images = F.avg_pool2d(part.images[keep].float(), 16 // side).byte()
         arrays[f"x_{split}"] = images.permute(0, 2, 3, 1).numpy()
         arrays[f"y_{split}"] = part.labels[keep].numpy()
     np.savez(path, **arrays)
     return str(path)
+
+
+def load(**flags) -> data_lt.Splits:
+    """`data_lt.load` for these flags, the others left alone."""
+    usual = {"dataset": "glyphs_lt", "data_root": "data", "imb_ratio": None, "imb_type": "exp", "data_seed": 0}
+    return data_lt.load(argparse.Namespace(**usual | {"image_size": None} | flags))
 
 
 def environment() -> dict[str, str]:

@@ -31,7 +31,7 @@ def parse_args():
 
 
 def main(args) -> None:
-    splits = data_lt.load(args, files=True)
+    splits = data_lt.load(args)
     run = common.Run(args, "ce", splits.train.fingerprint())
     if run.result:
         return run.show()
@@ -39,9 +39,9 @@ def main(args) -> None:
     net.head = models.linear_head(net.backbone.feature_dim, splits.num_classes)
     net.to(args.device, memory_format=torch.channels_last)
     optimizer = common.sgd(net.parameters(), args.lr)
-    augment = data_lt.Augment(splits.image_size, splits.mean, splits.std, crop=args.crop, flip=0.5)
-    loader = data_lt.make_loader(args, splits.train, args.batch_size, augment=augment, sampler=args.sampler)
-    test = data_lt.evaluation_loader(args, splits.test, (splits.mean, splits.std), splits.image_size)
+    augment = {"crop": args.crop, "flip": 0.5}
+    loader = data_lt.loader(args, splits.train, args.batch_size, augment=augment, sampler=args.sampler)
+    test = data_lt.evaluation_loader(args, splits.test)
     stage = run.stage("train", args.epochs, {"counts": splits.counts}, model=net, optimizer=optimizer)
     replica = common.replicate(args, net)
     judge = common.Judge(args, net, splits.counts, test)

@@ -10,8 +10,9 @@ import torchvision.transforms as transforms
 import torchvision.transforms.v2.functional as V
 from scipy import stats
 
-import augment
-from augment import Augment, Draws
+import data_lt
+import ssp_pretrain
+from data_lt import COLUMNS, Augment, Draws
 
 P_MIN = 1e-4  # the seeds are fixed; a correct sampler fails such a test once in 10,000 seeds
 TOLERANCE = dict(rtol=0, atol=2e-6)
@@ -53,23 +54,17 @@ def test_crop_pad(height, width, pad):
     top, left = places.unbind(1)
     for x in raw(len(places), height, width), floats(len(places), height, width):
         expected = each(lambda i, t, s: V.crop(V.pad(i, [pad]), t, s, height, width), x, top, left)
-        assert torch.equal(augment.crop_pad(x, top, left, pad), expected)
-        assert torch.equal(augment.crop_pad(x, top.float(), left.float(), pad), expected)
+        assert torch.equal(data_lt.crop_pad(x, top, left, pad), expected)
+        assert torch.equal(data_lt.crop_pad(x, top.float(), left.float(), pad), expected)
         mask = torch.arange(len(x)) % 2 == 0
         expected[mask] = expected[mask].flip(-1)
-        assert torch.equal(augment.crop_pad(x, top, left, pad, flip=mask), expected)
+        assert torch.equal(data_lt.crop_pad(x, top, left, pad, flip=mask), expected)
 
 
 def test_crop_pad_to_another_size():
     x, top, left = raw(3, 12, 20), torch.tensor([0, 5, 8]), torch.tensor([16, 1, 0])
     expected = each(lambda i, t, s: V.crop(V.pad(i, [4]), t, s, 12, 12), x, top, left)
-    assert torch.equal(augment.crop_pad(x, top, left, 4, (12, 12)), expected)
-
-
-@pytest.mark.parametrize("height, width", SIZES)
-def test_flip(height, width):
-    x, mask = floats(6, height, width), torch.tensor([True, False, True, True, False, False])
-    assert torch.equal(augment.flip(x, mask), each(lambda i, m: V.horizontal_flip(i) if m else i, x, mask))
+    assert torch.equal(data_lt.crop_pad(x, top, left, 4, (12, 12)), expected)
 
 
 @pytest.mark.parametrize("size", [1, 7, 16, 32, 50])
@@ -82,25 +77,28 @@ def test_resized_crop(height, width, size):
     expected = each(
         lambda i, t, s, h, w: V.resized_crop(i, t, s, h, w, [size, size], antialias=True), x, top, left, rows, columns
     )
-    result = augment.resized_crop(x, top, left, rows, columns, size)
+    result = data_lt.resized_crop(x, top, left, rows, columns, size)
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
     mask = torch.arange(len(x)) % 2 == 0
     expected[mask] = expected[mask].flip(-1)
-    result = augment.resized_crop(x, *(p.float() for p in (top, left, rows, columns)), size, flip=mask)
+    result = data_lt.resized_crop(x, *(p.float() for p in (top, left, rows, columns)), size, flip=mask)
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
 
 
 FACTORS = torch.tensor([0.0, 0.2, 0.6, 1.0, 1.4, 2.6])
+WEIGHTS = {  # of the image itself, of its grey, of its mean grey
+    "brightness": lambda f: (f, 0 * f, 0 * f),
+    "contrast": lambda f: (f, 0 * f, 1 - f),
+    "saturation": lambda f: (f, 1 - f, 0 * f),
+}
 
 
-@pytest.mark.parametrize("name", ["brightness", "contrast", "saturation"])
+@pytest.mark.parametrize("name", WEIGHTS)
 @pytest.mark.parametrize("height, width", SIZES)
 def test_blends(name, height, width):
     x = floats(len(FACTORS), height, width)
-    before = x.clone()
-    result = getattr(augment, f"adjust_{name}")(x, FACTORS)
-    torch.testing.assert_close(result, each(getattr(V, f"adjust_{name}"), x, FACTORS), **TOLERANCE)
-    assert torch.equal(x, before)
+    expected = each(getattr(V, f"adjust_{name}"), x, FACTORS)
+    torch.testing.assert_close(data_lt.blend_(x, *WEIGHTS[name](FACTORS)), expected, **TOLERANCE)
 
 
 @pytest.mark.parametrize("height, width", SIZES)
@@ -108,7 +106,7 @@ def test_hue(height, width):
     shift = torch.tensor([-0.5, -0.4, -1 / 6, -0.01, 0.0, 0.1, 1 / 3, 0.5])
     x = floats(len(shift), height, width)
     before = x.clone()
-    torch.testing.assert_close(augment.adjust_hue(x, shift), each(V.adjust_hue, x, shift), **TOLERANCE)
+    torch.testing.assert_close(data_lt.adjust_hue(x, shift), each(V.adjust_hue, x, shift), **TOLERANCE)
     assert torch.equal(x, before)
 
 
@@ -117,14 +115,15 @@ def test_hue_of_corner_colours():
     colours = torch.tensor(list(itertools.product([0, 0.5, 1], repeat=3))).T.view(1, 3, 3, 9)
     shift = torch.arange(-6, 7) / 12
     x = colours.expand(len(shift), -1, -1, -1)
-    torch.testing.assert_close(augment.adjust_hue(x, shift), each(V.adjust_hue, x, shift), **TOLERANCE)
+    torch.testing.assert_close(data_lt.adjust_hue(x, shift), each(V.adjust_hue, x, shift), **TOLERANCE)
 
 
 @pytest.mark.parametrize("height, width", SIZES)
 def test_grey(height, width):
     x, mask = floats(4, height, width), torch.tensor([True, False, True, False])
     expected = each(lambda i, m: V.rgb_to_grayscale(i, 3) if m else i, x, mask)
-    torch.testing.assert_close(augment.to_grey(x, mask), expected, **TOLERANCE)
+    mask = mask.float()
+    torch.testing.assert_close(data_lt.blend_(x, 1 - mask, mask, 0 * mask), expected, **TOLERANCE)
 
 
 @pytest.mark.parametrize("kernel", [1, 3, 5, 15])
@@ -133,36 +132,26 @@ def test_blur(height, width, kernel):
     sigma = torch.tensor([0.1, 0.3, 1.0, 2.0, 10.0])
     x = floats(len(sigma), height, width)
     expected = each(lambda i, s: V.gaussian_blur(i, [kernel, kernel], [s, s]), x, sigma)
-    torch.testing.assert_close(augment.gaussian_blur(x, sigma, kernel), expected, **TOLERANCE)
+    torch.testing.assert_close(data_lt.gaussian_blur(x, sigma, kernel), expected, **TOLERANCE)
 
 
 def test_normalise():
     x, mean, std = floats(3, 8, 9), [0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]
-    result = augment.normalise(x, torch.tensor(mean), torch.tensor(std))
+    result = data_lt.normalise(x, torch.tensor(mean), torch.tensor(std))
     torch.testing.assert_close(result, V.normalize(x, mean, std), **TOLERANCE)
 
 
-@pytest.mark.parametrize("length", [1, 5, 8, 100])
-def test_cutout(length):
-    def expected(image, row, column):
-        top, left = max(row - length // 2, 0), max(column - length // 2, 0)
-        bottom, right = row - length // 2 + length, column - length // 2 + length
-        return V.erase(image, top, left, bottom - top, right - left, torch.zeros(()))
-
-    x, row, column = floats(5, 16, 16) + 1, torch.tensor([0, 0, 7, 15, 15]), torch.tensor([0, 9, 8, 0, 15])
-    assert torch.equal(augment.cutout(x, row, column, length), each(expected, x, row, column))
-
-
-def test_rotate90():
+def test_turn():
     x, k = floats(9, 12, 12), torch.tensor([0, 1, 2, 3, 3, 2, 1, 0, 1])
-    assert torch.equal(augment.rotate90(x, k), each(lambda i, q: torch.rot90(i, q, (1, 2)), x, k))
+    assert torch.equal(ssp_pretrain.turn(x, k), each(lambda i, q: torch.rot90(i, q, (1, 2)), x, k))
 
 
 def test_double_precision_is_kept():
     x, one = floats(2, 8, 8).double(), torch.ones(2, dtype=torch.float64)
-    for result in augment.adjust_contrast(x, one), augment.adjust_hue(x, 0 * one), augment.gaussian_blur(x, one):
+    blended = data_lt.blend_(x.clone(), one, 0 * one, 0 * one)
+    for result in blended, data_lt.adjust_hue(x, 0 * one), data_lt.gaussian_blur(x, one):
         assert result.dtype == torch.float64
-    torch.testing.assert_close(augment.adjust_hue(x, 0 * one), x, rtol=0, atol=1e-8)
+    torch.testing.assert_close(data_lt.adjust_hue(x, 0 * one), x, rtol=0, atol=1e-8)
 
 
 # --- the laws of the drawn parameters ---
@@ -274,7 +263,7 @@ def test_law_of_jitter_order():
     assert_uniform(torch.bincount(rank), 24)
     jittered = (d["hue_place"] < 4).numpy()
     factors = [factor_of(d, operation) for operation in range(3)]
-    for values in (*factors, *(d[name].numpy() for name in ("hue", "top", "width", "row"))):
+    for values in (*factors, *(d[name].numpy() for name in ("hue", "top", "width"))):
         values = values[jittered]
         third = np.searchsorted(np.quantile(values, [1 / 3, 2 / 3]), values)
         table = np.zeros((24, 3))
@@ -285,15 +274,10 @@ def test_law_of_jitter_order():
 def test_parameters_are_independent():
     d = draws(7, **SIMCLR)
     columns = [factor_of(d, operation) for operation in range(3)]
-    columns += [d[name].numpy() for name in ("hue", "flip", "grey", "row", "column", "height")]
+    columns += [d[name].numpy() for name in ("hue", "flip", "grey", "height")]
     columns += [(d["sigma"] > 0).numpy(), (d["hue_place"] < 4).numpy()]
     for a, b in itertools.combinations(columns, 2):
         assert stats.spearmanr(a, b).pvalue > P_MIN
-
-
-def test_law_of_cutout_centre():
-    d = draws(8, height=8, width=8, size=8, cutout=4)
-    assert_uniform(torch.bincount((8 * d["row"] + d["column"]).long()), 64)
 
 
 # --- the chain ---
@@ -306,7 +290,7 @@ def one_by_one(images: torch.Tensor, d: Draws, a: Augment, mean=MEAN, std=STD) -
     adjust = V.adjust_brightness, V.adjust_contrast, V.adjust_saturation
     outputs = []
     for i, x in enumerate(images):
-        value = {name: d[name][i].tolist() for name in Draws.COLUMNS}
+        value = {name: d[name][i].tolist() for name in COLUMNS}
         top, left, height, width = (int(value[name]) for name in ("top", "left", "height", "width"))
         x = V.to_dtype(x, torch.float32, scale=True)
         if a.crop == "resized":
@@ -325,10 +309,6 @@ def one_by_one(images: torch.Tensor, d: Draws, a: Augment, mean=MEAN, std=STD) -
         x = V.gaussian_blur(x, [a.blur_kernel] * 2, [value["sigma"]] * 2) if value["sigma"] else x
         x = torch.floor(255 * x + 1e-3) / 255 if a.blur_floor else x
         x = V.normalize(x, mean, std) if mean else x
-        if a.cutout:
-            row, column = (int(value[name]) - a.cutout // 2 for name in ("row", "column"))
-            top, left = max(row, 0), max(column, 0)
-            x = V.erase(x, top, left, row + a.cutout - top, column + a.cutout - left, torch.zeros(()))
         outputs.append(x)
     return torch.stack(outputs)
 
@@ -337,22 +317,19 @@ CHAINS = {
     "nothing": dict(),
     "flip": dict(flip=0.5),
     "cifar": dict(crop="pad", pad=4, flip=0.5),
-    "cutout": dict(crop="pad", pad=2, flip=0.5, cutout=7),
     "simclr": dict(crop="resized", scale=(0.2, 1), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, grey=0.2),
     "moco": dict(**{**SIMCLR, "blur_kernel": 5}),
     "no hue": dict(crop="resized", flip=0.5, jitter=(0.4, 0.4, 0.4, 0.0), grey=0.2, blur_p=0.5),
     "hue alone": dict(jitter=(0.0, 0.0, 0.0, 0.5), jitter_p=0.5),
     "blur": dict(crop="resized", flip=0.5, jitter=(0.8, 0.8, 0.8, 0.2), jitter_p=0.8, grey=0.2, blur_p=1.0),
-    "everything": dict(
-        crop="pad", flip=0.5, jitter=(0.4, 1.0, 0.4, 0.1), grey=0.3, blur_p=0.7, blur_kernel=7, cutout=8
-    ),
+    "everything": dict(crop="pad", flip=0.5, jitter=(0.4, 1.0, 0.4, 0.1), grey=0.3, blur_p=0.7, blur_kernel=7),
 }
 
 
 @pytest.mark.parametrize("chunk", [1, 3 * 16 * 16, 1 << 20])
 @pytest.mark.parametrize("name", CHAINS)
 def test_chain(name, chunk, monkeypatch):
-    monkeypatch.setattr(augment, "CPU_CHUNK", chunk)
+    monkeypatch.setattr(data_lt, "CPU_CHUNK", chunk)
     a = Augment(16, MEAN, STD, **CHAINS[name])
     images, d = raw(48, 16, 16), a.draw(48, generator(9), 16, 16)
     before, table = images.clone(), d.table.clone()
@@ -385,13 +362,11 @@ def test_chain_with_floor():
 @pytest.mark.parametrize("name", CHAINS)
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_share(name, ranks):
-    """The shares of the ranks, put together, are the whole: the table exactly, and the images it makes."""
+    """The shares of the ranks, put together, are the whole."""
     a, n = Augment(16, MEAN, STD, **CHAINS[name]), 25
     images, d = raw(n, 16, 16), a.draw(n, generator(12), 16, 16)
     parts = [slice(n * r // ranks, n * (r + 1) // ranks) for r in range(ranks)]
-    assert torch.equal(torch.cat([d.share(part).table for part in parts]), d.table)
-    assert [len(d.share(part)) for part in parts] == [part.stop - part.start for part in parts]
-    shares = torch.cat([a(images[part], d.share(part)) for part in parts])
+    shares = torch.cat([a(images[part], Draws(d.table[part])) for part in parts])
     torch.testing.assert_close(shares, a(images, d), rtol=0, atol=1e-6)
 
 
@@ -474,7 +449,7 @@ def test_golden_blur(golden):
     expected = torch.from_numpy(golden["output"]).permute(0, 3, 1, 2)
     n, _, height, width = expected.shape
     images = image.permute(2, 0, 1).to(torch.uint8).expand(n, -1, -1, -1)
-    levels = torch.floor(255 * augment.gaussian_blur(images / 255, sigma, 3) + 1e-3)
+    levels = torch.floor(255 * data_lt.gaussian_blur(images / 255, sigma, 3) + 1e-3)
     results = [levels]
     if height == width:  # the chain makes squares
         a = Augment(height, None, None, blur_p=1.0, blur_kernel=3, blur_floor=True)
@@ -490,10 +465,10 @@ def test_golden_blur(golden):
 @pytest.mark.golden("unified_perspective_ssp_rotation")
 def test_golden_rotation(golden):
     images, target = torch.from_numpy(golden["images"]), torch.from_numpy(golden["target"])
-    assert torch.equal(augment.rotate90(images, target), torch.from_numpy(golden["rotated"]))
+    assert torch.equal(ssp_pretrain.turn(images, target), torch.from_numpy(golden["rotated"]))
 
     batch, rng = golden.scalar("stat_batch"), generator(0)
-    labels = torch.stack([augment.rotation_labels(batch, rng) for _ in range(2000)])
+    labels = torch.stack([ssp_pretrain.rotation_labels(batch, rng) for _ in range(2000)])
     assert labels.dtype == torch.int64 and labels.shape == (2000, batch)
     counts = torch.nn.functional.one_hot(labels, 4).sum(1).double()
     assert counts.min() == golden.scalar("stat_min") and counts.max() == golden.scalar("stat_max")
@@ -503,6 +478,6 @@ def test_golden_rotation(golden):
 
 @pytest.mark.parametrize("n", [0, 1, 4, 7, 130])
 def test_rotation_labels(n):
-    labels = augment.rotation_labels(n, generator(n))
-    assert labels.shape == (n,) and torch.equal(labels, augment.rotation_labels(n, generator(n)))
+    labels = ssp_pretrain.rotation_labels(n, generator(n))
+    assert labels.shape == (n,) and torch.equal(labels, ssp_pretrain.rotation_labels(n, generator(n)))
     assert torch.bincount(labels, minlength=4).max() <= math.floor(n / 4) + 1

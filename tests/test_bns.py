@@ -848,7 +848,7 @@ def p_of_images() -> torch.Tensor:
             buffer.add_(1)
     images = torch.randint(0, 256, (P_IMAGES, 3, 16, 16), dtype=torch.uint8)
     labels = torch.arange(P_IMAGES) % 3
-    dataset = data_lt.ImageSet(images, labels, torch.arange(P_IMAGES), list("abc"))
+    dataset = data_lt.Set(images, labels, torch.arange(P_IMAGES), list("abc"))
     args = bns.parse_args(["--dataset", "glyphs_lt", "--device", "cpu"])
     return bns.Subset.evaluate_p(args, net, dataset, 16, 0)
 

@@ -47,7 +47,7 @@ LARGE = {
     "tailcalibx": "--pipeline ce --epochs 1 --batch-size 8 --accumulate 1",
 }
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["torch", "numpy", "common", "data_lt", "decode", *SMALL])
+SERVER.set_forkserver_preload(["torch", "numpy", "common", "data_lt", *SMALL])
 
 
 def child(script: str, words: list[str], said: str, prepare: Callable | None) -> None:

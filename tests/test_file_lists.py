@@ -14,8 +14,10 @@ import torch
 from PIL import Image
 
 import data_lt as lt
-import file_lists as fl
+from commands import load
 from common import UserError
+from data_lt import Files, ListReader, Set
+from tools import prepare as fl
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLIC_AT_HAND = [
@@ -57,6 +59,20 @@ def published(tree, monkeypatch):
     return records
 
 
+def load_lists(dataset: str, root, ratio: float | None = None) -> tuple[Set, Set | None, Set]:
+    """Training, validation and test set as a run reads them."""
+    splits = lt.load_pool(dataset, root, 224, files=True, ratio=ratio)
+    return splits.train, splits.val, splits.test
+
+
+def read_list(path, root, most: int | None = None) -> Set:
+    return ListReader(Path(root), most).read(Path(path))
+
+
+def difference(part: Set, source: Path, info: fl.PublicList) -> str | None:
+    return fl.difference(part, source, info, source.read_bytes())
+
+
 def fails(call, *texts: str) -> None:
     """The call ends with a UserError of one line that holds the texts."""
     with pytest.raises(UserError) as caught:
@@ -67,8 +83,8 @@ def fails(call, *texts: str) -> None:
 
 
 def refused(capsys, argv: list, *texts: str) -> None:
-    """`data_lt.py` with these arguments exits 2 with one line that holds the texts."""
-    code = lt.main([str(part) for part in argv])
+    """`tools.prepare` with these arguments exits 2 with one line that holds the texts."""
+    code = fl.main([str(part) for part in argv])
     shown = capsys.readouterr()
     assert code == 2 and shown.err.count("\n") == 1 and shown.err.startswith("error: "), shown
     for text in texts:
@@ -104,33 +120,35 @@ def test_fake_tree(tree, tmp_path):
 
 
 def test_load_imagenet_lt(tree):
-    train, val, test = fl.load_lists("imagenet_lt", tree)
+    train, val, test = load_lists("imagenet_lt", tree)
     assert train.counts() == [8, 5, 4, 2, 2] and val.counts() == [1] * 5 and test.counts() == [2] * 5
     assert train.classes == val.classes == test.classes == [fake_tree.wnid(c) for c in range(5)]
     lines = (tree / "imagenet_lt" / "ImageNet_LT_train.txt").read_text().splitlines()
     for files, folder in ((train, "train"), (val, "train"), (test, "val")):
-        assert files.labels.dtype == files.indices.dtype == torch.int64 and files.root == tree / "imagenet_lt"
-        for path, label in zip(files.paths, files.labels.tolist(), strict=True):
-            assert path.startswith(f"{folder}/{files.classes[label]}/") and (files.root / path).is_file()
-    assert [f"{path} {label}" for path, label in zip(train.paths, train.labels.tolist(), strict=True)] == lines
+        assert files.labels.dtype == files.indices.dtype == torch.int64 and files.images.root == tree / "imagenet_lt"
+        for path, label in zip(files.images.names, files.labels.tolist(), strict=True):
+            assert path.startswith(f"{folder}/{files.classes[label]}/") and (files.images.root / path).is_file()
+    assert [f"{path} {label}" for path, label in zip(train.images.names, train.labels.tolist(), strict=True)] == lines
     assert train.indices.tolist() == list(range(len(train)))
 
 
 def test_file_set_selects_and_has_a_fingerprint(tree):
-    train, *_ = fl.load_lists("imagenet_lt", tree)
+    train, *_ = load_lists("imagenet_lt", tree)
     for positions in ([4, 0, 4], np.array([4, 0, 4]), torch.tensor([4, 0, 4])):
         part = train.select(positions)
-        assert len(part) == 3 and part.paths == [train.paths[k] for k in (4, 0, 4)]
+        assert len(part) == 3 and part.images.names == [train.images.names[k] for k in (4, 0, 4)]
         assert part.labels.equal(train.labels[[4, 0, 4]]) and part.indices.tolist() == [4, 0, 4]
     assert part.select([1]).indices.tolist() == [0] and part.classes == train.classes
     assert len(train.select(np.array([], dtype=np.int64)).counts()) == 5
 
     digest = train.fingerprint()
     assert len(digest) == 16 and int(digest, 16) >= 0
-    moved = fl.FileSet(Path("elsewhere"), train.paths, train.labels, train.indices, train.classes)
+    moved = Set(Files("elsewhere", train.images.names), train.labels, train.indices, train.classes)
     assert moved.fingerprint() == digest
-    renamed = fl.FileSet(train.root, ["x.JPEG", *train.paths[1:]], train.labels, train.indices, train.classes)
-    relabelled = fl.FileSet(train.root, train.paths, (train.labels + 1) % 5, train.indices, train.classes)
+    renamed = Set(
+        Files(train.images.root, ["x.JPEG", *train.images.names[1:]]), train.labels, train.indices, train.classes
+    )
+    relabelled = Set(train.images, (train.labels + 1) % 5, train.indices, train.classes)
     swapped = train.select([1, 0, *range(2, len(train))])
     assert len({digest, *(files.fingerprint() for files in (renamed, relabelled, swapped))}) == 4
 
@@ -138,11 +156,12 @@ def test_file_set_selects_and_has_a_fingerprint(tree):
 def test_read_list_names_and_forms(tmp_path):
     path = tmp_path / "list.txt"
     path.write_bytes("\ufeffb/x 1.jpg 1\r\n./a//y.jpg\t0\r\n\r\n".encode())
-    files = fl.read_list(path, tmp_path)
-    assert files.paths == ["b/x 1.jpg", "a/y.jpg"] and files.labels.tolist() == [1, 0] and files.classes == ["a", "b"]
-    assert fl.read_list(path, tmp_path, classes=["ant", "bee"]).classes == ["ant", "bee"]
-    path.write_text("x.jpg 1\ny.jpg 0\n")  # no folders: the labels are the names
-    assert fl.read_list(path, tmp_path, num_classes=2).classes == ["0", "1"]
+    files = read_list(path, tmp_path)
+    assert (
+        files.images.names == ["b/x 1.jpg", "a/y.jpg"]
+        and files.labels.tolist() == [1, 0]
+        and files.classes == ["a", "b"]
+    )
 
 
 @pytest.mark.parametrize("dataset, split, rows, classes, each", PUBLIC_AT_HAND)
@@ -151,14 +170,14 @@ def test_public_lists(dataset, split, rows, classes, each):
     source = Path(os.environ.get("LT_SHARED", ROOT.parent / "shared")) / "lists" / info.name
     if not source.exists():
         pytest.skip(f"no {source}; $LT_SHARED names the folder that holds lists/")
-    files = fl.read_list(source, "data")
+    files = read_list(source, "data")
     assert len(files) == rows and files.counts() == [each] * classes
-    assert fl.difference(files, source, info) is None
+    assert difference(files, source, info) is None
     assert len(set(files.classes)) == classes and files.classes[0] == ("0" if dataset == "inat18" else "n01440764")
     if split == "val":  # the two lists of ImageNet-LT agree on what class a label is
         other = source.parent / fl.PUBLIC[dataset]["test"].name
-        assert fl.read_list(other, "data").classes == files.classes
-        assert "rows: expected 50000, found 20000 (it is ImageNet_LT_val.txt)" in fl.difference(
+        assert read_list(other, "data").classes == files.classes
+        assert "rows: expected 50000, found 20000 (it is ImageNet_LT_val.txt)" in difference(
             files, source, fl.PUBLIC[dataset]["test"]
         )
 
@@ -168,7 +187,7 @@ def test_bad_lists(tmp_path):
 
     def read(text: str | bytes, *texts: str, **options):
         path.write_bytes(text.encode() if isinstance(text, str) else text)
-        fails(lambda: fl.read_list(path, tmp_path, **options), *texts)
+        fails(lambda: read_list(path, tmp_path, **options), *texts)
 
     good = "a/1.jpg 0\nb/2.jpg 1\n"
     read(good + "c/3.jpg\n", f"{path}:3", "'c/3.jpg' is no line `relative/path label`")
@@ -179,17 +198,15 @@ def test_bad_lists(tmp_path):
     read(good + "c/3.jpg 3\n", str(path), "label 2 has no image; every label 0..3")
     read(good + f"c/3.jpg {10**30}\n", f"{path}:3", "is no whole number")
     read(good + "c/3.jpg 999999999\n", "label 2 has no image; every label 0..999999999 needs one")
-    read(good + "c/3.jpg 2\n", f"{path}:3", "label 2; expected 0..1", num_classes=2)
-    read(good, "label 2 (cat) has no image", classes=["ant", "bee", "cat"])
-    read(good, "label 2 has no image", num_classes=3)
+    read(good + "c/3.jpg 2\n", f"{path}:3", "label 2; expected 0..1", most=2)
     for outside in ("../c/3.jpg", "/etc/3.jpg", "a/../../3.jpg", "a/b/../../.."):
         read(good + f"{outside} 1\n", f"{path}:3", "lies outside")
     read(good + "a/1.jpg 1\n", f"{path}:3", f"a/1.jpg stands at {path}:1 already")
     read(good + "a/./1.jpg 0\n", f"{path}:3", f"{path}:1 already")
     read("", "no image in it")
     read(b"\xff\xfe\x00", "no text in UTF-8")
-    fails(lambda: fl.read_list(tmp_path / "none.txt", tmp_path), "none.txt", "No such file", "`relative/path label`")
-    fails(lambda: fl.read_list(tmp_path, tmp_path), "Is a directory")
+    fails(lambda: read_list(tmp_path / "none.txt", tmp_path), "none.txt", "No such file", "`relative/path label`")
+    fails(lambda: read_list(tmp_path, tmp_path), "Is a directory")
 
 
 def test_lists_must_agree(own_tree):
@@ -199,33 +216,34 @@ def test_lists_must_agree(own_tree):
     def broken(change, *texts):
         whole = test.read_text()
         edit(test, change)
-        fails(lambda: fl.load_lists("imagenet_lt", own_tree), *texts)
+        fails(lambda: load_lists("imagenet_lt", own_tree), *texts)
         test.write_text(whole)
 
     broken(
         lambda lines: [*lines, f"val/{first}/x.JPEG 1"], f"{test}:11", "label 1", f"but before that {first} has label 0"
     )
     broken(lambda lines: [*lines, "val/other/x.JPEG 1"], f"{test}:11", f"label 1 is {fake_tree.wnid(1)}")
-    broken(lambda lines: [*lines, "val/other/x.JPEG 5"], f"{test}:11", "label 5 is beyond the 5 classes of")
+    broken(lambda lines: [*lines, "val/other/x.JPEG 5"], f"{test}:11", "label 5; expected 0..4, the classes of")
     broken(lambda lines: [x for x in lines if x[-1] != "4"], f"{test}: label 4 ({fake_tree.wnid(4)}) has no image")
-    assert len(fl.load_lists("imagenet_lt", own_tree)[2]) == 10  # the list itself is fine
+    assert len(load_lists("imagenet_lt", own_tree)[2]) == 10  # the list itself is fine
 
 
 def test_missing_roots_and_lists_show_the_layout(own_tree, tmp_path, capsys):
-    for dataset, layout in fl.LAYOUTS.items():
-        for command in ("show", "prepare")[: 2 if dataset == "mini_imagenet_lt" else 1]:
-            argv = [command, "--dataset", dataset, "--data-root", tmp_path / "none"]
-            refused(capsys, argv, f"no folder {tmp_path}/none/{dataset}; expected {tmp_path}/none/{dataset}/{layout}")
+    for dataset in ("imagenet_lt", "inat18", "mini_imagenet_lt"):
+        place = f"{tmp_path}/none/{dataset}"
+        said = f"no folder {place}; expected {place}/{lt.DATASETS[dataset].layout}"
+        refused(capsys, ["show", "--dataset", dataset, "--data-root", tmp_path / "none"], said)
+    refused(capsys, ["mini", "--data-root", tmp_path / "none"], said)
     (own_tree / "imagenet_lt" / "ImageNet_LT_val.txt").unlink()
     argv = ["show", "--dataset", "imagenet_lt", "--data-root", own_tree]
-    refused(capsys, argv, "ImageNet_LT_val.txt is missing", "prepare --dataset imagenet_lt`", "{train,val}/<wnid>/*")
+    refused(
+        capsys, argv, "ImageNet_LT_val.txt is missing", "prepare lists --dataset imagenet_lt`", "{train,val}/<wnid>/*"
+    )
     (own_tree / "mini_imagenet_lt").mkdir()
     argv = ["show", "--dataset", "mini_imagenet_lt", "--data-root", own_tree, "--imb-ratio", "50"]
-    refused(capsys, argv, "train_ir50.txt is missing", "prepare --dataset mini_imagenet_lt --imb-ratio 50`")
+    refused(capsys, argv, "train_ir50.txt is missing", "prepare mini --imb-ratio 50`")
     (tmp_path / "file").write_text("")
-    refused(
-        capsys, ["prepare", "--dataset", "inat18", "--data-root", tmp_path / "file"], "cannot make", "train_val2018"
-    )
+    refused(capsys, ["lists", "--dataset", "inat18", "--data-root", tmp_path / "file"], "cannot make", "train_val2018")
 
 
 def inat_json(root: Path, name: str, rows: list[tuple[str, int]]) -> None:
@@ -235,19 +253,32 @@ def inat_json(root: Path, name: str, rows: list[tuple[str, int]]) -> None:
     (root / name).write_text(json.dumps(record))
 
 
-def test_inat18_lists_and_json_agree(tmp_path, capsys):
+def test_inat18_lists_and_json_agree(tmp_path, capsys, monkeypatch):
     root = tmp_path / "inat18"
     root.mkdir()
     train = [(f"train_val2018/{'Aves' if c % 2 else 'Fungi'}/{c}/{k}.jpg", c) for c in range(3) for k in range(4 - c)]
     val = [(f"train_val2018/{'Aves' if c % 2 else 'Fungi'}/{c}/v.jpg", c) for c in (2, 0, 1)]
     for name, rows in (("train2018.json", train), ("val2018.json", val)):
         inat_json(root, name, rows)
-    from_json = fl.load_lists("inat18", tmp_path)
+    argv = ["lists", "--dataset", "inat18", "--data-root", str(tmp_path)]
+    refused(capsys, argv, "train2018.json: rows: expected 437513, found 9; ", "--trust-list")
+    assert not list(root.glob("*.txt"))  # what is not right is not kept
+    for path, _ in train + val:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(b"x")
+    known = {"train": fl.PublicList("iNaturalist18_train.txt", "another", 9, 3, 4, 2)}
+    known |= {"test": fl.PublicList("iNaturalist18_val.txt", "another", 3, 3, 1, 1)}
+    monkeypatch.setitem(fl.PUBLIC, "inat18", known)
+    for _ in range(2):  # makes the lists, then takes them
+        assert fl.main(argv) == 0 and "12 of 12 images" in capsys.readouterr().out
+    from_json = load_lists("inat18", tmp_path)
+    for name in known.values():
+        (root / name.name).unlink()
     for name, rows in (("iNaturalist18_train.txt", train), ("iNaturalist18_val.txt", val)):
         (root / name).write_text("".join(f"{path} {label}\n" for path, label in rows))
     for name in ("train2018.json", "val2018.json"):
         (root / name).rename(root / f"away_{name}")
-    from_lists = fl.load_lists("inat18", tmp_path)
+    from_lists = load_lists("inat18", tmp_path)
     for one, other in zip(from_json, from_lists, strict=True):
         assert (one is None) == (other is None) and (one is None or one.fingerprint() == other.fingerprint())
     assert from_json[1] is None and from_json[0].counts() == [4, 3, 2] and from_json[2].labels.tolist() == [2, 0, 1]
@@ -256,14 +287,11 @@ def test_inat18_lists_and_json_agree(tmp_path, capsys):
     (root / "iNaturalist18_train.txt").unlink()
     for content, text in (("{", "JSONDecodeError"), ('{"images": []}', "KeyError: 'annotations'"), ("[]", "TypeError")):
         (root / "train2018.json").write_text(content)
-        fails(lambda: fl.load_lists("inat18", tmp_path), "train2018.json: no JSON with images and annotations", text)
+        fails(lambda: fl.lists("inat18", tmp_path), "train2018.json: no JSON with images and annotations", text)
     inat_json(root, "train2018.json", [*train, ("../x.jpg", 0)])
-    fails(lambda: fl.load_lists("inat18", tmp_path), "train2018.json, annotation 10: ../x.jpg lies outside")
+    fails(lambda: fl.lists("inat18", tmp_path), "train2018.json:10: ../x.jpg lies outside")
     inat_json(root, "train2018.json", [*train, ("x.jpg", -1)])
-    fails(lambda: fl.load_lists("inat18", tmp_path), "annotation 10: label -1; expected 0..8141")
-    inat_json(root, "train2018.json", train)
-    argv = ["prepare", "--dataset", "inat18", "--data-root", tmp_path]  # the official file is taken, by its counts
-    refused(capsys, argv, "train2018.json: rows: expected 437513, found 9; ", "--trust-list")
+    fails(lambda: fl.lists("inat18", tmp_path), "train2018.json:10: label '-1' is no whole number")
 
 
 def test_large_class_folders(tmp_path, capsys):
@@ -275,27 +303,32 @@ def test_large_class_folders(tmp_path, capsys):
         fake_tree.make_class_folders(tmp_path / split, sizes)
     (tmp_path / "train" / "ant" / "notes.txt").write_text("no image")
     (tmp_path / "train" / ".hidden").mkdir()
-    train, val, test = fl.load_lists(str(tmp_path), "data")
+    train, val, test = load_lists(str(tmp_path), "data")
     assert (train.counts(), val.counts(), test.counts()) == ([12, 3], [1, 1], [2, 2]) and train.classes == [
         "ant",
         "bee",
     ]
-    assert train.paths[:2] == ["train/ant/ant_0.JPEG", "train/ant/ant_1.JPEG"] and train.labels[-3:].tolist() == [1] * 3
-    assert len(set(train.paths)) == 15 and all((train.root / path).is_file() for path in train.paths)
+    assert (
+        train.images.names[:2] == ["train/ant/ant_0.JPEG", "train/ant/ant_1.JPEG"]
+        and train.labels[-3:].tolist() == [1] * 3
+    )
+    assert len(set(train.images.names)) == 15 and all(
+        (train.images.root / path).is_file() for path in train.images.names
+    )
 
-    assert lt.main(["prepare", "--dataset", str(tmp_path), "--image-size", "224"]) == 0
+    assert fl.main(["fetch", "--dataset", str(tmp_path), "--image-size", "224"]) == 0
     assert "images listed, not read, 2 classes, 15 training and 4 test images" in capsys.readouterr().out
-    splits = lt.load(dataset=str(tmp_path), image_size=224, imb_ratio=6, files=True)
+    splits = load(dataset=str(tmp_path), image_size=224, imb_ratio=6)
     assert splits.counts == [12, 2] and splits.image_size == 224 and len(splits.leftover) == 1
-    assert isinstance(splits.train, fl.FileSet) and splits.mean == lt.IMAGENET["mean"]
-    carved = lt.load(dataset=str(tmp_path), image_size=224, val="train", files=True)
-    assert carved.val.counts() == [1, 1] and not set(carved.val.paths) & set(carved.train.paths)
+    assert isinstance(splits.train.images, Files) and splits.mean == lt.IMAGENET["mean"]
+    carved = load(dataset=str(tmp_path), image_size=224, val_from="train")
+    assert carved.val.counts() == [1, 1] and not set(carved.val.images.names) & set(carved.train.images.names)
 
     (tmp_path / "test" / "bee").rename(tmp_path / "test" / "cow")
-    fails(lambda: fl.load_lists(str(tmp_path), "data"), "'bee' only in train, 'cow' only in test")
+    fails(lambda: load_lists(str(tmp_path), "data"), "'bee' only in train, 'cow' only in test")
     (tmp_path / "train" / "cow").mkdir()
-    fails(lambda: fl.load_lists(str(tmp_path), "data"), "train/cow: class 'cow' holds no image")
-    fails(lambda: fl.load_lists(str(tmp_path / "train"), "data"), "no train/ and test/ in it; expected")
+    fails(lambda: load_lists(str(tmp_path), "data"), "train/cow: class 'cow' holds no image")
+    fails(lambda: load_lists(str(tmp_path / "train"), "data"), "no train/ and test/ in it; expected")
 
 
 # --- verifying and fetching
@@ -310,11 +343,11 @@ def test_first_difference(tmp_path):
     path, lines = tmp_path / "list.txt", [f"a/{k}.jpg 0" for k in range(3)] + ["b/0.jpg 1", "c/0.jpg 2"]
     path.write_text("\n".join(lines) + "\n")
     right = fl.PublicList("list.txt", fl.git_blob(path.read_bytes()), 5, 3, 3, 1)
-    assert fl.difference(fl.read_list(path, tmp_path), path, right) is None
+    assert difference(read_list(path, tmp_path), path, right) is None
 
     def check(changed: list[str], text: str):
         path.write_text("\n".join(changed) + "\n")
-        assert fl.difference(fl.read_list(path, tmp_path), path, right) == f"{path}: {text}"
+        assert difference(read_list(path, tmp_path), path, right) == f"{path}: {text}"
 
     check(lines[1:], "rows: expected 5, found 4")
     check([*lines[1:], "d/0.jpg 3"], "classes: expected 3, found 4")
@@ -324,14 +357,14 @@ def test_first_difference(tmp_path):
     blob = fl.git_blob(path.read_bytes())
     check(swapped, f"Git blob id: expected {right.blob}, found {blob}; it was edited")
     steeper = right._replace(rows=5, least=2)
-    assert "images of the smallest class: expected 2, found 1 (b)" in fl.difference(
-        fl.read_list(path, tmp_path), path, steeper
+    assert "images of the smallest class: expected 2, found 1 (b)" in difference(
+        read_list(path, tmp_path), path, steeper
     )
 
 
 def test_prepare_takes_and_verifies_placed_lists(own_tree, published, capsys):
-    argv = ["prepare", "--dataset", "imagenet_lt", "--data-root", str(own_tree)]
-    assert lt.main(argv) == 0
+    argv = ["lists", "--dataset", "imagenet_lt", "--data-root", str(own_tree)]
+    assert fl.main(argv) == 0
     out = capsys.readouterr().out
     assert "imagenet_lt: 5 classes, 8 to 2 training images; train 21, val 5, test 10\nlooked for 36 of 36 images" in out
     assert "a sample; --full" in out and "note" not in out
@@ -339,7 +372,7 @@ def test_prepare_takes_and_verifies_placed_lists(own_tree, published, capsys):
     train = own_tree / "imagenet_lt" / "ImageNet_LT_train.txt"
     edit(train, lambda lines: lines[::-1])
     refused(capsys, argv, f"{train}: Git blob id: expected {published['train'].blob}", "or go on with --trust-list")
-    assert lt.main([*argv, "--trust-list", "--full"]) == 0
+    assert fl.main([*argv, "--trust-list", "--full"]) == 0
     out = capsys.readouterr().out
     assert out.startswith(f"note: {train}: Git blob id: expected") and "looked for 36 of 36 images: all there" in out
     edit(train, lambda lines: lines[:-1])
@@ -351,34 +384,36 @@ def test_prepare_takes_and_verifies_placed_lists(own_tree, published, capsys):
 
 
 def test_prepare_looks_for_the_images(own_tree, published, monkeypatch, capsys):
-    argv = ["prepare", "--dataset", "imagenet_lt", "--data-root", str(own_tree)]
-    train, _, test = fl.load_lists("imagenet_lt", own_tree)
-    path, name = train.root / train.paths[4], train.classes[train.labels[4]]
-    source = train.root / "ImageNet_LT_train.txt"
+    argv = ["lists", "--dataset", "imagenet_lt", "--data-root", str(own_tree)]
+    train, _, test = load_lists("imagenet_lt", own_tree)
+    path, name = train.images.root / train.images.names[4], train.classes[train.labels[4]]
+    source = train.images.root / "ImageNet_LT_train.txt"
     whole = path.read_bytes()
     path.unlink()
     refused(capsys, argv, f"{source}:5: {path} is missing (class {name}; 1 of 21 looked for)")
     path.write_bytes(b"")
     refused(capsys, argv, f"{source}:5: {path} is empty (class {name}; 1 of 21")
     path.write_bytes(whole)
-    path = test.root / test.paths[0]  # ImageNet's validation images come without class folders
+    path = test.images.root / test.images.names[0]  # ImageNet's validation images come without class folders
     path.rename(path.parent.parent / path.name)
-    refused(capsys, argv, f"ImageNet_LT_test.txt:1: {path} is missing", f"{test.root}/val/{path.name} must move into")
+    refused(
+        capsys, argv, f"ImageNet_LT_test.txt:1: {path} is missing", f"{test.images.root}/val/{path.name} must move into"
+    )
     (path.parent.parent / path.name).rename(path)
 
     monkeypatch.setattr(fl, "SAMPLE", 2)  # one of every class is always among them
-    source = train.root / "list.txt"
-    assert 5 <= fl.check_images(train, source)[0] <= 7 and fl.check_images(train, source, full=True) == (21, "")
-    odd = fl.FileSet(train.root, ["a\0b", *train.paths[1:]], train.labels, train.indices, train.classes)
+    source = train.images.root / "list.txt"
+    assert 5 <= fl.check_images(train, source) <= 7 and fl.check_images(train, source, full=True) == 21
+    odd = Set(Files(train.images.root, ["a\0b", *train.images.names[1:]]), train.labels, train.indices, train.classes)
     fails(lambda: fl.check_images(odd, source, full=True), "list.txt:1", "is missing")
-    shutil.rmtree(train.root / "train" / train.classes[4])
+    shutil.rmtree(train.images.root / "train" / train.classes[4])
     fails(lambda: fl.check_images(train, source), f"(class {train.classes[4]}; ")
 
 
 def test_prepare_fetches_lists(tree, own_tree, published, monkeypatch, tmp_path, capsys):
     server, root = tmp_path / "server", own_tree / "imagenet_lt"
     (server / "ImageNet_LT").mkdir(parents=True)
-    argv = ["prepare", "--dataset", "imagenet_lt", "--data-root", str(own_tree)]
+    argv = ["lists", "--dataset", "imagenet_lt", "--data-root", str(own_tree)]
     names = [info.name for info in published.values()]
     for name in names:
         (root / name).rename(server / "ImageNet_LT" / name)
@@ -386,7 +421,7 @@ def test_prepare_fetches_lists(tree, own_tree, published, monkeypatch, tmp_path,
     assert not [path for path in root.iterdir() if path.is_file()]  # nothing half done lies there
 
     monkeypatch.setenv("LT_LISTS_URL", server.as_uri() + "/")
-    assert lt.main(argv) == 0 and "36 of 36 images" in capsys.readouterr().out
+    assert fl.main(argv) == 0 and "36 of 36 images" in capsys.readouterr().out
     assert all((root / n).read_bytes() == (tree / "imagenet_lt" / n).read_bytes() for n in names)
     assert sorted(path.name for path in root.iterdir() if path.is_file()) == sorted(names)
 
@@ -397,7 +432,7 @@ def test_prepare_fetches_lists(tree, own_tree, published, monkeypatch, tmp_path,
     assert not (root / names[1]).exists()
     shutil.copy(tree / "imagenet_lt" / names[1], root / names[1])  # placed by hand: nothing is fetched
     monkeypatch.setattr("urllib.request.urlopen", lambda *args, **options: pytest.fail("tried to download"))
-    assert "all there" in fl.prepare("imagenet_lt", own_tree)
+    assert "all there" in fl.lists("imagenet_lt", own_tree)
 
 
 def test_fetch_tries_every_pinned_address(monkeypatch, tmp_path):
@@ -410,7 +445,7 @@ def test_fetch_tries_every_pinned_address(monkeypatch, tmp_path):
     monkeypatch.delenv("LT_LISTS_URL")
     monkeypatch.setattr("urllib.request.urlopen", refuse)
     fails(
-        lambda: fl.prepare("inat18", tmp_path), "iNaturalist18_train.txt is missing", "no network", "put the file there"
+        lambda: fl.lists("inat18", tmp_path), "iNaturalist18_train.txt is missing", "no network", "put the file there"
     )
     tails = "imagenet_inat/data/iNaturalist18/iNaturalist18_train.txt"
     assert len(asked) == 2 and all(url.startswith("https://raw.") and url.endswith(tails) for url in asked)
@@ -420,12 +455,12 @@ def test_fetch_tries_every_pinned_address(monkeypatch, tmp_path):
 
 
 def test_show(tree, capsys):
-    assert lt.main(["show", "--dataset", "imagenet_lt", "--data-root", str(tree)]) == 0
+    assert fl.main(["show", "--dataset", "imagenet_lt", "--data-root", str(tree)]) == 0
     out = capsys.readouterr().out
     assert "imagenet_lt: 5 classes, 8 to 2 images (ratio 4), 224x224 px" in out
     assert "train 21, val 5, test 10, unused 0; 0 many, 0 medium, 5 few" in out
     assert f"   4 {fake_tree.wnid(4)}      2 few" in out
-    assert fl.load_lists("imagenet_lt", tree)[0].fingerprint() in out
+    assert load_lists("imagenet_lt", tree)[0].fingerprint() in out
 
 
 def test_flags_that_make_no_sense(tree, tmp_path, capsys):
@@ -433,14 +468,13 @@ def test_flags_that_make_no_sense(tree, tmp_path, capsys):
     refused(capsys, ["show", *base, "--imb-ratio", "10"], "published list", "--imb-ratio 10 makes no sense")
     refused(capsys, ["show", *base, "--imb-type", "step"], "'step' needs --imb-ratio")
     refused(capsys, ["show", *base, "--png", tmp_path / "x.png"], "--png makes no sense for imagenet_lt")
-    refused(capsys, ["export", *base, "--out", tmp_path / "x.npz"], "imagenet_lt: its images are files above 64 px")
-    refused(capsys, ["prepare", *base, "--imb-ratio", "10"], "makes no sense")
-    refused(capsys, ["prepare", *base, "--data-seed", "1"], "makes no sense")
-    refused(capsys, ["prepare", "--full"], "--full makes no sense for glyphs_lt; it is for imagenet_lt, inat18, mini")
-    refused(capsys, ["prepare", "--dataset", "mini_imagenet_lt", "--trust-list"], "--trust-list makes no sense")
+    refused(capsys, ["export", *base, "--out", tmp_path / "x.npz"], "export makes no sense for imagenet_lt")
+    refused(capsys, ["show", *base, "--data-seed", "1"], "--data-seed 1 makes no sense for imagenet_lt")
+    refused(capsys, ["lists", "--full"], "lists makes no sense for glyphs_lt; it is for imagenet_lt, inat18")
+    refused(capsys, ["fetch", *base], "imagenet_lt is got by hand; `tools.prepare lists`")
     assert not list(tmp_path.iterdir())
     with pytest.raises(UserError, match="files above 64 px"):
-        lt.load(dataset="imagenet_lt", data_root=tree)
+        lt.load_pool("imagenet_lt", tree)
 
 
 # --- mini-ImageNet-LT
@@ -451,30 +485,32 @@ def lines_of(path: Path) -> list[list[str]]:
 
 
 def mini(data_root: Path, *flags: object) -> list:
-    return ["prepare", "--dataset", "mini_imagenet_lt", "--data-root", str(data_root), *map(str, flags)]
+    return ["mini", "--data-root", str(data_root), *map(str, flags)]
 
 
 def test_mini_splits(tmp_path, capsys):
     names = ["n03", "n01", "n02"]
     root = fake_tree.make_class_folders(tmp_path / "mini_imagenet_lt", {"n03": 700, "n01": 740, "n02": 732})
-    assert lt.main(mini(tmp_path, "--imb-ratio", 100)) == 0
+    assert fl.main(mini(tmp_path, "--imb-ratio", 100)) == 0
     out = capsys.readouterr().out
     assert "3 class folders (mini-ImageNet has 100) of 700 to 740 images\nslices 500 / 100 / 100 a class; data" in out
     assert "train 555 (500 to 5 a class, ratio 100), val 300, test 300" in out
-    train, val, test = fl.load_lists("mini_imagenet_lt", tmp_path)
+    train, val, test = load_lists("mini_imagenet_lt", tmp_path)
     assert train.classes == sorted(names) and train.counts() == [500, 50, 5]
     assert val.counts() == test.counts() == [100] * 3
-    assert len({*train.paths, *val.paths, *test.paths}) == 555 + 600
-    assert all((root / path).is_file() for files in (train, val, test) for path in files.paths)
-    numbers = [int(path.partition("_")[2].partition(".")[0]) for path in train.paths[:500]]
+    assert len({*train.images.names, *val.images.names, *test.images.names}) == 555 + 600
+    assert all((root / path).is_file() for files in (train, val, test) for path in files.images.names)
+    numbers = [int(path.partition("_")[2].partition(".")[0]) for path in train.images.names[:500]]
     assert numbers != sorted(numbers) and max(numbers) > 600  # permuted, from the whole folder
 
     kept = {path.name: path.read_bytes() for path in root.glob("*.txt")}
-    assert lt.main(mini(tmp_path)) == 0 and lt.main(mini(tmp_path, "--imb-ratio", 10)) == 0  # 100 is the default
+    assert fl.main(mini(tmp_path)) == 0 and fl.main(mini(tmp_path, "--imb-ratio", 10)) == 0  # 100 is the default
     assert {name: (root / name).read_bytes() for name in kept} == kept  # same seed, same lists
-    balanced = fl.load_lists("mini_imagenet_lt", tmp_path, 10)[0]
-    assert balanced.counts() == [500, 158, 50] and set(train.paths) < set(balanced.paths)  # ratios are nested
-    splits = lt.load(dataset="mini_imagenet_lt", data_root=tmp_path, imb_ratio=10, files=True)
+    balanced = load_lists("mini_imagenet_lt", tmp_path, 10)[0]
+    assert balanced.counts() == [500, 158, 50] and set(train.images.names) < set(
+        balanced.images.names
+    )  # ratios are nested
+    splits = load(dataset="mini_imagenet_lt", data_root=tmp_path, imb_ratio=10)
     assert splits.counts == [500, 158, 50] and len(splits.val) == 300
     assert sorted(path.name for path in root.glob("*.*")) == [
         "test.txt",
@@ -487,27 +523,25 @@ def test_mini_splits(tmp_path, capsys):
     assert (root / "train_ir100.txt").read_bytes() == kept["train_ir100.txt"]
     for path in root.glob("*.txt"):
         path.unlink()
-    assert lt.main(mini(tmp_path, "--data-seed", 1)) == 0
+    assert fl.main(mini(tmp_path, "--data-seed", 1)) == 0
     assert all((root / name).read_bytes() != kept[name] for name in kept)
     edit(root / "val.txt", lambda lines: [*lines[:-1], (root / "test.txt").read_text().splitlines()[-1]])
-    fails(
-        lambda: fl.load_lists("mini_imagenet_lt", tmp_path), f"{root}/test.txt:300: n03/", f"{root}/val.txt:300 already"
-    )
+    fails(lambda: load_lists("mini_imagenet_lt", tmp_path), f"{root}/test.txt:300: n03/", f"{root}/val.txt:300 already")
 
 
 def test_mini_profile_of_100_classes(tmp_path, monkeypatch):
-    files = {f"n{c:08}": [Path(f"n{c:08}/n{c:08}_{k}.JPEG") for k in range(700)] for c in range(100)}
-    monkeypatch.setattr(fl, "class_folders", lambda folder, beside: files)
+    files = {f"n{c:08}": [f"n{c:08}_{k}.JPEG" for k in range(700)] for c in range(100)}
+    monkeypatch.setattr(lt, "class_folders", lambda folder, beside: files)
     for ratio, total, smallest in ((100, 10847, 5), (50, 12608, 10), (10, 19573, 50)):
-        assert f"train {total:,} (500 to {smallest} a class" in fl.make_mini(tmp_path, ratio)
+        assert f"train {total:,} (500 to {smallest} a class" in fl.mini(tmp_path, ratio)
         labels = np.array([int(label) for _, label in lines_of(tmp_path / f"train_ir{ratio}.txt")])
         assert np.bincount(labels).tolist() == lt.long_tail_counts(100, 500, ratio) and len(labels) == total
-    assert "100 class folders of" in fl.make_mini(tmp_path)
+    assert "100 class folders of" in fl.mini(tmp_path)
 
 
 def test_mini_from_the_600_image_download(tmp_path, capsys):
     root = fake_tree.make_class_folders(tmp_path / "mini_imagenet_lt", {"n01": 600, "n02": 600})
-    assert lt.main(mini(tmp_path, "--imb-ratio", 50)) == 0
+    assert fl.main(mini(tmp_path, "--imb-ratio", 50)) == 0
     out = capsys.readouterr().out
     assert "slices 400 / 100 / 100 a class: the download of 600 a class has no 500 / 100 / 100" in out
     assert "train 408 (400 to 8 a class" in out
@@ -522,7 +556,7 @@ def test_mini_refuses(tmp_path, capsys):
     (root / "n02" / "n01_5.JPEG").write_bytes(b"y")  # name, size and date of another class's image, but not that image
     for name in ("n01", "n02"):
         os.utime(root / name / "n01_5.JPEG", (0, 0))
-    assert lt.main(mini(tmp_path)) == 0
+    assert fl.main(mini(tmp_path)) == 0
     (root / "n02" / "n01_7.JPEG").write_bytes(b"x")
     why = "classes n01 and n02 share n01_7.JPEG; of 600 and 601 images, 2 have the same names"
     refused(capsys, mini(tmp_path), why)
@@ -540,22 +574,53 @@ def test_mini_refuses(tmp_path, capsys):
     assert not list(root.glob("*.txt")) and not list(root.glob(".*"))  # nothing was written
 
 
-def test_prepare_caches_the_verified_splits(own_tree, published, capsys):
-    import decode
+def test_check_finds_every_unreadable_image(own_tree, capsys):
+    argv = ["check", "--dataset", "imagenet_lt", "--data-root", str(own_tree)]
+    assert fl.main(argv) == 0 and capsys.readouterr().out == "all 36 images can be read\n"
+    train, _, test = load_lists("imagenet_lt", own_tree)
+    half, gone, sliver = train.images.path(3), train.images.path(7), test.images.path(0)
+    half.write_bytes(half.read_bytes()[:400])
+    gone.unlink()
+    Image.new("RGB", (9000, 3)).save(sliver)
+    assert fl.main(argv) == 2
+    shown = capsys.readouterr()
+    assert shown.err == "error: 3 of 36 images cannot be read; they are listed above\n"
+    for line, path, part, row, why in zip(
+        shown.out.splitlines(),
+        (half, gone, sliver),
+        (train, train, test),
+        (3, 7, 0),
+        ("Truncated", "No such file", "more than 100 times"),
+        strict=True,
+    ):
+        name = part.classes[part.labels[row]]
+        assert line.startswith(f"{path}: unreadable image of class {name!r} (") and why in line
 
-    argv = ["prepare", "--dataset", "imagenet_lt", "--data-root", own_tree, "--cache", 32]
-    assert lt.main([str(part) for part in argv]) == 0
+
+def test_check_of_class_folders_and_of_what_has_no_files(tmp_path, capsys):
+    for split in ("train", "test"):
+        for name in ("ant", "bee"):
+            fake_tree.write_jpeg(tmp_path / split / name / "0.jpg", (0,), (20, 30))
+    assert fl.main(["check", "--dataset", str(tmp_path)]) == 0
+    (tmp_path / "test" / "bee" / "0.jpg").write_bytes(b"no picture")
+    assert fl.main(["check", "--dataset", str(tmp_path)]) == 2
+    assert f"{tmp_path}/test/bee/0.jpg: unreadable image of class 'bee'" in capsys.readouterr().out
+    refused(capsys, ["check"], "check makes no sense for glyphs_lt")
+    refused(capsys, ["cache", "--dataset", str(tmp_path)], "cache makes no sense for", "imagenet_lt, inat18, mini")
+
+
+def test_caches_of_the_splits(own_tree, capsys):
+    argv = ["cache", "--dataset", "imagenet_lt", "--data-root", own_tree, "--side", 32]
+    assert fl.main([str(part) for part in argv]) == 0
     out = capsys.readouterr().out
     for split, count in (("train", 21), ("val", 5), ("test", 10)):
         assert f"{split}.u8: {count} images" in out
-        cached = decode.CachedSet(own_tree / "imagenet_lt" / "cache32" / split)
+        cached = lt.Cache(own_tree / "imagenet_lt" / "cache32" / split)
         assert len(cached) == count and cached.side == 32
-    assert lt.main([str(part) for part in argv]) == 0, "a finished cache is taken as it is"
-    train = fl.load_lists("imagenet_lt", own_tree)[0]
-    (own_tree / "imagenet_lt" / train.paths[3]).write_bytes(b"\xff\xd8 half an image")
+    assert fl.main([str(part) for part in argv]) == 0, "a finished cache is taken as it is"
+    train = load_lists("imagenet_lt", own_tree)[0]
+    train.images.path(3).write_bytes(b"\xff\xd8 half an image")
     shutil.rmtree(own_tree / "imagenet_lt" / "cache32")
-    refused(capsys, argv, train.paths[3], fake_tree.wnid(int(train.labels[3])))
-    assert lt.main([*(str(part) for part in argv), "--skip-broken"]) == 0
-    assert train.paths[3] in capsys.readouterr().out
-    refused(capsys, [*argv[:-1], 4], "--cache 4")
-    refused(capsys, ["prepare", "--dataset", "glyphs_lt", "--cache", 32], "--cache makes no sense for glyphs_lt")
+    refused(capsys, argv, train.images.name(3), fake_tree.wnid(int(train.labels[3])), "tools.prepare check")
+    refused(capsys, [*argv[:-1], 4], "--side 4")
+    refused(capsys, ["cache", "--dataset", "glyphs_lt"], "cache makes no sense for glyphs_lt")

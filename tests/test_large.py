@@ -10,7 +10,7 @@ import plain_ce
 import pytest
 
 import common
-import data_lt
+from tools import prepare as tool
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +47,9 @@ def refused(answer: tuple[int, str], *texts: str) -> None:
     assert code == 2 and said.strip().count("\n") == 0 and all(text in said for text in texts), said
 
 
-def prepare(tree: Path, *flags) -> None:
-    line = ["prepare", "--dataset", "imagenet_lt", "--data-root", tree, "--trust-list", *flags]
-    assert data_lt.main(list(map(str, line))) == 0
+def make_cache(tree: Path, side: int) -> None:
+    line = ["cache", "--dataset", "imagenet_lt", "--data-root", str(tree), "--side", str(side)]
+    assert tool.main(line) == 0
 
 
 @pytest.mark.parametrize("sampler", ["instance", "class_aware"])
@@ -75,19 +75,18 @@ def test_missing_and_broken_images(tree, call, tmp_path):
     shutil.copytree(tree, own)
     names = [line.split()[0] for line in (own / "imagenet_lt" / "ImageNet_LT_train.txt").read_text().splitlines()]
     (own / "imagenet_lt" / names[3]).unlink()
-    refused(call(own), names[3], "unreadable image of class", "No such file", "--skip-broken")
-    assert call(own, "--skip-broken")[1].count("1 unreadable images replaced") == 1
+    refused(call(own), names[3], "unreadable image of class", "No such file", "tools.prepare check")
+    shutil.copy(tree / "imagenet_lt" / names[3], own / "imagenet_lt" / names[3])
     whole = (own / "imagenet_lt" / names[4]).read_bytes()
     (own / "imagenet_lt" / names[4]).write_bytes(whole[: len(whole) // 2])
-    code, said = call(own, "--skip-broken", "--seed", 1, "--workers", 1)
-    assert code == 0 and "2 unreadable images replaced" in said and names[3] in said and names[4] in said
+    refused(call(own, "--seed", 1, "--workers", 1), names[4], "unreadable image of class", "tools.prepare check")
 
 
 def test_the_cache(tree, call, tmp_path, capsys):
     own = tmp_path / "data"
     shutil.copytree(tree, own)
-    refused(call(own, "--cache", 80), "cache80", "does not exist", "prepare --cache")
-    prepare(own, "--cache", 80)
+    refused(call(own, "--cache", 80), "cache80", "does not exist", "tools.prepare cache")
+    make_cache(own, 80)
     assert call(own, "--cache", 80) == (0, "")
     assert list(tmp_path.glob("runs/plain_ce/imagenet_lt/*cache80/seed0/result.json"))
     index, pixels = (own / "imagenet_lt" / "cache80" / f"train{end}" for end in (".npz", ".u8"))
@@ -96,7 +95,7 @@ def test_the_cache(tree, call, tmp_path, capsys):
     refused(call(own, "--cache", 80, "--seed", 1), "train.u8", "bytes, its index says")
     pixels.write_bytes(whole)
     index.rename(index.with_suffix(".part"))
-    refused(call(own, "--cache", 80, "--seed", 1), "is unfinished", "prepare --cache")
+    refused(call(own, "--cache", 80, "--seed", 1), "is unfinished", "tools.prepare cache")
 
 
 def test_lists_that_cannot_be_right(tree, call, tmp_path):
@@ -109,39 +108,23 @@ def test_lists_that_cannot_be_right(tree, call, tmp_path):
     path.write_text(lines + "no_label.JPEG\n")
     refused(call(own), "ImageNet_LT_test.txt")
     path.unlink()
-    refused(call(own), "ImageNet_LT_test.txt is missing", "prepare --dataset imagenet_lt")
+    refused(call(own), "ImageNet_LT_test.txt is missing", "tools.prepare lists --dataset imagenet_lt")
 
 
 def test_flags_for_large_sets_are_refused_on_small_ones(tree, call):
     refused(call(tree, "--cache", 80, dataset="glyphs_lt"), "--cache makes no sense for --dataset glyphs_lt")
-    refused(call(tree, "--skip-broken", dataset="glyphs_lt"), "--skip-broken makes no sense for --dataset glyphs_lt")
 
 
 def test_flags_that_decide_nothing_on_lists_are_refused(tree, call):
     refused(call(tree, "--data-seed", 1), "--data-seed 1 makes no sense for imagenet_lt")
-    refused(call(tree, "--subset-rule", "fsgl"), "--subset-rule fsgl makes no sense for imagenet_lt")
 
 
 def test_a_cache_of_too_small_images_is_refused(tree, call, tmp_path):
     own = tmp_path / "data"
     shutil.copytree(tree, own)
-    prepare(own, "--cache", 48)
-    refused(call(own, "--cache", 48), "has a short side of 48 px, 64 px images need 73", "prepare --cache 73")
-    refused(call(own, "--cache", 50), "prepare --cache 50")
-
-
-def test_prepare_goes_on_without_an_image_where_told_to(tree, call, tmp_path, capsys):
-    own = tmp_path / "data"
-    shutil.copytree(tree, own)
-    listing = own / "imagenet_lt" / "ImageNet_LT_train.txt"
-    first = listing.read_text().splitlines()[3].split()[0]
-    (own / "imagenet_lt" / first).unlink()
-    line = ["prepare", "--dataset", "imagenet_lt", "--data-root", str(own), "--trust-list"]
-    assert data_lt.main([*line, "--cache", "80"]) == 2 and "is missing" in capsys.readouterr().err
-    assert data_lt.main([*line, "--skip-broken"]) == 2 and "give --cache 256, too" in capsys.readouterr().err
-    assert data_lt.main([*line, "--cache", "80", "--skip-broken"]) == 0
-    said = capsys.readouterr().out
-    assert f"note: {listing}:4:" in said and "1 unreadable images replaced" in said and "all there" not in said
+    make_cache(own, 48)
+    refused(call(own, "--cache", 48), "has a short side of 48 px, 64 px images need 73", "cache --side 73")
+    refused(call(own, "--cache", 50), "cache50/train does not exist", "tools.prepare cache")
 
 
 def test_a_training_list_with_a_label_beyond_the_set_and_lists_that_overlap(tree, tmp_path, capsys, monkeypatch):
@@ -149,15 +132,15 @@ def test_a_training_list_with_a_label_beyond_the_set_and_lists_that_overlap(tree
     shutil.copytree(tree, own)
     listing = own / "imagenet_lt" / "ImageNet_LT_train.txt"
     lines = listing.read_text()
-    line = ["prepare", "--dataset", "imagenet_lt", "--data-root", str(own), "--trust-list"]
+    line = ["lists", "--dataset", "imagenet_lt", "--data-root", str(own), "--trust-list"]
     listing.write_text(lines.replace(" 3\n", " 1000\n", 1))
     row = lines.splitlines().index(next(row for row in lines.splitlines() if row.endswith(" 3"))) + 1
-    assert data_lt.main(line) == 2 and f"{listing}:{row}: label 1000; expected 0..999" in capsys.readouterr().err
+    assert tool.main(line) == 2 and f"{listing}:{row}: label 1000; expected 0..999" in capsys.readouterr().err
     twin = lines.splitlines()[0]
     listing.write_text(lines)
     with open(own / "imagenet_lt" / "ImageNet_LT_test.txt", "a") as file:
         file.write(f"{twin}\n")
-    assert data_lt.main(line) == 0
+    assert tool.main(line) == 0
     assert f"note: 1 images of test stand in train too, the first: {twin.split()[0]}" in capsys.readouterr().out
 
 
@@ -168,4 +151,4 @@ def test_a_sliver_is_an_unreadable_image(tree, call, tmp_path):
     shutil.copytree(tree, own)
     name = (own / "imagenet_lt" / "ImageNet_LT_test.txt").read_text().split()[0]
     Image.new("RGB", (9000, 3)).save(own / "imagenet_lt" / name)
-    refused(call(own), name, "9000x3 px is more than 100 times as long as wide", "--skip-broken")
+    refused(call(own), name, "9000x3 px is more than 100 times as long as wide", "tools.prepare check")

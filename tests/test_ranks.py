@@ -19,8 +19,6 @@ import torch.nn.functional as F
 
 import common
 import data_lt
-import decode
-import file_lists
 import models
 
 ROOT = Path(common.__file__).resolve().parent
@@ -34,7 +32,7 @@ def small_problem(batch: int):
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2)
     images = torch.randint(0, 256, (40, 3, 16, 16), dtype=torch.uint8)
-    dataset = data_lt.ImageSet(images, torch.arange(40) % 10, torch.arange(40), list("abcdefghij"))
+    dataset = data_lt.Set(images, torch.arange(40) % 10, torch.arange(40), list("abcdefghij"))
     augment = data_lt.Augment(16, (0.5,) * 3, (0.2,) * 3, crop="pad", pad=2, flip=0.5)
     loader = data_lt.Loader(dataset, batch, augment=augment, seed=3)
     loader.set_epoch(1)
@@ -98,11 +96,11 @@ def test_gathered_embeddings_carry_the_gradient(tmp_path, world):
 
 def fake_tree_gradients(root: str):
     """One epoch of ResNet-10 cross-entropy over decoded JPEGs at 64 px: loss of each batch, summed gradients."""
-    train, *_ = file_lists.load_lists("imagenet_lt", root)
+    train = data_lt.load_pool("imagenet_lt", root, 64, files=True).train
     torch.manual_seed(2)
     net = models.Net(models.backbone("resnet10"), torch.nn.Linear(512, len(train.classes))).double().eval()
     augment = data_lt.Augment(64, (0.5,) * 3, (0.2,) * 3, crop="resized", flip=0.5, jitter=(0.4, 0.4, 0.4, 0))
-    loader = decode.DecodedLoader(train, 6, augment=augment, seed=1, workers=1, sampler="class_aware", epoch_length=18)
+    loader = data_lt.Loader(train, 6, augment=augment, seed=1, workers=1, sampler="class_aware", epoch_length=18)
     loader.set_epoch(1)
     return epoch_of_gradients(net, loader)
 

@@ -186,7 +186,7 @@ def test_pseudo_labelled_pool(golden):
 
     def image_set(labels):
         images = torch.zeros(len(labels), 3, 1, 1, dtype=torch.uint8)
-        return data_lt.ImageSet(images, t(labels), torch.arange(len(labels)), [str(c) for c in range(size)])
+        return data_lt.Set(images, t(labels), torch.arange(len(labels)), [str(c) for c in range(size)])
 
     pooled = ssp.pool_pseudo(image_set(targets).select(chosen), image_set(hidden).select(extra), pseudo[extra])
     np.testing.assert_array_equal(pooled.labels, golden["train_targets"])
@@ -636,7 +636,7 @@ def test_semi_supervised_stages(tmp_path, tiny, monkeypatch, capsys):
         confidence, labels, indices = (one[key] for key in ("confidence", "labels", "indices"))
     single = ["--stage", "semi", "--pseudo-labels", folder / "pseudo.npz", *flags[2:]]
     assert same(state(tiny_run(tiny, *single, out=tmp_path / "semi"), "semi"), state(straight, "semi"))
-    source = data_lt.load(dataset=tiny, imb_ratio=5)
+    source = commands.load(dataset=tiny, imb_ratio=5)
     assert not set(indices) & set(source.train.indices.tolist()), "no labelled image among the unlabelled"
 
     threshold = float(np.median(confidence))
@@ -763,7 +763,7 @@ def parsed(*flags):
 
 
 def test_flags_do_what_they_say(capsys):
-    splits = data_lt.load(dataset="glyphs_lt")
+    splits = commands.load()
     augment = ssp.label_augment(parsed("--pad", 3, "--flip", 0.25, "--jitter", 0.3), splits)
     assert (augment.crop, augment.pad, augment.flip, augment.jitter) == ("pad", 3, 0.25, (0.3, 0.3, 0.3, 0))
     assert ssp.label_augment(parsed("--crop", "resized"), splits).crop == "resized"

@@ -1,0 +1,715 @@
+"""Show, export, fetch, verify and check data sets, and write the caches of large ones.
+
+    python -m tools.prepare show --dataset glyphs_lt --png grid.png   # counts, groups, a picture
+    python -m tools.prepare export --dataset cifar10_lt --out cifar10_lt.npz  # the exact subset
+    python -m tools.prepare fetch --dataset svhn_lt                   # download and verify
+    python -m tools.prepare lists --dataset imagenet_lt               # fetch and verify the lists
+    python -m tools.prepare mini --imb-ratio 100                      # lists of mini-ImageNet-LT
+    python -m tools.prepare check --dataset imagenet_lt               # decode every image once
+    python -m tools.prepare cache --dataset imagenet_lt --side 256    # and keep them decoded
+
+Layouts under the data root:
+
+    imagenet_lt/{train,val}/<wnid>/* + ImageNet_LT_{train,val,test}.txt (test images: ImageNet val)
+    inat18/train_val2018/...         + iNaturalist18_{train,val}.txt, or {train,val}2018.json, of
+                                       which `lists` makes them
+    mini_imagenet_lt/<wnid>/*        + train_ir<ratio>.txt, val.txt, test.txt as `mini` writes them
+    any folder                         train/<class>/*, test/<class>/* and perhaps val/<class>/*
+
+The public lists (Liu et al. 2019; Van Horn et al. 2018) are checked by Git blob id, rows, classes
+and profile.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import filecmp
+import hashlib
+import http.client
+import json
+import math
+import os
+import shutil
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+import data_lt
+from common import RunError, UserError, derive_seed, write_atomic
+from data_lt import Cache, Files, ListReader, Set, Splits, unreadable
+
+# --- show and export --------------------------------------------------------------------------
+
+
+def profile_text(splits: Splits) -> str:
+    """The profile as text: a header, then one line a class with count, group and a bar.
+
+    Groups by training images: many > 100, medium 20..100, few < 20.
+    """
+    counts, names, held = splits.counts, splits.classes, len(splits.val or [])
+    groups = ["many" if n > 100 else "medium" if n >= 20 else "few" for n in counts]
+    width, high, low, size = max(map(len, names)), max(counts), min(counts), splits.image_size
+    of = f"{high} to {low} images (ratio {high / max(low, 1):g}), {size}x{size} px"
+    sums = f"train {sum(counts)}, val {held}, test {len(splits.test)}"
+    unused = f"unused {len(splits.leftover)}"
+    by_group = ", ".join(f"{groups.count(group)} {group}" for group in ("many", "medium", "few"))
+    prints = f"train {splits.train.fingerprint()}, test {splits.test.fingerprint()}"
+    rows = zip(names, counts, groups, strict=True)
+    return "\n".join([
+        f"{splits.name}: {len(names)} classes, {of}",
+        f"{sums}, {unused}; {by_group}",
+        f"mean {splits.mean}, std {splits.std}",
+        f"fingerprint: {prints}",
+        *(f"{c:4d} {name:{width}} {n:6d} {group:6} {'#' * math.ceil(50 * n / high)}"
+          for c, (name, n, group) in enumerate(rows)),
+    ])  # fmt: skip
+
+
+def picture_grid(part: Set, per_class: int = 12) -> Image.Image:
+    """One row a class: its name, its count and its first images, enlarged to at least 32 px."""
+    side, counts = part.size, part.counts()
+    tile, margin = side * max(1, 32 // side), 110
+    size = margin + per_class * (tile + 2), len(counts) * (tile + 2)
+    sheet = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(sheet)
+    for c, pool in enumerate(data_lt.class_positions(part.labels.numpy(), len(counts))):
+        top = c * (tile + 2)
+        pen.text((4, top + tile // 2 - 6), f"{part.classes[c][:12]} {counts[c]}", fill="black")
+        for k, position in enumerate(pool[:per_class]):
+            pixels = part.images[position].permute(1, 2, 0).contiguous().numpy()
+            picture = Image.fromarray(pixels).resize((tile, tile), Image.Resampling.NEAREST)
+            sheet.paste(picture, (margin + k * (tile + 2), top))
+    return sheet
+
+
+def export(splits: Splits, path: str | Path, force: bool = False) -> None:
+    """Write the subset to one .npz that `--dataset` reads back identically.
+
+    x_*, y_*, classes, mean, std, index_train. A path without suffix becomes class folders of PNG
+    files (classes are then sorted by name). A validation set that is not the test set itself goes
+    along. Refuses to overwrite unless `force`.
+    """
+    path = Path(path)
+    if path.suffix not in (".npz", ""):
+        raise UserError(f"{path}: the name must end in .npz (or have no suffix: class folders)")
+    if path.exists() and not force:
+        raise UserError(f"{path} exists; give --force to overwrite it")
+    parts = {"train": splits.train, "test": splits.test}
+    if splits.val is not None and splits.val is not splits.test:
+        parts["val"] = splits.val
+    if not path.suffix:
+        return _export_folders(parts, path)
+    arrays = {"classes": np.array(splits.classes), "index_train": splits.train.indices.numpy()}
+    arrays |= {"mean": np.array(splits.mean), "std": np.array(splits.std)}
+    for split, part in parts.items():
+        arrays[f"x_{split}"] = part.images.permute(0, 2, 3, 1).numpy()
+        arrays[f"y_{split}"] = part.labels.numpy()
+    write_atomic(path, lambda file: np.savez(file, **arrays))
+
+
+def _export_folders(parts: dict[str, Set], root: Path) -> None:
+    """<root>/<split>/<class>/<position in the source>.png."""
+    try:
+        for split, part in parts.items():
+            images = part.images.permute(0, 2, 3, 1).numpy()
+            where = zip(images, part.labels.tolist(), part.indices.tolist(), strict=True)
+            for pixels, label, index in where:
+                folder = root / split / str(part.classes[label])
+                folder.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(folder / f"{index:06}.png")
+    except OSError as error:
+        raise UserError(f"cannot write below {root}: {error.strerror or error}") from None
+
+
+# --- fetching and verifying -------------------------------------------------------------------
+
+
+class PublicList(NamedTuple):
+    """What is known of a public list; largest and smallest class: None where nobody says."""
+
+    name: str
+    blob: str
+    rows: int
+    classes: int
+    most: int | None = None
+    least: int | None = None
+
+
+PUBLIC = {
+    "imagenet_lt": {
+        "train": PublicList(
+            "ImageNet_LT_train.txt",
+            "a063f095fcd475db4cf8b0658c4b73955535bbf9",
+            *(115846, 1000, 1280, 5),
+        ),
+        "val": PublicList(
+            "ImageNet_LT_val.txt",
+            "3ed3188b2f44829ce2dec1cc27040d8d40984088",
+            *(20000, 1000, 20, 20),
+        ),
+        "test": PublicList(
+            "ImageNet_LT_test.txt",
+            "76a2fb9749d6cd29e765cc4f8c270f2504131e2f",
+            *(50000, 1000, 50, 50),
+        ),
+    },
+    "inat18": {
+        "train": PublicList(
+            "iNaturalist18_train.txt",
+            "4accdb7584d2f0a5106c40a33ed6afa392189bcc",
+            *(437513, 8142),
+        ),
+        "test": PublicList(
+            "iNaturalist18_val.txt",
+            "4c23900857fd0f5adcd4cc0dffef345039eeb05f",
+            *(24426, 8142, 3, 3),
+        ),
+    },
+}
+INAT_JSON = {"train": "train2018.json", "test": "val2018.json"}
+GITHUB = "https://raw.githubusercontent.com"
+SSP = "YyzHarry/imbalanced-semi-self/b91ad29fd8805ddf0a146f735905b0c869e68ae4"
+TSC = "LTH14/targeted-supcon/c4f15ebf67756088f40b672d7612b341529c7447"
+BASES = [f"{GITHUB}/{pinned}/imagenet_inat/data" for pinned in (SSP, TSC)]  # or $LT_LISTS_URL
+SAMPLE = 1000  # images looked for in each list, besides one of every class
+
+
+def fetch(dataset: str, root: str | Path, image_size: int | None = None) -> str:
+    """Download and verify a set of torchvision's, or read one from a path; what lies where."""
+    info, path = data_lt.find(dataset), Path(dataset)
+    if info.lists:
+        command = "mini" if dataset == "mini_imagenet_lt" else "lists"
+        raise UserError(f"{dataset} is got by hand; `tools.prepare {command}` sees to its lists")
+    if info.source:
+        sets = data_lt.fetch(info, root, create=True)
+        train, test = (labels for _, labels, _ in sets)
+        where = f"{Path(root) / info.layout}, md5 verified"
+    elif dataset in data_lt.DATASETS:
+        return f"{dataset} is drawn by the program: nothing to fetch"
+    else:
+        data = data_lt.load_pool(dataset, root, image_size, files=True)
+        train, test = data.train, data.test
+        how = "every image read" if train.in_memory else "images listed, not read"
+        where = f"{path}, {how}, {data.num_classes} classes"
+    sums = f"{len(train)} training and {len(test)} test images"
+    return f"{info.name}: {where}, {sums}"
+
+
+def git_blob(content: bytes) -> str:
+    """Git's id of a file with this content: sha1("blob <size>\\0" + content)."""
+    return hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
+
+
+def difference(part: Set, source: Path, info: PublicList, text: bytes) -> str | None:
+    """The first check in which a list differs from the public one, or None.
+
+    Rows, classes, profile, Git blob id of its text; the official JSON has another order and so no
+    blob id.
+    """
+    blob, counts = git_blob(text), part.counts()
+    known = [other for lists in PUBLIC.values() for other in lists.values()]
+    twins = [f" (it is {other.name})" for other in known if other.blob == blob != info.blob]
+    most, least = max(counts), min(counts)
+    largest, smallest = (part.classes[counts.index(n)] for n in (most, least))
+    for check, expected, found, remark in (
+        ("rows", info.rows, len(part), "".join(twins)),
+        ("classes", info.classes, len(counts), ""),
+        ("images of the largest class", info.most, most, f" ({largest})"),
+        ("images of the smallest class", info.least, least, f" ({smallest})"),
+        ("Git blob id", None if source.suffix == ".json" else info.blob, blob, "; it was edited"),
+    ):  # fmt: skip
+        if expected is not None and found != expected:
+            return f"{source}: {check}: expected {expected}, found {found}{remark}"
+    return None
+
+
+def fetch_list(info: PublicList, target: Path) -> None:
+    """Download a public list, verify its blob id, and only then put it in place."""
+    base, failed, folder = os.environ.get("LT_LISTS_URL"), [], info.name.rpartition("_")[0]
+    for address in [base] if base else BASES:
+        url = f"{address.rstrip('/')}/{folder}/{info.name}"
+        try:
+            with urllib.request.urlopen(url, timeout=30) as response:
+                content = response.read()
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            failed.append(" ".join(str(error).split())[:200])
+            continue
+        if git_blob(content) == info.blob:
+            return write_atomic(target, lambda file, content=content: file.write(content))
+        failed.append(f"{url} has Git blob id {git_blob(content)}, expected {info.blob}")
+    why = f"is missing and the download failed ({'; '.join(failed)})"
+    raise UserError(f"{target} {why}; put the file there from {url}")
+
+
+def json_lines(source: Path) -> list[str]:
+    """List lines of iNaturalist's official JSON: images (id, file_name), annotations (image_id,
+    category_id), one an image."""
+    try:
+        record = json.loads(source.read_bytes())
+        names = {image["id"]: str(image["file_name"]) for image in record["images"]}
+        rows = [(names[item["image_id"]], item["category_id"]) for item in record["annotations"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        why = f"no JSON with images and annotations ({type(error).__name__}: {error})"
+        raise UserError(f"{source}: {why}; fetch it anew") from error
+    return [f"{path} {label}" for path, label in rows]
+
+
+def check_images(part: Set, source: Path, full: bool = False) -> int:
+    """Look for the images on disk: one of every class and a seeded sample, or all; how many.
+
+    UserError names the first that is missing or empty, with line and class, and counts them.
+    """
+    order = np.random.RandomState(0).permutation(len(part))
+    heads = order[np.unique(part.labels.numpy()[order], return_index=True)[1]]
+    chosen = range(len(part)) if full else np.union1d(order[:SAMPLE], heads).tolist()
+
+    def size(k: int) -> int:
+        try:
+            return os.stat(part.images.path(k)).st_size
+        except (OSError, ValueError):
+            return -1
+
+    with ThreadPoolExecutor(16) as workers:  # on a network disk a look-up is mostly waiting
+        sizes = list(workers.map(size, chosen))
+    bad = [(k, found) for k, found in zip(chosen, sizes, strict=True) if found < 1]
+    if bad:
+        (k, found), path = bad[0], part.images.path(bad[0][0])
+        flat = path.parent.parent / path.name
+        hint = f"; {flat} must move into its class folder" if flat.exists() else ""
+        hint = "; paths are written with /" if "\\" in part.images.name(k) else hint
+        state = "is missing" if found else "is empty"
+        count = f"{len(bad)} of {len(chosen)} looked for"
+        name = part.classes[part.labels[k]]
+        raise UserError(f"{source}:{k + 1}: {path} {state} (class {name}; {count}){hint}")
+    return len(chosen)
+
+
+def _take(dataset: str, split: str, source: Path, reader: ListReader) -> tuple[Set, bytes, Path]:
+    """The list of a split, its text, and the file it is known by.
+
+    It is the one that lies there, else made of iNaturalist's JSON, else fetched.
+    """
+    official, made = source.with_name(INAT_JSON[split]) if dataset == "inat18" else None, []
+    if official and official.exists():
+        made = json_lines(official)
+    text = "".join(f"{line}\n" for line in made).encode()
+    if made and not source.exists():
+        return reader.read(official, made), text, official
+    if not source.exists():
+        fetch_list(PUBLIC[dataset][split], source)
+    part = reader.read(source)
+    found = source.read_bytes()
+    return part, found, official if made and found == text else source
+
+
+def lists(
+    dataset: str, data_root: str | Path = "data", full: bool = False, trust_list: bool = False
+) -> str:
+    """Fetch the lists of a set or take those that lie there, verify them, look for the images.
+
+    `trust_list` goes on with a list that differs from the public one. Returns what it found.
+    """
+    if dataset not in PUBLIC:
+        raise UserError(f"lists makes no sense for {dataset}; it is for {', '.join(PUBLIC)}")
+    info, root = data_lt.find(dataset), Path(data_root) / dataset
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        expected = f"expected {root}/{info.layout}"
+        raise UserError(f"cannot make {root}: {error.strerror}; {expected}") from error
+    sources, reader = data_lt.list_paths(info, root, None), ListReader(root, info.num_classes)
+    sets, lines = {}, []
+    for split, source in sources.items():
+        sets[split], text, origin = _take(dataset, split, source, reader)
+        wrong = difference(sets[split], origin, PUBLIC[dataset][split], text)
+        if wrong and not trust_list:
+            raise UserError(f"{wrong}; remove it to fetch it anew, or go on with --trust-list")
+        lines += [f"note: {wrong}; trusted"] if wrong else []
+        if not source.exists():
+            write_atomic(source, lambda file, text=text: file.write(text))
+    looked = sum(check_images(sets[split], source, full) for split, source in sources.items())
+    own = {p: split for split, part in reversed(sets.items()) for p in part.images.names}
+    for split, part in sets.items():
+        shared = [path for path in part.images.names if own[path] != split]
+        if shared:
+            first = f"{own[shared[0]]} too, the first: {shared[0]}"
+            lines.append(f"note: {len(shared)} images of {split} stand in {first}")
+    parts = ", ".join(f"{split} {len(part):,}" for split, part in sets.items())
+    counts, how = sets["train"].counts(), "" if full else " (a sample; --full looks for all)"
+    profile = f"{len(counts):,} classes, {max(counts):,} to {min(counts):,} training images"
+    total = sum(map(len, sets.values()))
+    lines.append(f"{dataset}: {profile}; {parts}")
+    lines.append(f"looked for {looked:,} of {total:,} images{how}: all there")
+    return "\n".join(lines)
+
+
+# --- mini-ImageNet-LT -------------------------------------------------------------------------
+
+
+def _slices_of(root: Path, files: dict[str, list[str]]) -> int:
+    """Training images of a class to slice, 500 or 400; UserError where that cannot be done."""
+    head, owner = 500 if max(map(len, files.values())) >= 700 else 400, {}
+    for name, images in files.items():
+        if len(images) < head + 200:
+            need = f"{head + 200} needed ({head} train, 100 val, 100 test)"
+            raise UserError(f"{root / name}: class {name} has {len(images)} images, {need}")
+        for image in images:
+            other = owner.setdefault(image, name)
+            if other == name or not filecmp.cmp(root / other / image, root / name / image, False):
+                continue
+            both = len(set(images) & set(files[other]))
+            sizes = f"of {len(files[other])} and {len(images)} images"
+            why = f"{sizes}, {both} have the same names"
+            raise UserError(f"{root}: classes {other} and {name} share {image}; {why}")
+    return head
+
+
+def mini(root: Path, ratio: float = 100.0, seed: int = 0) -> str:
+    """Write train_ir<ratio>.txt, val.txt, test.txt of the class folders in `root`; what was done.
+
+    Classes are the folders, sorted. The images of a class are permuted once; train, val and test
+    are disjoint slices of that permutation: 500 / 100 / 100 of full ImageNet folders,
+    400 / 100 / 100 where every class has 600 to 699 (the few-shot download). The exponential
+    profile keeps the head of the train slices, so ratios are nested and share val and test
+    (Vigneswaran et al. 2021; in the released script the three overlap).
+    """
+    if not root.is_dir():
+        layout = data_lt.DATASETS["mini_imagenet_lt"].layout
+        raise UserError(f"mini_imagenet_lt: no folder {root}; expected {root}/{layout}")
+    files = data_lt.class_folders(root, "cache")
+    head, sizes = _slices_of(root, files), [len(images) for images in files.values()]
+    counts = data_lt.long_tail_counts(len(files), head, ratio)
+    if not counts[-1]:
+        lost = f"class {[*files][-1]} with 0 of {head} images"
+        raise UserError(f"imbalance ratio {ratio:g} leaves {lost}; give a smaller one")
+    rows: dict[str, list[str]] = {f"train_ir{ratio:g}.txt": [], "val.txt": [], "test.txt": []}
+    for c, (name, images) in enumerate(files.items()):
+        rng = np.random.RandomState(derive_seed(seed, "mini_imagenet_lt", name) % 2**32)
+        order = rng.permutation(len(images))
+        slices = order[: counts[c]], order[head : head + 100], order[head + 100 : head + 200]
+        for lines, part in zip(rows.values(), slices, strict=True):
+            lines += [f"{name}/{images[k]} {c}\n" for k in part]
+    contents = {root / name: "".join(lines).encode() for name, lines in rows.items()}
+    for path in list(contents)[1:]:
+        if path.exists() and path.read_bytes() != contents[path]:
+            other = "comes from another --data-seed or other images"
+            raise UserError(f"{path} {other}; remove the lists in {root} first")
+    for path, content in contents.items():
+        write_atomic(path, lambda file, content=content: file.write(content))
+    train, val, test = (len(lines) for lines in rows.values())
+    few = ": the download of 600 a class has no 500 / 100 / 100" if head < 500 else ""
+    odd = "" if len(files) == 100 else " (mini-ImageNet has 100)"
+    tail = f"({counts[0]} to {counts[-1]} a class, ratio {ratio:g})"
+    return "\n".join([
+        f"mini_imagenet_lt: {len(files)} class folders{odd} of {min(sizes)} to {max(sizes)} images",
+        f"slices {head} / 100 / 100 a class{few}; data seed {seed}",
+        f"train {train:,} {tail}, val {val:,}, test {test:,}",
+        f"wrote {', '.join(rows)} in {root}",
+    ])  # fmt: skip
+
+
+# --- every image ------------------------------------------------------------------------------
+
+CHUNK = 256  # images between two moments at which everything so far is safe on the disk
+
+
+def file_sets(args: argparse.Namespace) -> dict[str, Set]:
+    """The splits of a set whose images are files, by name; UserError for another."""
+    info, folder = data_lt.find(args.dataset), Path(args.dataset)
+    if info.lists:
+        sets = data_lt.listed_sets(info, args.data_root, args.imb_ratio)
+    elif args.command == "check" and folder.is_dir() and args.dataset not in data_lt.DATASETS:
+        sets = data_lt.folder_sets(folder, info)
+    else:
+        wanted = ", ".join(sorted(data_lt.LISTED)) + " or a folder" * (args.command == "check")
+        raise UserError(f"{args.command} makes no sense for {args.dataset}; it is for {wanted}")
+    return {part.split: part for part in sets.values()}
+
+
+class Progress:
+    """A line on stderr, at most every ten seconds."""
+
+    def __init__(self):
+        self.told = time.monotonic()
+
+    def __call__(self, line: str) -> None:
+        if time.monotonic() - self.told > 10:
+            self.told = time.monotonic()
+            print(line, file=sys.stderr, flush=True)
+
+
+def shrunk(files: Files, row: int, side: int) -> np.ndarray:
+    """The pixels [H, W, 3] of an image, the short side at most `side`, aspect kept."""
+    with files.open(row) as image:
+        return np.asarray(data_lt.resize_short(data_lt.rgb(image), min(side, *image.size)))
+
+
+def check(sets: dict[str, Set], threads: int | None = None) -> str:
+    """Decode every image; UserError with one line an image when some cannot be read."""
+    wrong, say = [], Progress()
+    with ThreadPoolExecutor(threads) as pool:
+        for split, part in sets.items():
+
+            def look(row: int, part: Set = part) -> UserError | None:
+                try:
+                    shrunk(part.images, row, 256)
+                except Exception as error:  # decoders raise many kinds
+                    return unreadable(part, row, error)
+
+            for row, found in enumerate(pool.map(look, range(len(part))), 1):
+                wrong += [str(found)] if found else []
+                say(f"{split}: {row} of {len(part)} images, {len(wrong)} unreadable so far")
+    total = sum(map(len, sets.values()))
+    if wrong:
+        print("\n".join(wrong))
+        raise UserError(f"{len(wrong)} of {total} images cannot be read; they are listed above")
+    return f"all {total} images can be read"
+
+
+# --- writing a cache --------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def only_writer(path: Path):
+    """Hold the lock of a cache; UserError when another process does. It ends with the process."""
+    with open(f"{path}.lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(f"cache {path} is being made by {file.read().strip()}") from None
+        file.truncate(0)
+        print(f"process {os.getpid()}", file=file, flush=True)
+        yield
+
+
+def stored_bytes(records: np.ndarray) -> np.ndarray:
+    """Where each image ends in the file."""
+    return np.cumsum(records["height"].astype(np.int64) * records["width"] * 3)
+
+
+def complete(log: Path, pixels: Path, magic: bytes) -> np.ndarray:
+    """The leading records whose images are whole; UserError when the files are of another cache."""
+    if not log.exists() and pixels.exists():
+        raise UserError(f"{pixels} exists and is no unfinished cache; delete it or take another")
+    content, size = (log.read_bytes(), pixels.stat().st_size) if pixels.exists() else (b"", 0)
+    if content[: len(magic)] != magic[: len(content)]:
+        start = f"{log} is the start of a cache of another list or side"
+        raise UserError(f"{start}; delete it and {pixels}")
+    step = data_lt.RECORD.itemsize
+    whole = max(len(content) - len(magic), 0) // step * step
+    records = np.frombuffer(content[len(magic) :][:whole], data_lt.RECORD)
+    ends = stored_bytes(records)
+    sizes = np.diff(ends, prepend=0)
+    good = (ends <= size) & (sizes > 0) & (records["offset"] == ends - sizes)
+    return records[: len(records) if good.all() else int(good.argmin())]
+
+
+def bytes_needed(files: Files, rows: range, side: int) -> int:
+    """Size of these images in a cache, from the headers of up to 500 of them."""
+    sizes = []
+    for row in rows[:: max(len(rows) // 500, 1)]:
+        with contextlib.suppress(Exception), files.open(row) as image:  # named in their turn
+            scale = min(1.0, side / min(image.size)) ** 2
+            sizes.append(3 * scale * image.width * image.height)
+    return int(sum(sizes) / max(len(sizes), 1) * len(rows))
+
+
+def build_cache(part: Set, path: str | Path, side: int = 256, say=None) -> Cache:
+    """Decode every image once: short side at most `side` pixels, aspect kept.
+
+    What is complete is kept when this ends early, and the next call goes on from there; a finished
+    cache is checked and returned. UserError: no space, another writer, files of another set, an
+    image that cannot be read.
+    """
+    path, fingerprint, say = Path(path), part.fingerprint(), say or Progress()
+    pixels, index, log = (Path(f"{path}.{kind}") for kind in ("u8", "npz", "part"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with only_writer(path):
+            if index.exists():
+                cache = Cache(path)
+                if (cache.fingerprint, cache.side) != (fingerprint, side):
+                    other = "is the cache of another list or side"
+                    raise UserError(f"{index} {other}; delete it or choose another place")
+                return cache
+            magic = f"LTC2{fingerprint}{side:8d}".encode()
+            done = complete(log, pixels, magic)
+            need = bytes_needed(part.images, range(len(done), len(part)), side)
+            free = shutil.disk_usage(path.parent).free
+            if need > free:
+                space = f"needs about {need / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free there"
+                raise UserError(f"cache {path} {space}")
+            with open(log, "ab") as listing, open(pixels, "ab") as data:
+                listing.truncate(len(magic) * bool(len(done)) + done.nbytes)
+                listing.write(b"" if len(done) else magic)
+                offset = int(stored_bytes(done)[-1]) if len(done) else 0
+                data.truncate(offset)
+                for rows, fresh in _decode_chunks(part, len(done), offset, side, data):
+                    for file, content in (data, b""), (listing, fresh):
+                        file.write(content)  # an image is listed when it is safe on the disk
+                        file.flush()
+                        os.fsync(file.fileno())
+                    say(f"{path}: {rows.stop} of {len(part)} images")
+            _write_index(index, part, complete(log, pixels, magic), side)
+            log.unlink()
+    except OSError as error:
+        again = "the same command goes on there"
+        raise UserError(f"cannot write cache {path}: {error.strerror or error}; {again}") from None
+    return Cache(path)
+
+
+def _decode_chunks(part: Set, done: int, offset: int, side: int, data) -> Iterator:
+    """Write the images from `done` on to `data`; yields (rows, their records) chunk by chunk."""
+    with ThreadPoolExecutor() as pool:
+        for start in range(done, len(part), CHUNK):
+            rows, fresh = range(start, min(start + CHUNK, len(part))), []
+            images = [pool.submit(shrunk, part.images, row, side) for row in rows]
+            for row, future in zip(rows, images, strict=True):
+                try:
+                    image = future.result()
+                except Exception as error:  # decoders raise many kinds
+                    raise unreadable(part, row, error) from None
+                data.write(image)
+                fresh.append((offset, *image.shape[:2]))
+                offset += image.nbytes
+            yield rows, np.array(fresh, data_lt.RECORD)
+
+
+def _write_index(index: Path, part: Set, records: np.ndarray, side: int) -> None:
+    head = {
+        "fingerprint": part.fingerprint(),
+        "side": side,
+        "bytes": int(stored_bytes(records)[-1]),
+    }
+    text = {"head": json.dumps(head).encode(), "paths": os.fsencode("\0".join(part.images.names))}
+    arrays = {key: np.frombuffer(value, np.uint8) for key, value in text.items()}
+    arrays |= {"records": records, "labels": part.labels.numpy()}
+    write_atomic(index, lambda file: np.savez(file, **arrays))
+
+
+def cache(sets: dict[str, Set], folder: Path, side: int = 256) -> str:
+    """Caches `folder`/cache<side>/<split> of the sets; lines that say what lies where."""
+    if not 8 <= side <= 2048:
+        raise UserError(f"--side {side}: give the short side in px, 8..2048 (usual: 256)")
+    need = 0
+    for name, part in sets.items():
+        target = folder / f"cache{side}" / name
+        if not Path(f"{target}.npz").exists():
+            pixels = Path(f"{target}.u8")
+            done = pixels.stat().st_size if pixels.exists() else 0
+            need += max(bytes_needed(part.images, range(len(part)), side) - done, 0)
+    free = shutil.disk_usage(folder).free
+    needed = f"needs about {need / 1e9:.3g} GB, {free / 1e9:.3g} GB are free"
+    if need > free:
+        raise UserError(f"the cache of {', '.join(sets)} {needed} in {folder}; nothing was written")
+    if need > 1e8:
+        print(f"the cache of {', '.join(sets)} {needed}", file=sys.stderr, flush=True)
+    lines = []
+    for name, part in sets.items():
+        made = build_cache(part, folder / f"cache{side}" / name, side)
+        size = made.file.stat().st_size / 1e9
+        lines.append(f"{made.file}: {len(made)} images, {size:.2f} GB")
+    return "\n".join(lines)
+
+
+# --- command line -----------------------------------------------------------------------------
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argparse parser whose errors are one line."""
+
+    def error(self, message: str):
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+FLAGS = {  # flag: (commands that have it, keywords of argparse)
+    "--dataset": ("show export fetch lists check cache", {"default": "glyphs_lt", "help":
+        f"{', '.join(data_lt.DATASETS)} or a path (default glyphs_lt)"}),
+    "--data-root": ("show export fetch lists mini check cache", {"default": "data", "help":
+        "folder that holds the sets (default data)"}),
+    "--image-size": ("show export fetch", {"type": int, "help":
+        "resize the short side to this many px and crop the centre"}),
+    "--imb-ratio": ("show export mini check cache", {"type": float, "help":
+        "largest / smallest class (default 100; a path: as it is)"}),
+    "--imb-type": ("show export", {"default": "exp", "help": "exp or step (default exp)"}),
+    "--data-seed": ("show export mini", {"type": int, "default": 0, "help":
+        "which images: the seed (default 0)"}),
+    "--val-from": ("show export", {"help": "train: carve a validation set; test: the test set"}),
+    "--png": ("show", {"type": Path, "help": "also write a picture: first images of every class"}),
+    "--out": ("export", {"type": Path, "required": True, "help":
+        "the .npz to write, or a folder of class folders"}),
+    "--force": ("export", {"action": "store_true", "help": "overwrite it"}),
+    "--full": ("lists", {"action": "store_true", "help": "look for every image, not for a sample"}),
+    "--trust-list": ("lists", {"action": "store_true", "help": "go on with one that was edited"}),
+    "--side": ("cache", {"type": int, "default": 256, "help": "short side in px (default 256)"}),
+}  # fmt: skip
+COMMANDS = {
+    "show": "print the class profile",
+    "export": "write the exact subset to one .npz or to class folders",
+    "fetch": "download and verify a set of torchvision's",
+    "lists": "fetch and verify the lists of a large set, look for its images",
+    "mini": "make the lists of mini-ImageNet-LT",
+    "check": "decode every image and name those that cannot be read",
+    "cache": "decode every image once into memory-mapped files",
+}
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = OneLineParser(prog="tools.prepare", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in COMMANDS.items():
+        sub = commands.add_parser(name, help=text, description=text)
+        for flag, (where, keywords) in FLAGS.items():
+            if name in where.split():
+                sub.add_argument(flag, **keywords)
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> None:
+    root = args.data_root
+    if args.command == "fetch":
+        return print(fetch(args.dataset, root, args.image_size))
+    if args.command == "lists":
+        return print(lists(args.dataset, root, args.full, args.trust_list))
+    if args.command == "mini":
+        ratio = 100.0 if args.imb_ratio is None else args.imb_ratio
+        return print(mini(Path(root) / "mini_imagenet_lt", ratio, args.data_seed))
+    if args.command == "check":
+        return print(check(file_sets(args)))
+    if args.command == "cache":
+        return print(cache(file_sets(args), Path(root) / args.dataset, args.side))
+    splits = data_lt.load(args)
+    if not splits.train.in_memory and (args.command == "export" or args.png):
+        flag = "export" if args.command == "export" else "--png"
+        raise UserError(f"{flag} makes no sense for {args.dataset}: its images are files")
+    print(profile_text(splits))
+    if args.command == "export":
+        export(splits, args.out, args.force)
+        print(f"wrote {args.out}")
+    elif args.png:
+        write_atomic(args.png, lambda file: picture_grid(splits.train).save(file, "png"))
+        print(f"wrote {args.png}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        run(parse_args(argv))
+    except (UserError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where it was", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
