@@ -269,8 +269,9 @@ def make_parser() -> common.Parser:
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0, or 2 for bad input."""
     args = make_parser().parse_args(argv)
+    command = command_targets if args.command == "targets" else command_features
     try:
-        command_targets(args) if args.command == "targets" else command_features(args)
+        command(args)
     except (common.UserError, OSError) as error:
         print(f"tools.geometry: error: {error}", file=sys.stderr)
         return 2
