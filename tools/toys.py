@@ -147,7 +147,8 @@ def circle(args) -> None:
             row.append(100 * float((scores.predictions == scores.labels).double().mean()))
             panels.append((f"{method.upper()}, {ratio}:1:1", scores.features, targets))
             run.say(f"circle: {panels[-1][0]}, nearest class mean {row[-1]:.1f} %")
-    save_circle(run.folder / "circle.npz", panels, scores.labels, names)
+    if common.is_main():
+        run.say(save_circle(run.folder / "circle.npz", panels, scores.labels, names))
     table = {
         "title": "Three classes on a circle: accuracy against the imbalance",
         "note": f"classes {', '.join(names)}; nearest class mean of 2-D embeddings, test set",
@@ -186,19 +187,17 @@ def published_circle(path: Path = common.ROOT / "results" / "published.csv") -> 
     return found
 
 
-def save_circle(path: Path, panels: list, labels: Tensor, names) -> None:
-    """Test embeddings [6, N, 2], labels [N] and the targets of every panel, and their picture."""
-    if not common.is_main():
-        return
+def save_circle(path: Path, panels: list, labels: Tensor, names) -> str:
+    """Keep test embeddings [6, N, 2], labels [N] and targets, draw them; says what came of it."""
     titles, embeddings, targets = zip(*panels, strict=True)
     arrays = {f"targets{k}": points.numpy() for k, points in enumerate(targets)}
     arrays |= {"embeddings": torch.stack(embeddings).numpy(), "labels": labels.numpy()}
     arrays |= {"classes": np.array(names), "titles": np.array(titles)}
     common.write_atomic(path, lambda file: np.savez(file, **arrays))
     try:
-        print(f"wrote {draw_circle(path)}")
+        return f"wrote {draw_circle(path)}"
     except common.UserError as error:
-        print(f"no picture: {error}")
+        return f"no picture: {error}"
 
 
 def draw_circle(path: Path) -> Path:
@@ -225,7 +224,8 @@ def draw_circle(path: Path) -> Path:
         axis.set(title=title, aspect="equal", xlim=(-1.25, 1.25), ylim=(-1.25, 1.25))
         axis.set(xticks=[], yticks=[])
     axes[0][0].legend(fontsize=7, markerscale=3, loc="center")
-    picture, options = path.with_suffix(".png"), {"dpi": 130, "metadata": {"Software": None}}
+    picture = path.with_suffix(".png")
+    options = {"dpi": 130, "bbox_inches": "tight", "metadata": {"Software": None}}
     common.write_atomic(picture, lambda file: figure.savefig(file, format="png", **options))
     return picture
 
