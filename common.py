@@ -214,6 +214,152 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf, open_low:
     return parse
 
 
+# --- one table of flags ---------------------------------------------------------------------------------------------
+
+KINDS = ("letters", "small", "large")  # glyphs_lt; images up to 64 px; above
+LARGE_SETS = ("mini_imagenet_lt", "imagenet_lt", "inat18")
+# A row: name, its default (or the three of letters, small and large sets), what it is, and where needed a dictionary:
+# "range": lowest and highest value (without it whole numbers start at 1, others lie above 0), "bare": a switch, and
+# other flags with the values beside which alone it means something. A tuple lists choices, the default first; a type
+# stands for no default.
+SHARED = (
+    ("dataset", "glyphs_lt", f"{', '.join(KNOWN_SETS)}, a folder of class folders, or an .npz"),
+    ("data_root", "data", "folder of the data sets"),
+    ("imb_ratio", 100.0, 100.0, float, "largest / smallest class", {"range": (1, math.inf)}),
+    ("imb_type", ("exp", "step"), "profile of the class counts"),
+    ("data_seed", 0, "which images form the subset", {"range": (0, 2**32 - 1)}),
+    ("seed", 0, "everything else that is random", {"range": (0, 2**32 - 1)}),
+    ("image_size", int, "side in pixels, where it is not the set's"),
+    ("flip", 0.0, 0.5, 0.5, "probability of a horizontal flip", {"range": (0, 1)}),
+    ("backbone", str, "network"),
+    ("epochs", int, "of the first stage"),
+    ("batch_size", int, "images over all ranks"),
+    ("lr", float, "learning rate of the first stage"),
+    ("init_from", str, "checkpoint to start from"),
+    ("eval", str, "only evaluate this checkpoint"),
+    ("eval_every", 1, "epochs between evaluations; the last is always one"),
+    ("select", ("last", "val", "test"), "headline: last epoch, best on validation data, or, as released, best on test"),
+    ("save_features", ("", "train", "val", "test"), "write features_<split>.npz at the end"),
+    ("gpus", 1, "local ranks, one GPU each"),
+    ("device", "auto", "auto, cpu, cuda, cuda:1 or mps"),
+    ("workers", 4, "decoding processes a rank, for image files", {"range": (0, math.inf)}),
+    ("cache", int, "image files: read what `python -m tools.prepare cache` wrote at this size"),
+    ("precision", ("auto", "fp32", "bf16"), "auto: bf16 on GPUs that have it, else fp32"),
+    ("compile", False, "torch.compile the network", {"bare": True}),
+    ("out", "runs", "folder of all runs"),
+    ("fresh", False, "start over and drop what the run folder holds", {"bare": True}),
+    ("logger", ("tensorboard", "none"), "event files beside metrics.jsonl"),
+    ("quiet", False, "print nothing but the result", {"bare": True}),
+)  # fmt: skip
+
+
+def read_rows(rows) -> dict[str, tuple[list, str, dict]]:
+    """The rows of a table as {name: (three defaults, what it is, the dictionary)}."""
+    table = {}
+    for name, *defaults, last in rows:
+        only = last if isinstance(last, dict) else {}
+        text = defaults.pop() if only else last
+        table[name] = (defaults * 3 if len(defaults) == 1 else defaults), text, only
+    return table
+
+
+def reader(like, only: dict) -> dict:
+    """argparse's keywords for a flag whose default is `like`."""
+    if "bare" in only:
+        return {"action": "store_const", "const": True}
+    if isinstance(like, tuple):
+        return {"choices": [choice for choice in like if choice != ""]}
+    kind = like if isinstance(like, type) else type(like)
+    if kind is str:
+        return {"type": str}
+    low, high = only.get("range", (1, math.inf) if kind is int else (0, math.inf))
+    return {"type": number(kind, low, high, open_low="range" not in only and kind is float)}
+
+
+def default_of(value):
+    """What a flag is when nobody says it: the first of its choices, None where only a type is given."""
+    return value[0] or None if isinstance(value, tuple) else None if isinstance(value, type) else value
+
+
+def parse(doc: str, flags, methods: dict[str, tuple[str, ...]], other: dict[str, dict], side, argv=None):
+    """The arguments of a script, all decided here.
+
+    doc: the script's docstring. flags: its rows, laid over SHARED. methods: {name: chain of stages}, the default first.
+    other: {data set: {flag: default}}. side: (dataset, data_root, image_size) -> pixels, of a path. Sets `kind` (see
+    KINDS), `stages` (a tuple) and `changed`, the flags that differ from their defaults and change the result.
+    """
+    chains = {"method": (tuple(methods), "row of the paper's table"), "stages": (str, "part of its chain, as a,b")}
+    rows = [(name, *row) for name, row in chains.items()]
+    table = read_rows(SHARED) | read_rows(rows) | read_rows(flags)
+    parser = Parser(description=doc.split("\n\n")[0], allow_abbrev=False, fromfile_prefix_chars="@")
+    for name, (defaults, text, only) in table.items():
+        shown = " / ".join(dict.fromkeys("-" if default_of(d) is None else f"{default_of(d)}" for d in defaults))
+        like = next((d for d in defaults if not isinstance(d, type)), defaults[0])
+        text = f"{text} (default: {shown})".replace("%", "%%")
+        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, help=text, **reader(like, only))
+    args = parser.parse_args(argv)
+    said = {name for name in table if getattr(args, name) is not None}
+    args.dataset = args.dataset or "glyphs_lt"
+    try:
+        args.kind = kind_of(args, side)
+    except UserError as error:
+        parser.error(str(error))
+    column = KINDS.index(args.kind)
+    standard = {name: default_of(defaults[column]) for name, (defaults, *_) in table.items()}
+    if args.dataset not in KNOWN_SETS:
+        standard["imb_ratio"] = None  # a user's own images stay as they are
+    standard |= other.get(args.dataset, {})
+    for name in table:
+        if name not in said:
+            setattr(args, name, standard[name])
+    choose_stages(parser, args, methods)
+    refuse(parser, args, table, said)
+    neutral = NEUTRAL | {"dataset", "imb_ratio", "seed", "method", "stages"}
+    args.changed = {n: getattr(args, n) for n in table if n not in neutral and getattr(args, n) != standard[n]}
+    if args.stages != methods[args.method]:
+        args.changed = {"stages": "-".join(args.stages)} | args.changed
+    args.preset = args.kind
+    return args
+
+
+def kind_of(args, side) -> str:
+    """letters, small or large: by the name of the set, else by the side of its images."""
+    if args.dataset == "glyphs_lt" and args.image_size is None:
+        return "letters"
+    if args.dataset in LARGE_SETS:
+        return "large"
+    pixels = args.image_size or (32 if args.dataset in KNOWN_SETS else side(args.dataset, args.data_root, None))
+    return "letters" if args.dataset == "glyphs_lt" and pixels <= 64 else "small" if pixels <= 64 else "large"
+
+
+def choose_stages(parser, args, methods) -> None:
+    """args.stages as the tuple of stages to run; what is left out before them comes from --init-from."""
+    chain = methods[args.method]
+    stages = tuple(args.stages.split(",")) if args.stages else chain
+    if [stage for stage in chain if stage in stages] != list(stages):
+        parser.error(f"--stages {args.stages}: --method {args.method} has {', '.join(chain)}, in this order")
+    if stages[0] != chain[0] and not (args.init_from or args.eval):
+        parser.error(f"--stages {args.stages} leaves out {chain[0]}: give its checkpoint with --init-from")
+    args.stages = stages
+
+
+def refuse(parser, args, table, said) -> None:
+    """End the parsing where a flag was said beside others with which it means nothing."""
+    for name, (_, _, only) in table.items():
+        for needed, wanted in only.items():
+            if name not in said or needed in ("range", "bare"):
+                continue
+            here, wanted = getattr(args, needed), (wanted,) if isinstance(wanted, str) else wanted
+            if not set(here if isinstance(here, tuple) else (here,)) & set(wanted):
+                flag, other = (word.replace("_", "-") for word in (name, needed))
+                parser.error(f"--{flag} belongs to --{other} {' or '.join(map(str, wanted))}")
+    for one, two in (("eval", "fresh"), ("eval", "init_from"), ("eval", "save_features")):
+        if getattr(args, one) and getattr(args, two):
+            parser.error(f"--{one} and --{two.replace('_', '-')} contradict each other")
+    if args.save_features == "val" and args.select != "val":
+        parser.error("--save-features val: there is a validation split only with --select val")
+
+
 def base_parser(doc: str) -> argparse.ArgumentParser:
     """Parser with the flags that all scripts share. Flags left at None take the data set's preset in `resolve`."""
     parser = Parser(
@@ -1341,6 +1487,15 @@ def logged(full: dict) -> dict:
     """What metrics.jsonl keeps of a report: no confusion matrix, recalls of up to 200 classes."""
     left_out = {"confusion", "reliability"} | ({"per_class"} if len(full["per_class"]) > 200 else set())
     return {key: value for key, value in full.items() if key not in left_out}
+
+
+def pair_cosines(z: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Mean cosine of the pairs of one label and of two labels, over unit rows z [N, d] with labels [N]."""
+    same = labels[:, None] == labels
+    cosine, pairs = z @ z.T, same.sum()
+    own = (cosine * same).sum()
+    alike = (own - cosine.diagonal().sum()) / (pairs - len(z)).clamp(min=1)
+    return {"same_label": alike, "other_label": (cosine.sum() - own) / (same.numel() - pairs).clamp(min=1)}
 
 
 def class_similarity(features: Tensor, labels: Tensor, num_classes: int) -> dict[str, Tensor]:
