@@ -232,8 +232,7 @@ class Queue(nn.Module):
             raise common.UserError(f"--queue {args.queue} must be a multiple of --batch-size {args.batch_size}")
         self.k, self.temperature, self.momentum = args.k, args.temperature, args.key_momentum
         self.net = [net]  # in a list: it is no part of this module
-        self.key_net = copy.deepcopy(net).requires_grad_(False)
-        self.encode = Encoder(self.key_net, args, args.bn_groups)
+        self.encode = Encoder(copy.deepcopy(net).requires_grad_(False), args, args.bn_groups)
         keys = torch.randn(args.queue, args.projection_dim, generator=common.generator(args.seed, "queue"))
         self.register_buffer("keys", F.normalize(keys, dim=1))
         self.register_buffer("labels", torch.full((args.queue,), -1))  # -1: not written yet
@@ -255,7 +254,7 @@ class Queue(nn.Module):
     @torch.no_grad()
     def encode_keys(self, images: Tensor, rng) -> Tensor:
         """Keys [B, d] of the global batch, dealt out anew: batch norm must not tell whose key it is."""
-        momentum_update(self.key_net, self.net[0], self.momentum)
+        momentum_update(self.encode.net, self.net[0], self.momentum)
         world = common.world_size()
         if world * self.encode.groups == 1:
             return self.encode(images[None])[0]
