@@ -280,21 +280,22 @@ def momentum_update(key_net: nn.Module, net: nn.Module, m: float) -> None:
 class Matching(nn.Module):
     """Class centres [C, d], targets [C, d], and which target each class has, [C].
 
-    every: steps between two solutions.
+    every: steps between two solutions; momentum: how much of a centre stays at a step.
     """
 
-    def __init__(self, targets: Tensor, every: int = 1):
+    def __init__(self, targets: Tensor, every: int = 1, momentum: float = 0.9):
         super().__init__()
-        self.every = every
+        self.every, self.momentum = every, momentum
         self.register_buffer("targets", targets)
         self.register_buffer("centres", torch.zeros_like(targets))
         self.register_buffer("target_of", torch.arange(len(targets)))
 
     @torch.no_grad()
     def update(self, z: Tensor, labels: Tensor) -> None:
-        """M_c <- normalise(0.9 M_c + 0.1 a_c), a_c the normalised mean of the class in the batch."""
+        """M_c <- normalise(m M_c + (1 - m) a_c), a_c the normalised mean of the class in the batch."""
         sums = torch.zeros_like(self.centres).index_add_(0, labels, z.to(self.centres.dtype))
-        moved = 0.9 * self.centres + 0.1 * F.normalize(sums, dim=1, eps=1e-12)
+        own = F.normalize(sums, dim=1, eps=1e-12)
+        moved = self.momentum * self.centres + (1 - self.momentum) * own
         there = (sums != 0).any(1, keepdim=True)
         self.centres.copy_(torch.where(there, F.normalize(moved, dim=1, eps=1e-12), self.centres))
 

@@ -331,9 +331,8 @@ def test_queue_and_momentum_encoder(golden):
 
 @pytest.mark.golden("tsc_assign")
 def test_centres_and_their_targets(golden):
-    assert golden.scalar("ema_momentum") == 0.9, "the constant of Matching.update"
     centres, targets = (torch.from_numpy(golden[name]) for name in ("centres", "targets"))
-    matching = tsc.Matching(targets)
+    matching = tsc.Matching(targets, momentum=golden.scalar("ema_momentum"))
     matching.centres.copy_(centres)
     matching.solve()
     assert matching.target_of.tolist() == golden["assignment"].tolist()
