@@ -556,13 +556,6 @@ def legacy_subset(counts: list[int], sizes: list[int]) -> list[np.ndarray]:
 # --- stages ---------------------------------------------------------------------------------------------------------
 
 
-def make_encoder(args) -> nn.Module:
-    try:
-        return models.backbone(args.backbone)
-    except ValueError as error:
-        raise common.UserError(f"--backbone {args.backbone}: {error}") from None
-
-
 def make_classifier(args, encoder: nn.Module, num_classes: int) -> models.Net:
     net = models.Net(encoder, models.linear_head(encoder.feature_dim, num_classes))
     return net.to(args.device, memory_format=torch.channels_last)
@@ -606,18 +599,18 @@ def pretrain(run: common.Run, args, splits: data_lt.Splits, encoder: nn.Module) 
         raise common.UserError(f"--batch-size {args.batch_size} does not divide among {common.world_size()} ranks")
     head = models.ProjectionHead(encoder.feature_dim, args.projection_hidden, args.projection)
     net = models.Net(encoder, head).to(args.device, memory_format=torch.channels_last)
-    optimizer, scaler = adamw(args, net, args.lr), common.grad_scaler(args)
+    optimizer = adamw(args, net, args.lr)
     augment = make_augment(args, splits.image_size, args.jitter_strength)
     loader = data_lt.make_loader(args, splits.train, args.batch_size, augment=augment, views=2, drop_last=True)
     if args.fixed_order:
         first = loader.order(0)
         loader.order = lambda epoch: first
     info = {"counts": splits.counts}
-    stage = run.stage("pretrain", args.epochs, info, model=net, optimizer=optimizer, scaler=scaler)
+    stage = run.stage("pretrain", args.epochs, info, model=net, optimizer=optimizer)
     if stage.finished:
         return
     run.say(f"pretrain: {len(splits.train)} images, {args.epochs} epochs of {len(loader)} steps")
-    replica = common.distribute(TwoPasses(torch.compile(net) if args.compile else net))
+    replica = common.replicate(args, TwoPasses(net))
     net.train()
     for epoch in stage.epochs():
         for views, labels, _ in stage.batches(loader, 2):
@@ -631,13 +624,11 @@ def pretrain(run: common.Run, args, splits: data_lt.Splits, encoder: nn.Module) 
                 losses = bns_loss(z1, z2, labels, args.temperature, local=args.bns_local)  # [2b]
             loss = losses.mean()  # of equal shares: the ranks' average is the global mean
             optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
-            stage.guard(loss, optimizer)
-            scaler.step(optimizer)
-            scaler.update()
+            loss.backward()
+            stage.guard(loss)
+            optimizer.step()
             stage.add(len(labels), loss=loss)
         stage.end_epoch()
-    stage.finish()
 
 
 def collect(args, net: nn.Module, function, loader, width: int) -> Tensor:
@@ -758,57 +749,44 @@ def train_classifier(run: common.Run, args, splits: data_lt.Splits, name: str, e
     encoder.requires_grad_(not frozen)
     torch.manual_seed(common.derive_seed(args.seed, "init", name))
     net = make_classifier(args, encoder, len(counts))
-    optimizer, scaler, subset = adamw(args, net, peak), common.grad_scaler(args), Subset(len(train))
+    optimizer, subset = adamw(args, net, peak), Subset(len(train))
     augment, seed = make_augment(args, size, strength), common.derive_seed(args.seed, name)
     test_loader = data_lt.evaluation_loader(args, splits.test, PLAIN, size)
     val_loader = data_lt.evaluation_loader(args, splits.val, PLAIN, size) if args.select == "val" else None
-    parts = {"model": net, "optimizer": optimizer, "scaler": scaler} | (
-        {"subset": subset} if name == "finetune" else {}
-    )
+    parts = {"model": net, "optimizer": optimizer} | ({"subset": subset} if name == "finetune" else {})
     stage = run.stage(name, epochs, {"counts": counts}, **parts)
-
-    if not stage.finished:
-        replica = common.distribute(torch.compile(net) if args.compile else net)
-        loader = None
-        for epoch in stage.epochs():
-            fresh = name == "finetune" and subset.due(args, epoch)
-            if fresh:
-                subset.draw(args, net, train, size, epoch)
-            if fresh or loader is None:
-                close(loader)
-                positions = subset.positions if name == "finetune" else probe_positions(args, train)
-                loader = data_lt.make_loader(args, train.select(positions), batch_size, augment=augment, seed=seed)
-            if epoch == 0 and stage.step == 0:
-                run.say(f"{name}: {len(positions)} of {len(train)} images, {epochs} epochs of {len(loader)} steps")
-                if name == "finetune" and args.subset_mode != "all" and max(counts) <= args.num_samples:
-                    run.say(f"no class has more than --num-samples {args.num_samples} images: nothing is left out")
-            net.train()
-            if name == "probe" and args.probe_bn == "eval" or name == "finetune" and frozen:
-                net.backbone.eval()
-            for views, labels, _ in stage.batches(loader, 0 if frozen else 1):
-                t = epoch + stage.step / len(loader)
-                common.set_lr(optimizer, common.warmup_cosine_lr(peak, t, epochs, warmup * epochs))
-                with common.autocast(args):
-                    logits = replica(views[0])  # [b, C]
-                losses = F.cross_entropy(logits.float(), labels, reduction="none")  # [b]
-                loss = common.batch_mean(losses, loader.global_batch)
-                optimizer.zero_grad(set_to_none=True)
-                scaler.scale(loss).backward()
-                stage.guard(loss, optimizer)
-                scaler.step(optimizer)
-                scaler.update()
-                stage.add(len(labels), loss=losses.mean(), accuracy=(logits.argmax(1) == labels).float().mean())
-            scores, selected = {}, None
-            if stage.due(args.eval_every):
-                scores["test"] = common.logged(common.figures(args, net, test_loader, counts))
-                if val_loader:
-                    scores["val"] = common.logged(common.figures(args, net, val_loader, counts))
-                    selected = scores["val"]["overall"]
-            stage.end_epoch(score=selected, **scores)
-        close(loader)
-        stage.finish()
-    if val_loader:
-        stage.load_best()
+    judge = common.Judge(args, net, counts, test_loader, val_loader)
+    replica, loader = common.replicate(args, net), None
+    for epoch in stage.epochs():
+        fresh = name == "finetune" and subset.due(args, epoch)
+        if fresh:
+            subset.draw(args, net, train, size, epoch)
+        if fresh or loader is None:
+            close(loader)
+            positions = subset.positions if name == "finetune" else probe_positions(args, train)
+            loader = data_lt.make_loader(args, train.select(positions), batch_size, augment=augment, seed=seed)
+        if epoch == 0:
+            run.say(f"{name}: {len(positions)} of {len(train)} images, {epochs} epochs of {len(loader)} steps")
+            if name == "finetune" and args.subset_mode != "all" and max(counts) <= args.num_samples:
+                run.say(f"no class has more than --num-samples {args.num_samples} images: nothing is left out")
+        net.train()
+        if name == "probe" and args.probe_bn == "eval" or name == "finetune" and frozen:
+            net.backbone.eval()
+        for views, labels, _ in stage.batches(loader, 0 if frozen else 1):
+            t = epoch + stage.step / len(loader)
+            common.set_lr(optimizer, common.warmup_cosine_lr(peak, t, epochs, warmup * epochs))
+            with common.autocast(args):
+                logits = replica(views[0])  # [b, C]
+            losses = F.cross_entropy(logits.float(), labels, reduction="none")  # [b]
+            loss = losses.mean()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            stage.guard(loss)
+            optimizer.step()
+            stage.add(len(labels), loss=loss, accuracy=(logits.argmax(1) == labels).float().mean())
+        stage.end_epoch(judge)
+    close(loader)
+    judge.chosen(stage)
     chosen = common.evaluate(net, test_loader, autocast=lambda: common.autocast(args), features=net.features)
     return Outcome(name, chosen.report(counts), own_groups(args, chosen, counts), net, chosen.features, subset)
 
@@ -930,34 +908,21 @@ def examine(args) -> None:
     common.check_same(path, checkpoint["args"], common.result_args(args), ["dataset", "backbone", "image_size"])
     splits = data_lt.load(args, files=True)
     counts = checkpoint["info"]["counts"]
-    net = make_classifier(args, make_encoder(args), len(counts))
+    net = make_classifier(args, models.backbone(args.backbone), len(counts))
     common.load_weights(net, checkpoint["state"]["model"], path)
     loader = data_lt.evaluation_loader(args, splits.test, PLAIN, splits.image_size)
     scores = common.evaluate(net, loader, autocast=lambda: common.autocast(args))
     full, own = scores.report(counts), own_groups(args, scores, counts)
-    if not common.is_main():
-        return
-
-    def line(figures: dict) -> str:
-        return "  ".join(f"{g} {'n/a' if figures[g] is None else f'{100 * figures[g]:.2f}%'}" for g in common.GROUPS)
-
-    print(f"{path}: {checkpoint['stage']}, epoch {checkpoint['epoch']}: overall {100 * full['overall']:.2f}%")
-    print(f"  > 100 / < 20 training images:  {line(full)}")
-    print(f"  > {args.many_above} / < {args.few_below} training images:  {line(own)}")
-    folder = Path(args.out) / "bns_ipdpp" / "examined"
-    common.make_folder(folder)
-    name = "-".join([*path.resolve().parts[-4:-1], path.stem])
-    result = {"checkpoint": str(path), "stage": checkpoint["stage"], "epoch": checkpoint["epoch"], "counts": counts}
-    common.write_json(folder / f"eval-{name}.json", result | full | {"own_groups": {g: own[g] for g in common.GROUPS}})
+    common.tell_figures(args, checkpoint, full, counts=counts, own_groups={g: own[g] for g in common.GROUPS})
+    if common.is_main():
+        parts = [f"{g} {'n/a' if own[g] is None else f'{100 * own[g]:.2f}%'}" for g in common.GROUPS]
+        print(f"  many > {args.many_above}, few < {args.few_below} training images:  {'  '.join(parts)}")
 
 
 def load_data(args) -> data_lt.Splits:
-    """The splits; `--select val` carves from the training set where the set has no validation images of its own, also
-    for pretrain alone, which selects nothing: what is fine-tuned from it must not have seen them."""
+    """The splits; `--select val` carves validation images for pretrain alone, too, which selects nothing: what is
+    fine-tuned from it must not have seen them."""
     splits = data_lt.load(args, files=True)
-    if args.select == "val" and splits.val is None:
-        args.val_from = "train"
-        splits = data_lt.load(args, files=True)
     if args.num_samples is None:
         args.num_samples = max(1, max(splits.counts) // 10)
     if "finetune" in args.stages and args.subset_mode == "kdpp" and args.dpp_sampler == "dppy":
@@ -974,15 +939,14 @@ def main(args) -> None:
         return examine(args)
     stages, splits = args.stages.split(","), load_data(args)
     run = common.Run(args, "bns_ipdpp", splits.train.fingerprint())
-    features = run.folder / f"features_{args.save_features}.npz"
-    if run.result and not (args.save_features and not features.exists()):
+    if run.complete():
         return run.show()
     run.say(
         f"settings: {args.preset}; {splits.num_classes} classes, {max(splits.counts)} to {min(splits.counts)} images"
     )
 
     torch.manual_seed(common.derive_seed(args.seed, "init", "pretrain"))
-    encoder = make_encoder(args).to(args.device, memory_format=torch.channels_last)
+    encoder = models.backbone(args.backbone).to(args.device, memory_format=torch.channels_last)
     if args.init_from:
         same = ("dataset", "imb_ratio", "imb_type", "subset_rule", "data_seed", "image_size", "backbone")
         common.load_backbone(encoder, args.init_from, args, same, splits.train.fingerprint())
@@ -1004,7 +968,7 @@ def main(args) -> None:
     if args.save_features:
         dataset = getattr(splits, args.save_features)
         loader = data_lt.evaluation_loader(args, dataset, PLAIN, splits.image_size)
-        common.save_features(common.evaluate(net, loader, features=net.features), dataset.indices, features)
+        common.keep_features(run, net, dataset, loader)
     if run.result:  # only the features were missing
         return run.show()
 

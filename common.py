@@ -8,28 +8,30 @@ A script reads
 
     run = common.Run(args, "tsc", fingerprint)           # folder, lock, logs, what was finished before
     stage = run.stage("pretrain", epochs, model=model, optimizer=optimizer)
-    for epoch in stage.epochs():                         # continues where the last process stopped
+    judge = common.Judge(args, model, counts, test_loader)
+    for epoch in stage.epochs():                         # those still to be done
         common.set_lr(optimizer, common.step_lr(args.lr, epoch, epochs))
         for views, labels, indices in stage.batches(loader):
             loss = ...
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            stage.guard(loss, optimizer)                 # a non-finite loss never reaches the weights
+            stage.guard(loss)                            # a non-finite loss ends the run before it is kept
             optimizer.step()
             stage.add(len(labels), loss=loss)            # running means, kept on the device
-        stage.end_epoch(test=scores)                     # metrics.jsonl, TensorBoard, last.pt
-    stage.finish()                                       # pretrain.pt
+        stage.end_epoch(judge)                           # figures, metrics.jsonl, TensorBoard, last.pt, pretrain.pt
 
-Randomness is counter-based: every draw comes from `generator(seed, purpose, epoch, step)`, so a run that continues
-inside an epoch needs no saved sampler and sees the very next batch.
+The unit of resume is the epoch: a checkpoint is written at its end, and what was begun is begun again.
+Randomness is counter-based: every draw comes from `generator(seed, purpose, epoch, step)`, so what is begun
+again sees the same batches and gives the same numbers.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
+import errno
 import hashlib
+import io
 import json
 import logging
 import math
@@ -37,6 +39,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import signal
 import socket
 import sys
@@ -51,6 +54,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+import models
 
 ROOT = Path(__file__).resolve().parent
 
@@ -102,6 +107,19 @@ def distribute(model: nn.Module) -> nn.Module:
     return nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
 
+def replicate(args, module: nn.Module) -> nn.Module:
+    """What a training loop calls: compiled if `--compile`, averaging gradients under several ranks."""
+    return distribute(torch.compile(module) if args.compile else module)
+
+
+def sgd(params, lr: float, weight_decay: float = 0.0, momentum: float = 0.9) -> torch.optim.SGD:
+    """SGD of these parameters or groups of them, fused on GPUs."""
+    params = list(params)
+    first = params[0]["params"][0] if isinstance(params[0], dict) else params[0]
+    fused = first.device.type == "cuda"
+    return torch.optim.SGD(params, lr, momentum=momentum, weight_decay=weight_decay, fused=fused)
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(context, share: Tensor) -> Tensor:
@@ -127,21 +145,24 @@ def gather_with_gradient(share: Tensor) -> Tensor:
     return _Gather.apply(share) if world_size() > 1 else share
 
 
-def batch_mean(values: Tensor, global_batch: int) -> Tensor:
-    """Mean over the batch of all ranks, from this rank's share.
+def weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:
+    """sum(weights losses) / sum(weights) over the batch of all ranks; losses, weights [b] of this rank.
 
-    values: per-sample losses [b] of this rank; global_batch: items of the batch over all ranks. Scaled so that the
-    gradient average of DistributedDataParallel is the gradient of the global mean, equal shares or not.
+    Scaled so that the gradient average of DistributedDataParallel is the gradient of that mean. 0 where
+    all weights are 0. A plain mean needs none of this: ranks have equal shares, so it is `losses.mean()`.
     """
-    return values.sum() * (world_size() / global_batch)
+    total = weights.detach().sum()
+    if world_size() > 1:
+        dist.all_reduce(total)
+    share = world_size() / total.clamp(min=torch.finfo(total.dtype).tiny)
+    return (weights * losses).sum() * share
 
 
 # --- arguments ------------------------------------------------------------------------------------------------------
 
 # Flags that say where and how a run is done, not what it computes: they may differ when a run continues.
 NEUTRAL = frozenset(
-    "out data_root fresh resume_from eval quiet log workers device save_features recipe skip_broken".split()
-    + ["command_line"]
+    "out data_root fresh eval quiet logger workers device save_features recipe skip_broken".split() + ["command_line"]
 )
 KNOWN_SETS = "glyphs_lt cifar10_lt cifar100_lt svhn_lt mini_imagenet_lt imagenet_lt inat18".split()
 
@@ -346,8 +367,10 @@ def base_parser(doc: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", default="glyphs_lt", help=f"one of {', '.join(KNOWN_SETS)}, a folder of class folders, or an .npz")
-    add("--data-root", default="data", help="folder of the data sets (default: data)")
+    path = os.path.expanduser
+    known = ", ".join(KNOWN_SETS)
+    add("--dataset", type=path, default="glyphs_lt", help=f"one of {known}, a folder of classes, or an .npz")
+    add("--data-root", type=path, default="data", help="folder of the data sets (default: data)")
     add("--imb-ratio", type=number(float, 1), help="largest / smallest class, >= 1 (default: by data set)")
     add("--imb-type", choices=("exp", "step"), default="exp", help="profile of the class counts (default: exp)")
     add("--subset-rule", choices=("common", "fsgl"), default="common", help="how images are chosen (default: common)")
@@ -359,34 +382,32 @@ def base_parser(doc: str) -> argparse.ArgumentParser:
     add("--epochs", type=number(int, 1), help="epochs of stage 1 (default: by data set)")
     add("--batch-size", type=number(int, 1), help="images of a batch over all ranks (default: by data set)")
     add("--lr", type=number(float, 0, open_low=True), help="base learning rate of stage 1 (default: by data set)")
-    add("--backbone", help="network (default: by data set)")
+    add("--backbone", type=models.backbone_name, help="network (default: by data set)")
     add(
         "--recipe",
         choices=("default", "released"),
         default="default",
         help="released: the settings of the released run",
     )
-    add("--init-from", metavar="CKPT", help="checkpoint to start from (toy_similarity.py: to examine)")
+    add("--init-from", type=path, metavar="CKPT", help="checkpoint to start from (toy_similarity.py: to examine)")
     add("--eval-every", type=number(int, 1), help="epochs between evaluations, the last is always one (default: 1)")
-    add("--select", choices=("last", "val"), default="last", help="headline: last epoch, or best on validation data")
+    add(
+        "--select", choices=("last", "val", "test"), default="last", help="headline: last epoch, or best on val or test"
+    )
     add = parser.add_argument_group("machine").add_argument
     add("--gpus", type=number(int, 1), default=1, help="local ranks to start, one GPU each (default: 1)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     add("--workers", type=number(int, 0), default=4, help="decoding processes a rank for large sets (default: 4)")
     add("--cache", type=number(int, 8), metavar="N", help="large sets: read what `prepare --cache N` wrote, N px")
     add("--skip-broken", action="store_true", help="large sets: replace unreadable images by others of their class")
-    add(
-        "--precision", choices=("auto", "fp32", "tf32", "bf16", "fp16"), default="auto", help="auto: fp32, bf16 on GPUs"
-    )
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on GPUs that have it")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the network")
     add = parser.add_argument_group("run folder").add_argument
-    add("--out", default="runs", help="folder of all runs (default: runs)")
+    add("--out", type=path, default="runs", help="folder of all runs (default: runs)")
     add("--fresh", action="store_true", help="start over, dropping what the run folder holds")
-    add("--resume-from", metavar="CKPT", help="continue from this checkpoint instead of last.pt")
-    add("--eval", metavar="CKPT", help="only evaluate this checkpoint")
+    add("--eval", type=path, metavar="CKPT", help="only evaluate this checkpoint")
     add("--save-features", choices=("train", "val", "test"), help="write features_<split>.npz at the end")
-    add("--log", "--log-to", choices=("tensorboard", "none"), default="tensorboard",
-        help="event files beside metrics.jsonl (under torchrun say --log-to: it takes --log for its own)")  # fmt: skip
+    add("--logger", choices=("tensorboard", "none"), default="tensorboard", help="event files beside metrics.jsonl")
     add("--quiet", action="store_true", help="print nothing but the result")
     return parser
 
@@ -420,7 +441,7 @@ def resolve(parser, args, presets: dict[str, dict], image_size, released: dict[s
             setattr(args, key, value)
     if args.select != "val" and "val_from" not in said:  # the recipe's goes with the recipe's --select
         args.val_from = standard["val_from"] = None
-    for one, other in (("fresh", "resume_from"), ("eval", "resume_from"), ("eval", "fresh"), ("eval", "init_from")):
+    for one, other in (("eval", "fresh"), ("eval", "init_from")):
         if getattr(args, one) and getattr(args, other):
             parser.error(f"--{one.replace('_', '-')} and --{other.replace('_', '-')} contradict each other")
     if args.val_from and args.select != "val":
@@ -443,21 +464,23 @@ def result_args(args) -> dict:
 
 # --- launch ---------------------------------------------------------------------------------------------------------
 
-_stop_signal = 0
-
 
 def _on_signal(number_: int, frame) -> None:
-    global _stop_signal
-    if _stop_signal and number_ == signal.SIGINT:
-        raise KeyboardInterrupt  # the second Ctrl-C does not wait for the step
-    _stop_signal = number_
+    """Stop at once: last.pt is there from the last full epoch, and what was begun is begun again.
+
+    Without unwinding: a process group would wait for the other ranks, and an exception can get lost
+    in a callback. Decoding workers see that their parent has gone.
+    """
+    if sys.stdout.isatty():
+        os.write(1, b"\nstopped; the same command begins this epoch again\n")
+    os._exit(128 + number_)
 
 
 def launch(main, args) -> None:
     """Run `main(args)` here, in `--gpus N` local ranks, or as one rank of torchrun, and exit with the promised code.
 
-    0 done; 1 the run failed (non-finite loss, full disk); 2 bad arguments or data; 130 / 143 stopped by a signal after
-    saving. Sets args.device, args.precision and args.gpus to what is really used.
+    0 done; 1 the run failed (non-finite loss, full disk); 2 bad arguments or data; 130 / 143 stopped by a signal.
+    Sets args.device, args.precision and args.gpus to what is really used.
     """
     try:
         under_torchrun = "RANK" in os.environ and "WORLD_SIZE" in os.environ
@@ -504,11 +527,10 @@ def _tell_and_exit(error: Exception) -> None:
 
 def _leave_after_lost_rank(error: Exception) -> None:
     """Another rank is gone. The launcher sees that too, says which one, and ends us before this is over."""
-    if not _stop_signal:  # it has not done so yet
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(20)
-        line = f"error (rank {rank()}): lost the other ranks: {str(error).splitlines()[0][:200]}"
-        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr, flush=True)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(20)
+    line = f"error (rank {rank()}): lost the other ranks: {str(error).splitlines()[0][:200]}"
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr, flush=True)
     os._exit(1)
 
 
@@ -534,9 +556,8 @@ def _choose_device(args, under_torchrun: bool) -> None:
         raise UserError("--device mps: this machine has no Metal GPU; use --device cpu")
     args.device = name
     if args.precision == "auto":
-        args.precision = "bf16" if name.startswith("cuda") and torch.cuda.is_bf16_supported() else "fp32"
-    if args.precision in ("tf32", "fp16") and not name.startswith("cuda"):
-        raise UserError(f"--precision {args.precision} needs a CUDA device, got --device {name}")
+        capable = name.startswith("cuda") and torch.cuda.get_device_capability() >= (8, 0)
+        args.precision = "bf16" if capable else "fp32"
     tf32 = args.precision != "fp32"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
 
@@ -576,31 +597,42 @@ def _start_ranks(count: int) -> int:
     return 0
 
 
-def grad_scaler(args) -> torch.amp.GradScaler:
-    """Loss scaling for `--precision fp16`; does nothing otherwise. A part of the stage: its state belongs to it."""
-    return torch.amp.GradScaler(args.device.split(":")[0], enabled=args.precision == "fp16")
-
-
 def autocast(args):
     """Autocast context of `--precision`; losses belong in float32 outside of it."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.precision)
-    return torch.autocast(args.device.split(":")[0], dtype=dtype) if dtype else contextlib.nullcontext()
+    if args.precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(args.device.split(":")[0], dtype=torch.bfloat16)
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
+
+
+KEPT = "what was saved before is intact"
+
+
+@contextlib.contextmanager
+def writing(path: Path):
+    """Around writing to `path`: RunError where that cannot be, saying so when the disk is full."""
+    try:
+        yield path
+    except OSError as error:
+        why = error.strerror or error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(path.parent).free / 1e6
+            why = f"the disk is full ({free:,.1f} MB free)"
+        raise RunError(f"cannot write {path}: {why}; {KEPT}") from None
 
 
 def write_atomic(path: Path, write) -> None:
     """Call `write(file)` on a temporary neighbour of `path`, sync it, then put it in place: never half a file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror or error}; what was saved before is intact") from None
+        with writing(path):
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -618,24 +650,11 @@ def write_json(path: Path, value) -> None:
     write_atomic(path, lambda file: file.write((json.dumps(plain(value), indent=1) + "\n").encode()))
 
 
-def save_checkpoint(path: Path, checkpoint: dict, keep: Path | None = None) -> None:
-    """Write a checkpoint (plain dict of tensors, numbers, strings); `keep` receives the file that `path` was before."""
-
-    def write(file) -> None:
-        try:
-            torch.save(checkpoint, file)
-        except RuntimeError as error:  # torch reports a failed write of its own zip writer this way
-            raise OSError(str(error).splitlines()[0]) from None
-
-    def keep_then_write(file) -> None:
-        write(file)
-        if keep is not None and path.exists():  # a second name for the old file: `path` is there at every moment
-            link = keep.with_name(f".{keep.name}.{os.getpid()}.tmp")
-            link.unlink(missing_ok=True)
-            os.link(path, link)
-            os.replace(link, keep)
-
-    write_atomic(path, keep_then_write)
+def save_checkpoint(path: Path, checkpoint: dict) -> None:
+    """Write a checkpoint: a plain dict of tensors, numbers, strings."""
+    content = io.BytesIO()  # torch's own writer would not say why it failed
+    torch.save(checkpoint, content)
+    write_atomic(path, lambda file: file.write(content.getbuffer()))
 
 
 def load_checkpoint(path: str | Path, hint: str = "") -> dict:
@@ -729,146 +748,161 @@ def variant_name(args, method: str) -> str:
     return name if len(name) <= 120 else f"{name[:110]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
+def lock(path: Path):
+    """The open file that keeps a run folder to one process; UserError when another one holds it."""
+    try:
+        file = open(path, "a+")
+    except OSError as error:
+        raise UserError(f"cannot write to {path.parent}: {error.strerror}") from None
+    try:
+        import fcntl  # here and not above: not every system has it, and a run does without
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops it with the process
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip()
+        raise UserError(f"{path.parent} is in use by another process ({holder})") from None
+    except (ImportError, OSError):
+        line = f"warning: {path.parent} cannot be locked here: start this run only once at a time"
+        print(line, file=sys.stderr)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
+
+
+def event_writer(run: Run):
+    """TensorBoard's writer of a run; None where it is not wanted or not installed."""
+    if run.args.logger == "none":
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        run.say("tensorboard is not installed: writing metrics.jsonl only")
+        return None
+    return SummaryWriter(str(run.folder), purge_step=len(run.rows))
+
+
+DELETE = "; delete it (what it held is then trained again) or use --fresh"
+
+
 class Run:
-    """One training run: its folder `<out>/<script>/<dataset>_ir<ratio>/<variant>/seed<k>/`, lock, logs, checkpoints.
+    """One training run: `<out>/<script>/<dataset>_ir<ratio>/<variant>/seed<k>/`, its lock and logs.
 
     fingerprint: identity of the training images and labels; a checkpoint of other data is refused.
     """
 
     def __init__(self, args, method: str, fingerprint: str):
-        self.args, self.fingerprint, self.method = args, fingerprint, method
-        self.script = Path(sys.argv[0]).stem
-        self.variant = variant_name(args, method)
-        self.folder = Path(args.out) / self.script / dataset_tag(args) / self.variant / f"seed{args.seed}"
-        self.rows: list[dict] = []
-        self.saved: dict | None = None
-        self.writer = None
+        self.args, self.method, self.fingerprint = args, method, fingerprint
+        self.script, self.variant = Path(sys.argv[0]).stem, variant_name(args, method)
+        place = Path(args.out) / self.script / dataset_tag(args) / self.variant
+        self.folder = place / f"seed{args.seed}"
+        self.rows, self.saved, self.writer = [], None, None
         if is_main():
-            self._open()
+            make_folder(self.folder)
+            self.lock = lock(self.folder / "lock")
+            for path in self.folder.glob("*" if args.fresh else ".*.tmp"):
+                if path.is_file() and path.name != "lock":
+                    path.unlink()
         barrier()
         torch.manual_seed(derive_seed(args.seed, "init"))  # networks built from here on
+        last = self.folder / "last.pt"
         if finished := self.result:
             self.check(self.folder / "result.json", finished)
         else:
-            self._read_checkpoint()
-            if is_main():
-                self._start_logs()
+            if last.exists():
+                self.saved = self.read(last)
+                self.rows = self.saved["rows"]
+            self.start_logs()
         barrier()
+
+    def start_logs(self) -> None:
+        """args.json, the rows that count, and TensorBoard."""
+        if is_main():
+            said = {key: value for key, value in sorted(vars(self.args).items()) if key != "changed"}
+            write_json(self.folder / "args.json", said)
+            self.write_rows()
+            self.writer = event_writer(self)
+
+    def write_rows(self) -> None:
+        lines = "".join(json.dumps(row) + "\n" for row in self.rows)
+        write_atomic(self.folder / "metrics.jsonl", lambda file: file.write(lines.encode()))
 
     @property
     def result(self) -> dict | None:
-        """The result of a finished run; None before, and when its file is damaged (it is then made again)."""
+        """The result of a finished run; None before, and when its file is damaged (made again)."""
         try:
             return json.loads((self.folder / "result.json").read_text())
         except (FileNotFoundError, ValueError):
             return None
 
-    def _open(self) -> None:
-        make_folder(self.folder)
-        try:
-            self.lock = open(self.folder / "lock", "a+")
-        except OSError as error:
-            raise UserError(f"cannot write to {self.folder}: {error.strerror}") from None
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops it with the process: never stale
-        except BlockingIOError:
-            self.lock.seek(0)
-            raise UserError(f"{self.folder} is in use by another process ({self.lock.read().strip()})") from None
-        self.lock.truncate(0)
-        self.lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self.lock.flush()
-        if self.args.fresh:
-            for path in self.folder.iterdir():
-                if path.is_file() and path.name != "lock":
-                    path.unlink()
-        for path in self.folder.glob(".*.tmp"):
-            path.unlink()
+    def complete(self, *suffixes: str) -> bool:
+        """Whether nothing is left to do: the result is there, and the features that are asked for."""
+        paths = [features_path(self, suffix) for suffix in suffixes or [""]]
+        features = not self.args.save_features or all(path.exists() for path in paths)
+        return features and self.result is not None
 
-    def _read_checkpoint(self) -> None:
-        path, hint = self.folder / "last.pt", ""
-        if self.args.resume_from:
-            path = Path(self.args.resume_from)
-        elif not path.exists():
-            return
-        elif (self.folder / "previous.pt").exists():
-            hint = f"; continue from the one before with --resume-from {self.folder / 'previous.pt'}"
-        self.saved = load_checkpoint(path, hint)
-        self.check(path, self.saved)
-        self.rows = self.saved["rows"]
+    def read(self, path: Path) -> dict:
+        """A checkpoint of this very run."""
+        checkpoint = load_checkpoint(path, DELETE)
+        self.check(path, checkpoint)
+        return checkpoint
 
     def check(self, path, checkpoint: dict) -> None:
         """Refuse a checkpoint of another script, other arguments or other data."""
-        if checkpoint["script"] != self.script:
-            raise UserError(f"{path} is a checkpoint of {checkpoint['script']}.py, this is {self.script}.py")
+        script, saved = checkpoint["script"], checkpoint["args"]
+        if script != self.script:
+            raise UserError(f"{path} is a checkpoint of {script}.py, this is {self.script}.py")
         now = result_args(self.args)
-        names = ["dataset", "backbone", *now, *checkpoint["args"]]
-        check_same(path, checkpoint["args"], now, names, "give the saved value, another --out, or --fresh")
+        names = ["dataset", "backbone", *now, *saved]
+        check_same(path, saved, now, names, "give the saved value, another --out, or --fresh")
         if checkpoint["data"] != self.fingerprint:
-            raise UserError(
-                f"{path} was trained on other images or labels than --dataset {self.args.dataset} gives now"
-            )
-
-    def _start_logs(self) -> None:
-        write_json(self.folder / "args.json", {k: v for k, v in sorted(vars(self.args).items()) if k != "changed"})
-        self._write_metrics()
-        if self.args.log == "tensorboard":
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                self.say("tensorboard is not installed: writing metrics.jsonl only")
-                return
-            self.writer = SummaryWriter(str(self.folder), purge_step=len(self.rows))
-
-    def _write_metrics(self) -> None:
-        lines = "".join(json.dumps(row) + "\n" for row in self.rows)
-        write_atomic(self.folder / "metrics.jsonl", lambda file: file.write(lines.encode()))
+            given = f"--dataset {self.args.dataset} gives now"
+            raise UserError(f"{path} was trained on other images or labels than {given}")
 
     def say(self, text: str) -> None:
         if is_main() and not self.args.quiet:
             print(text, flush=True)
 
     def stage(self, name: str, epochs: int, info: dict | None = None, **parts) -> Stage:
-        """A stage of training whose `parts` (anything with state_dict / load_state_dict) make up its checkpoints.
+        """A stage whose `parts` (whatever has a state_dict) make up its checkpoints.
 
-        info: plain values that whoever evaluates the checkpoint needs to know, such as the class counts.
+        info: plain values that whoever evaluates the checkpoint needs, such as the class counts.
         """
         return Stage(self, name, epochs, info or {}, parts)
 
     @property
     def passes(self) -> int:
-        """Images that went forward and backward in all stages so far; a frozen backbone's forward passes count 0."""
+        """Images sent forward and backward in all stages; forward passes of a frozen one count 0."""
         return sum({row["stage"]: row["passes"] for row in self.rows}.values())
 
     def outcome(self, stage: str, figures: dict, classes: list[str], counts: list[int]) -> dict:
-        """What result.json says of a classifier trained in `stage`: `run.finish(**run.outcome(...), paper=...)`.
+        """What result.json says of a classifier trained in `stage`: `run.finish(**run.outcome(...))`.
 
         figures: its `report` on the test set. The rows of the stage that were evaluated hold `test`.
         """
         rows = [row for row in self.rows if row["stage"] == stage]
         best = max((row for row in rows if "test" in row), key=lambda row: row["test"]["overall"])
-        return {
-            "headline": {k: v for k, v in figures.items() if k not in ("per_class", "confusion", "reliability")},
+        long = ("per_class", "confusion", "reliability")
+        return {key: figures.get(key) for key in long} | {
+            "headline": {key: value for key, value in figures.items() if key not in long},
             "best_on_test": {"overall": best["test"]["overall"], "epoch": best["epoch"]},
-            "classes": classes, "counts": counts, "per_class": figures["per_class"],
-            "confusion": figures.get("confusion"), "reliability": figures["reliability"], "image_passes": self.passes,
+            "classes": classes,
+            "counts": counts,
+            "image_passes": self.passes,
             "epochs": rows[-1]["epoch"] + 1,
-        }  # fmt: skip
+        }
 
     def finish(self, **result) -> dict:
-        """Write result.json (atomic) and return it; clocked or machine-dependent figures go into timing / machine."""
-        args = self.args
-        machine = {
-            "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.machine(),
-            "ranks": world_size(), "threads": torch.get_num_threads(), "precision": args.precision,
-            "torch": torch.__version__, "python": platform.python_version(),
-        }  # fmt: skip
-        head = {
-            "kind": "long-tail-result", "data": self.fingerprint,
-            "script": self.script, "dataset": dataset_tag(args), "variant": self.variant, "method": self.method,
+        """Write result.json and return it; what is clocked or of the machine stays apart."""
+        args, seconds = self.args, sum(row["timing"]["seconds"] for row in self.rows)
+        full = {
+            "kind": "long-tail-result", "data": self.fingerprint, "script": self.script,
+            "dataset": dataset_tag(args), "variant": self.variant, "method": self.method,
             "seed": args.seed, "args": result_args(args), "headline": None, "best_on_test": None,
         }  # fmt: skip
-        timing = {"seconds": round(sum(row["timing"]["seconds"] for row in self.rows), 2)}
-        full = head | result | {"machine": machine, "timing": timing | result.get("timing", {})}
+        full |= result | {"machine": machine(args)}
+        full["timing"] = {"seconds": round(seconds, 2)} | result.get("timing", {})
         if is_main():
             write_json(self.folder / "result.json", full)
             if self.writer:
@@ -887,275 +921,232 @@ class Run:
         barrier()
 
 
-def _start_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Zeros as the momentum of fused SGD: where its very first step is skipped it would keep unwritten memory."""
-    for group in optimizer.param_groups:
-        for p in group["params"] if group.get("momentum") else ():
-            if p.requires_grad and optimizer.state[p].get("momentum_buffer") is None:
-                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
-
-
-LONG_EPOCH = 60  # seconds of training after which an epoch is saved before it is evaluated, too
-
-
 class Stage:
-    """The bookkeeping of one training stage; the loop itself stays in the script (see the top of this file)."""
+    """The bookkeeping of one stage; the loop stays in the script (see the top of this file)."""
 
     def __init__(self, run: Run, name: str, epochs: int, info: dict, parts: dict):
         self.run, self.name, self.total, self.info, self.parts = run, name, epochs, info, parts
-        self.epoch, self.step, self.sums, self.best, self.seconds = 0, 0, {}, None, 0.0
-        self.passes = 0  # images that went forward and backward, over all ranks
-        self.finished = False
-        self._pending, self._told_to_stop = None, False  # flags of the last step that the host has not read; see guard
-        own = run.folder / f"{name}.pt"
-        if own.exists():
-            checkpoint = load_checkpoint(own, "; delete it (its stage is then trained again) or use --fresh")
-            run.check(own, checkpoint)
-            self._restore(checkpoint)
-            self.finished = True
-            if len(checkpoint["rows"]) > len(run.rows):  # last.pt was lost, or an older one was asked for
-                run.rows = checkpoint["rows"]
+        self.epoch, self.step, self.passes, self.best = 0, 0, 0, None
+        self.own = run.folder / f"{name}.pt"
+        saved = run.read(self.own) if self.own.exists() else run.saved
+        if saved and saved["stage"] == name:
+            self.restore(saved)
+            if not self.finished:
+                run.say(f"{name}: continuing at epoch {self.epoch + 1} of {epochs}")
+            elif is_main() and not self.own.exists():
+                save_checkpoint(self.own, saved)
+            if len(saved["rows"]) > len(run.rows):  # last.pt is from before the end of this stage
+                run.rows = saved["rows"]
                 if is_main():
-                    run._write_metrics()
-        elif run.saved is not None and run.saved["stage"] == name:
-            self._restore(run.saved)
-            run.say(f"{name}: continuing at epoch {self.epoch + 1}, step {self.step + 1}")
-        self.device = run.args.device
+                    run.write_rows()
 
-    def _restore(self, checkpoint: dict) -> None:
+    def restore(self, saved: dict) -> None:
         for key, part in self.parts.items():
-            part.load_state_dict(checkpoint["state"][key])
-        self.epoch, self.step, self.passes = checkpoint["epoch"], checkpoint["step"], checkpoint["passes"]
-        self.best, self.seconds = checkpoint["best"], checkpoint["seconds"]
-        self.sums = checkpoint["sums"] if is_main() else {}  # they are of all ranks: one of them carries them on
-        self.rng = checkpoint["rng"]
+            part.load_state_dict(saved["state"][key])
+        self.epoch, self.passes, self.best = saved["epoch"], saved["passes"], saved["best"]
 
-    def _checkpoint(self) -> dict:
-        rng = {"cpu": torch.get_rng_state()}
-        if self.device.startswith("cuda"):
-            rng["cuda"] = torch.cuda.get_rng_state(self.device)
-        everyone = [rng]
-        if world_size() > 1:
-            everyone = [None] * world_size()
-            dist.all_gather_object(everyone, rng)
-        self._reduce_sums()
-        return {
-            "kind": "long-tail-run", "script": self.run.script, "args": result_args(self.run.args),
-            "data": self.run.fingerprint, "stage": self.name, "epoch": self.epoch, "step": self.step,
-            "passes": self.passes, "info": self.info, "sums": self.sums, "best": self.best,
-            "seconds": self.seconds, "rng": everyone,
-            "rows": self.run.rows, "state": {key: part.state_dict() for key, part in self.parts.items()},
-        }  # fmt: skip
-
-    def _reduce_sums(self) -> None:
-        """Sums of this process so far as floats over all ranks; what was summed before a pause is already there."""
-        fresh = {key: pair for key, pair in self.sums.items() if isinstance(pair[0], Tensor)}
-        if fresh:
-            pairs = torch.stack([torch.stack([total, torch.full_like(total, n)]) for total, n in fresh.values()])
-            if world_size() > 1:
-                dist.all_reduce(pairs)
-            self.sums |= dict(zip(fresh, map(tuple, pairs.tolist()), strict=True))
+    @property
+    def finished(self) -> bool:
+        return self.epoch >= self.total
 
     def epochs(self):
-        """Yield the 0-based epochs that are still to be done."""
-        while self.epoch < self.total:
-            if self.step == 0:
-                torch.manual_seed(derive_seed(self.run.args.seed, self.name, self.epoch, rank()))
-            else:
-                torch.set_rng_state(self.rng[rank()]["cpu"])
-                if "cuda" in self.rng[rank()]:
-                    torch.cuda.set_rng_state(self.rng[rank()]["cuda"], self.device)
-            self._clock = time.perf_counter()
-            before = self.epoch
-            yield self.epoch
-            if self.epoch == before:
+        """Yield the epochs that are still to be done, from 0; the script must call `end_epoch`."""
+        while not self.finished:
+            now = self.epoch
+            torch.manual_seed(derive_seed(self.run.args.seed, self.name, now, rank()))
+            self.step, self.sums, self.bad, self.begin = 0, {}, None, time.perf_counter()
+            yield now
+            if self.epoch == now:
                 raise RuntimeError(f"stage {self.name}: the loop over epochs must call end_epoch")
 
     def batches(self, loader, passes: int = 1):
-        """Yield the batches of this epoch that are still to be done; a stop signal saves after the step and exits.
+        """Yield an epoch's batches.
 
-        passes: how often a step sends an item forward and backward (views, SAM; 0 where the backbone is frozen), for
-        the count of image passes.
+        passes: how often a step sends an image forward and backward (views, SAM; 0 where the
+        backbone is frozen), for the count of image passes.
         """
-        loader.set_epoch(self.epoch, self.step)
-        self._images, self._steps, self._passes, self._first = 0, len(loader), self.passes, self.step
-        self._wait, self._bar, begin = 0.0, 0.0, time.perf_counter()
-        self._training = 0.0
-        iterator = iter(loader)
-        while True:
-            asked = time.perf_counter()
-            batch = next(iterator, None)
-            self._wait += time.perf_counter() - asked
-            if batch is None:
-                break
+        loader.set_epoch(self.epoch)
+        self.steps, self.images, self.wait, self.bar = len(loader), 0, 0.0, 0.0
+        start = asked = time.perf_counter()
+        for batch in loader:
+            self.wait += time.perf_counter() - asked
             yield batch
             self.step += 1
+            self.images += loader.global_batch
             self.passes += passes * loader.global_batch
-            self._images += loader.global_batch
-            self._progress(begin)
-            if _stop_signal if world_size() == 1 else self._told_to_stop:  # all ranks at the same step
-                self._save_and_exit()
-        self._training = time.perf_counter() - begin
-        if self._all_agree(self._training > LONG_EPOCH):  # a kill during the evaluation must not cost the training
-            self._save()
+            asked = time.perf_counter()
+            show_bar(self, asked - start)
+        self.trained = max(time.perf_counter() - start, 1e-9)
+        self.sent = passes * self.images
 
-    def guard(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        """Call between backward and optimizer.step: a non-finite loss ends the run and never reaches the weights.
+    def guard(self, loss: Tensor) -> None:
+        """Between backward and step: a loss that is not finite ends the run before it is kept.
 
-        Without a host sync where it costs one: a fused optimiser on a GPU is told on the device to skip its update and
-        the host reads the flag one step later; elsewhere the loss is looked at here. (A GradScaler overwrites the flag
-        with its own, which skips the update as well.) Ranks tell each other of a stop signal on the same way.
+        A CPU looks at once, and the weights are still sound; a GPU, without a wait in every step,
+        at the end of the epoch. Either way no checkpoint holds what came of it.
         """
-        bad = (~torch.isfinite(loss.detach())).float().reshape(())
-        flags = torch.stack([bad, torch.full_like(bad, bool(_stop_signal))])
-        if world_size() > 1:
-            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        now = self.step, optimizer.param_groups[0]["lr"]
-        if not optimizer.defaults.get("fused"):
-            self._read(flags, None, *now)
-            return
-        if self._pending is None:
-            _start_momentum(optimizer)
-        else:
-            self._read(*self._pending)  # recorded a whole step ago: no wait
-        optimizer.found_inf = flags[0]  # the fused kernels leave weights and momentum alone when this is 1
-        if flags.is_cuda:
-            copy, event = torch.empty(2, pin_memory=True), torch.cuda.Event()
-            copy.copy_(flags, non_blocking=True)
-            event.record()
-        else:
-            copy, event = flags.clone(), None
-        self._pending = (copy, event, *now)
+        step = torch.where(torch.isfinite(loss.detach()), math.inf, float(self.step))
+        self.bad = step if self.bad is None else torch.minimum(self.bad, step)
+        if step.device.type == "cpu":
+            self.look()
 
-    def _read(self, flags: Tensor, event, step: int, lr: float) -> None:
-        """Look at the flags of a step: RunError when its loss was not finite; whether a rank was told to stop."""
-        if event is not None:
-            event.synchronize()
-        bad, stop = flags.tolist()
-        if bad:
-            raise RunError(f"the loss is not finite in stage {self.name}, epoch {self.epoch}, step {step}, lr {lr:g}")
-        self._told_to_stop = bool(stop)
+    def look(self) -> None:
+        """RunError when a loss of the epoch was not finite on any rank."""
+        if self.bad is None:
+            return
+        if world_size() > 1:
+            dist.all_reduce(self.bad, op=dist.ReduceOp.MIN)
+        step = self.bad.item()
+        if step < math.inf:
+            where = f"stage {self.name}, epoch {self.epoch + 1} of {self.total}, step {step + 1:.0f}"
+            raise RunError(f"the loss is not finite in {where}, lr {self.lr:g}; {KEPT}")
+
+    @property
+    def lr(self) -> float:
+        return float(self.parts["optimizer"].param_groups[0]["lr"])
 
     def add(self, count: int, **values: Tensor) -> None:
-        """Add means over `count` images of this rank to the running means of the epoch; nothing leaves the device."""
+        """Add means over `count` images of this rank to those of the epoch; no host sync."""
         for key, value in values.items():
-            total, weight = self.sums.get(key, (0.0, 0.0))
-            self.sums[key] = (value.detach().double() * count + total, weight + count)
+            total, weight = self.sums.get(key, (0.0, 0))
+            self.sums[key] = value.detach().double() * count + total, weight + count
+
+    def means(self) -> dict[str, float]:
+        """The means of the epoch over all ranks."""
+        if not self.sums:
+            return {}
+        pairs = [torch.stack([t, torch.full_like(t, n)]) for t, n in self.sums.values()]
+        pairs = torch.stack(pairs)
+        if world_size() > 1:
+            dist.all_reduce(pairs)
+        return {key: t / n for key, (t, n) in zip(self.sums, pairs.tolist(), strict=True)}
 
     def due(self, every: int) -> bool:
-        """Whether the epoch that just ran is one to evaluate: every `every` epochs and always the last."""
+        """Whether this epoch is one of every `every`; the last always is."""
         return (self.epoch + 1) % every == 0 or self.epoch + 1 == self.total
 
-    def end_epoch(self, score: float | None = None, **metrics) -> dict:
-        """Close the epoch: one row in metrics.jsonl and TensorBoard, last.pt and previous.pt.
+    def end_epoch(self, judge: Judge | None = None, **metrics) -> dict:
+        """Close the epoch: evaluate where that is due, one row of metrics.jsonl, checkpoints.
 
-        metrics: plain numbers or dicts of them. score: validation figure; a strictly higher one than before also keeps
-        the stage's state in `<stage>_best.pt` (`--select val`).
+        last.pt always, `<stage>_best.pt` when the judge chose it, `<stage>.pt` after the last.
+        metrics: more plain numbers, or dicts of them, for the row.
         """
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            self._read(*pending)
-        self._reduce_sums()
-        seconds = time.perf_counter() - self._clock
+        self.look()
         row = {"stage": self.name, "epoch": self.epoch, "steps": self.step, "passes": self.passes}
-        if "optimizer" in self.parts:  # the rate of the last step, also where that was taken before a stop
-            row["lr"] = float(self.parts["optimizer"].param_groups[0]["lr"])
-        row |= {key: total / weight for key, (total, weight) in self.sums.items()} | metrics
+        row |= {"lr": self.lr} | self.means() | metrics
+        if judge and self.due(self.run.args.eval_every):
+            row |= judge()
         row["timing"] = {
-            "seconds": round(seconds + self.seconds, 3),
-            "images_per_second": round(self._images / max(self._training, 1e-9), 1),  # without the evaluation
-            "passes_per_second": round((self.passes - self._passes) / max(self._training, 1e-9), 1),
-            "data_wait_share": round(self._wait / max(self._training, 1e-9), 4),
+            "seconds": round(time.perf_counter() - self.begin, 3),
+            "images_per_second": round(self.images / self.trained, 1),  # without the evaluation
+            "passes_per_second": round(self.sent / self.trained, 1),
+            "data_wait_share": round(self.wait / self.trained, 4),
         }
-        self.run.rows.append(row)
-        self.epoch, self.step, self.sums, self.seconds = self.epoch + 1, 0, {}, 0.0
+        score = judge.score(row) if judge else None
         better = score is not None and (self.best is None or score > self.best)
-        if better:
-            self.best = score
-        checkpoint = self._checkpoint()
+        self.best, self.epoch = score if better else self.best, self.epoch + 1
+        self.run.rows.append(row)
         if is_main():
-            if better:
-                save_checkpoint(self.run.folder / f"{self.name}_best.pt", checkpoint)
-            save_checkpoint(self.run.folder / "last.pt", checkpoint, keep=self.run.folder / "previous.pt")
-            with open(self.run.folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
-            self._tensorboard(row)
-        self._say_epoch(row)
-        if self._all_agree(bool(_stop_signal)) and self.epoch < self.total:
-            raise SystemExit(128 + (_stop_signal or signal.SIGTERM))
+            self.save(better)
+            log_row(self, row)
+        barrier()
         return row
 
-    def finish(self) -> None:
-        """Keep the finished stage as `<stage>.pt`."""
-        checkpoint = self._checkpoint()
-        if is_main() and not self.finished:
-            save_checkpoint(self.run.folder / f"{self.name}.pt", checkpoint)
-        barrier()
-        self.finished = True
+    def save(self, better: bool) -> None:
+        run = self.run
+        checkpoint = {
+            "kind": "long-tail-run", "script": run.script, "args": result_args(run.args),
+            "data": run.fingerprint, "stage": self.name, "info": self.info, "rows": run.rows,
+            "epoch": self.epoch, "passes": self.passes, "best": self.best,
+            "state": {key: part.state_dict() for key, part in self.parts.items()},
+        }  # fmt: skip
+        if better:
+            save_checkpoint(run.folder / f"{self.name}_best.pt", checkpoint)
+        if self.finished:
+            save_checkpoint(self.own, checkpoint)
+        save_checkpoint(run.folder / "last.pt", checkpoint)
 
-    def load_best(self) -> int:
-        """Put the state of the best validation score back into the parts (`--select val`); returns its epoch."""
-        checkpoint = load_checkpoint(self.run.folder / f"{self.name}_best.pt")
-        self._restore(checkpoint)
-        return self.epoch - 1
 
-    def _all_agree(self, flag: bool) -> bool:
-        """Whether `flag` is set on any rank."""
-        if world_size() == 1:
-            return flag
-        flag = torch.tensor(float(flag), device=self.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag)
+class Judge:
+    """Evaluates a network where `--eval-every` says so, and chooses the epoch by `--select`.
 
-    def _save(self) -> None:
-        """last.pt in the middle of an epoch."""
-        if self._pending is not None:
-            self._read(*self._pending)
-        before = self.seconds
-        self.seconds += time.perf_counter() - self._clock
-        checkpoint = self._checkpoint()
-        self.seconds = before
-        if is_main():
-            save_checkpoint(self.run.folder / "last.pt", checkpoint, keep=self.run.folder / "previous.pt")
+    test, val: evaluation loaders, val for `--select val`. counts: training images of each class.
+    examine: makes the figures of the test set by name, `{"test": figures(...)}` by default.
+    """
 
-    def _save_and_exit(self) -> None:
-        self._save()
-        self.run.say(
-            f"\n{self.name}: stopped and saved at epoch {self.epoch + 1}, step {self.step}; same command continues"
-        )
-        raise SystemExit(128 + (_stop_signal or signal.SIGTERM))
+    def __init__(self, args, net: nn.Module, counts, test, val=None, examine: Callable | None = None):
+        self.args, self.net, self.counts, self.test, self.val = args, net, counts, test, val
+        self.examine = examine or (lambda: {"test": figures(args, net, test, counts)})
 
-    def _progress(self, begin: float) -> None:
-        now = time.perf_counter()
-        if not is_main() or self.run.args.quiet or not sys.stdout.isatty() or now - self._bar < 0.2:
-            return
-        self._bar = now
-        speed = self._images / max(now - begin, 1e-9)
-        left = (self._steps - self.step + (self.total - self.epoch - 1) * self._steps) * (now - begin)
-        left /= max(self.step - self._first, 1)
-        filled = 20 * self.step // max(self._steps, 1)
-        bar = "#" * filled + "." * (20 - filled)
-        text = f"{self.name} {self.epoch + 1}/{self.total} [{bar}] {speed:,.0f} images/s, {left:,.0f} s left"
-        print(f"\r{text:<100}", end="", flush=True)
+    def __call__(self) -> dict[str, dict]:
+        """What a row of metrics.jsonl holds of the evaluation: `test` and perhaps `val`."""
+        found = self.examine()
+        if self.val is not None:
+            found["val"] = figures(self.args, self.net, self.val, self.counts)
+        return {name: logged(full) for name, full in found.items()}
 
-    def _say_epoch(self, row: dict) -> None:
-        start = "\r" if sys.stdout.isatty() else ""
-        figures = [f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, float)]
-        for key, value in row.items():
-            if isinstance(value, dict) and isinstance(value.get("overall"), float):
-                figures.append(f"{key} {100 * value['overall']:.1f}%")
-        left = row["timing"]["seconds"] * (self.total - self.epoch)
-        speed = f"{row['timing']['images_per_second']:,.0f} images/s, {left:,.0f} s left"
-        self.run.say(f"{start}{self.name} {self.epoch}/{self.total}  {'  '.join(figures)}  ({speed})".ljust(100))
+    def score(self, row: dict) -> float | None:
+        """By what epochs are compared; None where nothing is chosen or the row was not judged."""
+        if self.args.select == "last" or "test" not in row:
+            return None
+        return row["test" if self.args.select == "test" else "val"]["overall"]
 
-    def _tensorboard(self, row: dict) -> None:
-        if self.run.writer is None:
-            return
-        step = len(self.run.rows)
-        for key, value in row.items():
-            for name, number_ in value.items() if isinstance(value, dict) else [("", value)]:
-                if isinstance(number_, (int, float)):
-                    self.run.writer.add_scalar(f"{self.name}/{key}{'/' if name else ''}{name}", number_, step)
+    def chosen(self, stage: Stage) -> None:
+        """Put the weights of the chosen epoch into the parts of a finished stage."""
+        if self.args.select != "last":
+            stage.restore(stage.run.read(stage.run.folder / f"{stage.name}_best.pt"))
+
+
+def machine(args) -> dict:
+    """What a run was done on."""
+    gpu = args.device.startswith("cuda")
+    return {
+        "device": torch.cuda.get_device_name() if gpu else platform.machine(),
+        "ranks": world_size(),
+        "threads": torch.get_num_threads(),
+        "precision": args.precision,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def show_bar(stage: Stage, seconds: float) -> None:
+    """On a terminal, where the epoch is."""
+    now = time.perf_counter()
+    if stage.run.args.quiet or not is_main() or not sys.stdout.isatty() or now - stage.bar < 0.2:
+        return
+    stage.bar = now
+    steps = (stage.total - stage.epoch) * stage.steps - stage.step
+    left = steps * seconds / stage.step
+    filled = 20 * stage.step // stage.steps
+    bar = "#" * filled + "." * (20 - filled)
+    place = f"{stage.name} {stage.epoch + 1}/{stage.total} [{bar}]"
+    text = f"{place} {stage.images / max(seconds, 1e-9):,.0f} images/s, {left:,.0f} s left"
+    print(f"\r{text:<100}", end="", flush=True)
+
+
+def log_row(stage: Stage, row: dict) -> None:
+    """The row of an epoch: a line of metrics.jsonl, TensorBoard, a line on the screen."""
+    run = stage.run
+    with writing(run.folder / "metrics.jsonl") as path, open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
+    if run.writer:
+        with writing(run.folder):
+            for key, value in row.items():
+                for name, figure in value.items() if isinstance(value, dict) else [("", value)]:
+                    if isinstance(figure, (int, float)):
+                        tag = f"{stage.name}/{key}{'/' if name else ''}{name}"
+                        run.writer.add_scalar(tag, figure, len(run.rows))
+            run.writer.flush()
+    told = [f"{key} {value:.4g}" for key, value in row.items() if isinstance(value, float)]
+    for key, value in row.items():
+        if isinstance(value, dict) and isinstance(value.get("overall"), float):
+            told.append(f"{key} {100 * value['overall']:.1f}%")
+    left = row["timing"]["seconds"] * (stage.total - stage.epoch)
+    speed = f"{row['timing']['images_per_second']:,.0f} images/s, {left:,.0f} s left"
+    start = "\r" if sys.stdout.isatty() else ""
+    line = f"{start}{stage.name} {stage.epoch}/{stage.total}  {'  '.join(told)}  ({speed})"
+    run.say(line.ljust(100))
 
 
 # --- schedules ------------------------------------------------------------------------------------------------------
@@ -1368,6 +1359,16 @@ class Scores:
         return report(self.labels, self.predictions, counts, **options)
 
 
+def features_path(run: Run, suffix: str = "") -> Path:
+    return run.folder / f"features_{run.args.save_features}{suffix}.npz"
+
+
+def keep_features(run: Run, net: nn.Module, dataset, loader, suffix: str = "") -> None:
+    """`--save-features`: the network's features of a set, from its evaluation loader, in the run folder."""
+    scores = evaluate(net, loader, autocast=lambda: autocast(run.args), features=net.features)
+    save_features(scores, dataset.indices, features_path(run, suffix))
+
+
 def save_features(scores: Scores, indices: Tensor, path: Path) -> None:
     """Write `features` [N, d] (float32, before the head), `labels` [N] and `indices` [N] of an evaluation as .npz.
 
@@ -1462,6 +1463,25 @@ def figures(args, net: nn.Module, loader, counts: Sequence[int], **options) -> d
     if full["loss"] is None and len(loader.dataset):
         raise RunError("the network has diverged: its outputs are not finite; a smaller --lr may help")
     return full
+
+
+def tell_figures(args, checkpoint: dict, full: dict, **more) -> None:
+    """`--eval`: the report of the checkpoint's network in one line, and all of it in a file, with `more`."""
+    if is_main():
+        names = ("overall", *GROUPS)
+        parts = [f"{name} {'n/a' if full[name] is None else f'{100 * full[name]:.2f}%'}" for name in names]
+        print(f"{args.eval}: {'  '.join(parts)}")
+    keep_examined(args, checkpoint, full | more)
+
+
+def keep_examined(args, checkpoint: dict, result: dict) -> None:
+    """`<out>/<script>/examined/eval-<run>-<stage>.json`: what `--eval` found."""
+    if is_main():
+        path, folder = Path(args.eval).resolve(), Path(args.out) / Path(sys.argv[0]).stem / "examined"
+        make_folder(folder)
+        head = {"checkpoint": args.eval, "stage": checkpoint["stage"], "epoch": checkpoint["epoch"]}
+        write_json(folder / f"eval-{'-'.join([*path.parts[-4:-1], path.stem])}.json", head | result)
+    barrier()
 
 
 def logged(full: dict) -> dict:

@@ -598,7 +598,10 @@ def load(
     if args is not None:
         keys = ("dataset", "data_root", "imb_ratio", "imb_type", "subset_rule", "data_seed", "image_size")
         given = {key: getattr(args, key) for key in keys if hasattr(args, key)}
-        return load(**given, val=getattr(args, "val_from", None), files=files)
+        splits = load(**given, val=getattr(args, "val_from", None), files=files)
+        if getattr(args, "select", "last") != "val" or splits.val is not None:
+            return splits
+        return load(**given, val="train", files=files)  # it has none of its own: carved from what it trains on
     if subset_rule not in ("common", "fsgl"):
         raise UserError(f"subset rule {subset_rule!r}: choose common or fsgl")
     if val not in (None, "own", "train", "test"):
@@ -773,6 +776,8 @@ class Loader:
     def share(self, step: int) -> tuple[int, int, int]:
         """Items of the global batch of this step, and where this rank's share of them begins and ends."""
         n = min(self.batch_size, self.length - step * self.batch_size)
+        if self.sampler != "sequential":  # training: equal shares, so that a mean of means is the mean
+            n -= n % self.ranks
         size, longer = divmod(n, self.ranks)
         begin = self.rank * size + min(self.rank, longer)
         return n, begin, begin + size + (self.rank < longer)

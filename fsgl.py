@@ -63,7 +63,6 @@ Where this differs from the released code (no paper to compare with), and the fl
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -483,13 +482,12 @@ class Batch:
 
     images: list[Tensor]  # MixUp view and CutMix view, [b, 3, H, W] each
     labels: Tensor  # [b]
-    size: int  # images of the batch over all ranks
     partners: Tensor | None = None  # labels of the images mixed in, [b]
     lams: tuple[float, float] = (1.0, 1.0)  # weight of `labels` in either view
     scales: tuple[Tensor, ...] = ()  # gain of either view [b]
 
 
-def mix_batch(args, own: tuple, others: tuple, gains: Tensor, size: int, epoch: int, step: int) -> Batch:
+def mix_batch(args, own: tuple, others: tuple, gains: Tensor, epoch: int, step: int) -> Batch:
     """The two views of a step from a batch of each loader."""
     (views, labels, _), (partner_views, partners, _) = own, others
     height, width = views.shape[-2:]
@@ -499,7 +497,7 @@ def mix_batch(args, own: tuple, others: tuple, gains: Tensor, size: int, epoch: 
     lams = lam, lam if args.cutmix_label == "nominal" else 1 - area / (height * width)
     images = [mixup(views[0], partner_views[0], lam), cutmix(views[1], partner_views[1], box)]
     scales = tuple(mixed_pick(gains, labels, partners, lam) for lam in lams)
-    return Batch(images, labels, size, partners, lams, scales)
+    return Batch(images, labels, partners, lams, scales)
 
 
 def losses_of(args, replica, batch: Batch, alpha: float, weights: Tensor, consistency: bool) -> dict[str, Tensor]:
@@ -516,7 +514,7 @@ def losses_of(args, replica, batch: Batch, alpha: float, weights: Tensor, consis
 
 
 def training_step(
-    args, replica, optimizer, scaler, sam: SAM | None, batch: Batch, alpha: float, weights: Tensor, guard: Callable
+    args, replica, optimizer, sam: SAM | None, batch: Batch, alpha: float, weights: Tensor, guard: Callable
 ) -> dict[str, Tensor]:
     """One update; returns the means of the losses over this rank's images.
 
@@ -534,42 +532,46 @@ def training_step(
         if not full and "consistency" in parts:
             losses = losses + 0 * parts["consistency"]
         optimizer.zero_grad(set_to_none=True)
-        scaler.scale(common.batch_mean(losses, batch.size)).backward()  # the scale cancels in G / ||G||
+        losses.mean().backward()
         skip = ~sam.climb().isfinite()
         if args.sam_bn == "first":
             track_statistics(replica, False)
     parts = losses_of(args, replica, batch, alpha, weights, True)
-    loss = common.batch_mean(parts["loss"], batch.size)
+    loss = parts["loss"].mean()
     optimizer.zero_grad(set_to_none=True)
-    scaler.scale(loss).backward()
+    loss.backward()
     if sam:
         if args.sam_bn == "first":
             track_statistics(replica, True)
         sam.back()
-    guard(loss, optimizer)
+    guard(loss)
     if sam:
-        skip = apply_unless_finite(optimizer, scaler, skip)
+        skip = apply_unless_finite(optimizer, skip)
         told["skipped"] = skip.float()
     else:
-        scaler.step(optimizer)
-    scaler.update()
+        optimizer.step()
     return told | {name: values.mean() for name, values in parts.items()}
 
 
-def apply_unless_finite(optimizer, scaler, skip: Tensor) -> Tensor:
+def apply_unless_finite(optimizer, skip: Tensor) -> Tensor:
     """Step unless `skip` or a gradient is not finite; returns whether it was skipped. No host sync on a GPU."""
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    if scaler.is_enabled():  # it looks for non-finite gradients itself and lowers its scale as well
-        torch._foreach_mul_(gradients, torch.where(skip, torch.nan, 1.0))
-        scaler.step(optimizer)
-        return skip
     skip = skip | ~torch.nn.utils.get_total_norm(gradients).isfinite()
     if optimizer.defaults.get("fused"):
-        optimizer.found_inf = torch.maximum(optimizer.found_inf, skip.float())
+        start_momentum(optimizer)
+        optimizer.found_inf = skip.float()  # the kernels leave weights and momentum alone where this is 1
         optimizer.step()
     elif not skip:
         optimizer.step()
     return skip
+
+
+def start_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Zeros as the momentum of fused SGD: where its very first step is skipped it would keep unwritten memory."""
+    for group in optimizer.param_groups:
+        for p in group["params"] if group["momentum"] else ():
+            if optimizer.state[p].get("momentum_buffer") is None:
+                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
 
 def learning_rate(args, epoch: int) -> float:
@@ -659,18 +661,12 @@ def train(run: common.Run, args, splits: data_lt.Splits, net: models.Net, test_l
     """The only stage: both heads, SAM, everything from scratch."""
     counts = splits.counts
     sam = SAM(net.parameters(), args.rho, args.sam_adaptive) if args.rho > 0 else None
-    optimizer = torch.optim.SGD(
-        net.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay,
-        fused=args.device.startswith("cuda"),
-    )  # fmt: skip
-    scaler = common.grad_scaler(args)
+    optimizer = common.sgd(net.parameters(), args.lr, args.weight_decay, args.momentum)
     info = {"counts": counts, "variant": args.variant}
-    stage = run.stage("train", args.epochs, info, model=net, optimizer=optimizer, scaler=scaler)
-    if stage.finished:
-        return
+    stage = run.stage("train", args.epochs, info, model=net, optimizer=optimizer)
     loader = training_loader(args, splits)
     val_loader = None
-    if args.select == "val" and splits.val is not splits.test:
+    if args.select == "val":
         val_loader = data_lt.evaluation_loader(args, splits.val, (splits.mean, splits.std), splits.image_size)
     decimals = None if args.fsm_round == "none" else int(args.fsm_round)
     every_gain = class_gains(counts, args.fcc, args.fsm_mode, args.fsm_order, decimals)
@@ -682,27 +678,21 @@ def train(run: common.Run, args, splits: data_lt.Splits, net: models.Net, test_l
     run.say(
         f"{args.backbone}, {models.count_parameters(net):,} parameters; gain {max(every_gain):g}..{min(every_gain):g}"
     )
-    replica = common.distribute(torch.compile(views) if args.compile else views)
+    replica = common.replicate(args, views)
+    judge = common.Judge(args, net, counts, test_loader, val_loader, lambda: examine(args, net, test_loader, counts))
     for epoch in stage.epochs():
         common.set_lr(optimizer, learning_rate(args, epoch))
         alpha = cumulative_weight(epoch, args.epochs)
         net.train()
         for batch in stage.batches(loader, passes):
             if args.variant == "ce":
-                batch = Batch([batch[0][0]], batch[1], loader.global_batch)
+                batch = Batch([batch[0][0]], batch[1])
             else:
-                batch = mix_batch(args, *batch, gains, loader.global_batch, epoch, stage.step)
-            losses = training_step(args, replica, optimizer, scaler, sam, batch, alpha, weights, stage.guard)
+                batch = mix_batch(args, *batch, gains, epoch, stage.step)
+            losses = training_step(args, replica, optimizer, sam, batch, alpha, weights, stage.guard)
             stage.add(len(batch.labels), **losses)
-        scores, selected = {}, None
-        if stage.due(args.eval_every):
-            scores = examine(args, net, test_loader, counts)
-            selected = scores["test"]["overall"] if args.select == "val" else None
-            if val_loader:
-                scores["val"] = common.figures(args, net, val_loader, counts)
-                selected = scores["val"]["overall"]
-        stage.end_epoch(score=selected, **{name: common.logged(full) for name, full in scores.items()})
-    stage.finish()
+        stage.end_epoch(judge)
+    judge.chosen(stage)
 
 
 # --- main -----------------------------------------------------------------------------------------------------------
@@ -730,15 +720,8 @@ def heads_table(figures: dict[str, dict]) -> list[dict]:
              "plot": None}]  # fmt: skip
 
 
-def features_path(run: common.Run, args) -> Path:
-    return run.folder / f"features_{args.save_features}.npz"
-
-
 def load_splits(args) -> data_lt.Splits:
-    """The splits; `--select val` carves a validation set from the training set where there is none."""
     splits = data_lt.load(args, files=True)
-    if args.select == "val" and splits.val is None:
-        splits = data_lt.load(argparse.Namespace(**vars(args) | {"val_from": "train"}), files=True)
     if args.dataset == "cifar10_lt":
         splits.mean, splits.std = CIFAR10_STATISTICS
     return splits
@@ -756,16 +739,7 @@ def evaluate_checkpoint(args, splits: data_lt.Splits, loader) -> None:
     common.load_weights(net, state, path)
     counts = checkpoint["info"]["counts"]
     figures = examine(args, net, loader, counts)
-    if not common.is_main():
-        return
-    full = figures["test"]
-    groups = "  ".join(f"{g} {'n/a' if full[g] is None else f'{100 * full[g]:.2f}%'}" for g in common.GROUPS)
-    print(f"{path}: overall {100 * full['overall']:.2f}%  {groups}")
-    folder = Path(args.out) / "fsgl" / "examined"
-    common.make_folder(folder)
-    name = "-".join([*path.resolve().parts[-4:-1], path.stem])
-    result = {"checkpoint": str(path), "epoch": checkpoint["epoch"], "counts": counts, **figures}
-    common.write_json(folder / f"eval-{name}.json", result)
+    common.tell_figures(args, checkpoint, figures["test"], counts=counts, **figures)
 
 
 def main(args) -> None:
@@ -775,20 +749,16 @@ def main(args) -> None:
     if args.eval:
         return evaluate_checkpoint(args, splits, test_loader)
     run = common.Run(args, args.variant, splits.train.fingerprint())
-    if run.result and not (args.save_features and not features_path(run, args).exists()):
+    if run.complete():
         return run.show()
     net = build(args, splits.num_classes)
     if args.init_from and run.saved is None:
         common.load_backbone(net.backbone, args.init_from, args)
     train(run, args, splits, net, test_loader)
-    if args.select == "val":
-        best = common.load_checkpoint(run.folder / "train_best.pt")
-        net.load_state_dict(best["state"]["model"])
     if args.save_features:
         dataset = {"train": splits.train, "val": splits.val, "test": splits.test}[args.save_features]
         loader = data_lt.evaluation_loader(args, dataset, statistics, splits.image_size)
-        scores = common.evaluate(net, loader, autocast=lambda: common.autocast(args), features=net.features)
-        common.save_features(scores, dataset.indices, features_path(run, args))
+        common.keep_features(run, net, dataset, loader)
     if run.result:  # only the features were missing
         return run.show()
     figures = examine(args, net, test_loader, splits.counts)

@@ -31,6 +31,7 @@ the parameter count with every figure.
 Shapes: B images, H x W pixels, K channels of a map, D = feature_dim, C classes, P length of a projection.
 """
 
+import argparse
 import re
 
 import torch
@@ -187,6 +188,26 @@ def wide_resnet(name: str, stem: str | None = None) -> nn.Module:
     return net
 
 
+def slim_depth(name: str) -> int:
+    """Layers of a slim network by its name; ValueError when there is none of that name."""
+    found = re.fullmatch(r"resnet([1-9]\d*)", "resnet32" if name == "resnet32_bbn" else name)
+    depth = int(found.group(1)) if found else 0
+    if depth < 8 or (depth - 2) % 6:
+        known = ", ".join(BACKBONES)
+        raise ValueError(f"unknown backbone {name!r}; known: {known}, and any other resnet<6n+2>")
+    return depth
+
+
+def backbone_name(text: str) -> str:
+    """argparse type: the name of a network that there is."""
+    try:
+        if text not in WIDE:
+            slim_depth(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
 def backbone(name: str, *, width: int | None = None, stem: str | None = None, init: str = "default") -> nn.Module:
     """The network called `name`, freshly initialised: x [B, 3, H, W] -> features [B, feature_dim].
 
@@ -205,11 +226,7 @@ def backbone(name: str, *, width: int | None = None, stem: str | None = None, in
         stem = stem or WIDE[name][2]
         default = "pytorch" if stem == "cifar" and WIDE[name][0] == "BasicBlock" else "fan_out"
     else:
-        found = re.fullmatch(r"resnet([1-9]\d*)", "resnet32" if name == "resnet32_bbn" else name)
-        depth = int(found.group(1)) if found else 0
-        if depth < 8 or (depth - 2) % 6:
-            known = ", ".join(BACKBONES)
-            raise ValueError(f"unknown backbone {name!r}; known: {known}, and any other resnet<6n+2>")
+        depth = slim_depth(name)
         if stem == "imagenet":
             raise ValueError(f"{name} has the CIFAR stem only; for big images take {', '.join(WIDE)}")
         net = CifarResNet(depth, 16 if width is None else width, two_branches=name == "resnet32_bbn")

@@ -584,11 +584,7 @@ def warn(text: str) -> None:
 
 
 def load(args) -> data_lt.Splits:
-    splits = data_lt.load(args, files=True)
-    if args.select == "val" and splits.val is None:  # the set has none of its own
-        args.val_from = "train"
-        splits = data_lt.load(args, files=True)
-    return splits
+    return data_lt.load(args, files=True)
 
 
 def statistics(splits) -> tuple:
@@ -685,10 +681,7 @@ def load_unlabeled(args, splits) -> tuple[data_lt.ImageSet, bool]:
 def build(args, head: str, size: int) -> models.Net:
     """A fresh network on the device, the same for the same seed; head: linear, cosine or projection, `size` outputs."""
     torch.manual_seed(common.derive_seed(args.seed, "init"))
-    try:
-        backbone = models.backbone(args.backbone)
-    except ValueError as error:
-        raise common.UserError(f"--backbone {args.backbone}: {error}") from None
+    backbone = models.backbone(args.backbone)
     if head == "projection":
         hidden = backbone.feature_dim if args.moco_version == 2 else None
         top = models.ProjectionHead(backbone.feature_dim, hidden, size)
@@ -702,15 +695,6 @@ def build(args, head: str, size: int) -> models.Net:
 
 def classifier_of(args, num_classes: int) -> models.Net:
     return build(args, "cosine" if args.loss == "ldam" else "linear", num_classes)
-
-
-def sgd(args, parameters, lr: float, weight_decay: float) -> torch.optim.SGD:
-    fused = args.device.startswith("cuda")
-    return torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=weight_decay, fused=fused)
-
-
-def callable_of(args, net: nn.Module) -> nn.Module:
-    return common.distribute(torch.compile(net) if args.compile else net)
 
 
 def schedule(name: str, base_lr: float, epoch: int, epochs: int, lr_bug: bool = False, shift: bool = False) -> float:
@@ -743,13 +727,13 @@ def rotation_figures(args, net: models.Net, splits) -> float:
 def pretrain_rotation(run: common.Run, args, splits) -> models.Net:
     """Which way up is it? Four-way cross-entropy, one turn per image and visit; the labels of classes are not read."""
     net = build(args, "linear", 4)
-    optimizer, scaler = sgd(args, net.parameters(), args.lr, args.weight_decay), common.grad_scaler(args)
+    optimizer = common.sgd(net.parameters(), args.lr, args.weight_decay)
     loader = data_lt.make_loader(args, splits.train, args.batch_size, augment=label_augment(args, splits))
-    stage = run.stage("pretrain", args.epochs, {"task": "rotation"}, model=net, optimizer=optimizer, scaler=scaler)
+    stage = run.stage("pretrain", args.epochs, {"task": "rotation"}, model=net, optimizer=optimizer)
     if stage.finished:
         return net
     run.say(f"pretrain: rotation, {len(splits.train)} images, {args.epochs} epochs of {len(loader)} steps")
-    replica = callable_of(args, net)
+    replica = common.replicate(args, net)
     for epoch in stage.epochs():
         common.set_lr(optimizer, schedule(args.schedule, args.lr, epoch, args.epochs, args.lr_bug))
         net.train()
@@ -760,16 +744,14 @@ def pretrain_rotation(run: common.Run, args, splits) -> models.Net:
             with common.autocast(args):
                 logits = replica(x)  # [b, 4]
             losses = F.cross_entropy(logits.float(), turns, reduction="none")  # [b]
-            loss = common.batch_mean(losses, loader.global_batch)
+            loss = losses.mean()
             optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
-            stage.guard(loss, optimizer)
-            scaler.step(optimizer)
-            scaler.update()
+            loss.backward()
+            stage.guard(loss)
+            optimizer.step()
             stage.add(len(turns), loss=losses.mean(), rotation_accuracy=(logits.argmax(1) == turns).float().mean())
-        found = rotation_figures(args, net, splits) if stage.due(args.eval_every) else None
-        stage.end_epoch(score=found, **({} if found is None else {"test_rotation_accuracy": found}))
-    stage.finish()
+        due = stage.due(args.eval_every)
+        stage.end_epoch(**{"test_rotation_accuracy": rotation_figures(args, net, splits)} if due else {})
     return net
 
 
@@ -781,18 +763,17 @@ def pretrain_moco(run: common.Run, args, splits) -> models.Net:
     net = split_batch_norm(build(args, "projection", args.projection_dim), args.bn_splits // ranks)
     momentum = copy.deepcopy(net).requires_grad_(False)
     queue = Queue(args.queue, args.projection_dim, common.generator(args.seed, "queue")).to(args.device)
-    optimizer, scaler = sgd(args, net.parameters(), args.lr, args.weight_decay), common.grad_scaler(args)
+    optimizer = common.sgd(net.parameters(), args.lr, args.weight_decay)
     loader = data_lt.make_loader(
         args, splits.train, args.batch_size, augment=moco_augment(args, splits), views=2, drop_last=True
     )
     stage = run.stage(
-        "pretrain", args.epochs, {"task": "moco"}, model=net, momentum=momentum, queue=queue, optimizer=optimizer,
-        scaler=scaler,
+        "pretrain", args.epochs, {"task": "moco"}, model=net, momentum=momentum, queue=queue, optimizer=optimizer
     )  # fmt: skip
     if stage.finished:
         return net
     run.say(f"pretrain: MoCo, {len(splits.train)} images, {args.epochs} epochs of {len(loader)} steps")
-    replica = callable_of(args, net)
+    replica = common.replicate(args, net)
     for epoch in stage.epochs():
         common.set_lr(optimizer, schedule(args.schedule, args.lr, epoch, args.epochs, args.lr_bug))
         net.train()
@@ -801,17 +782,15 @@ def pretrain_moco(run: common.Run, args, splits) -> models.Net:
             rng = common.generator(args.seed, "shuffle", epoch, stage.step)
             order = to_device(torch.randperm(loader.global_batch, generator=rng), views.device)
             losses, found, keys = moco_step(replica, net, momentum, queue, views, order, args)
-            loss = common.batch_mean(losses, loader.global_batch)
+            loss = losses.mean()
             optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
-            stage.guard(loss, optimizer)
-            scaler.step(optimizer)
-            scaler.update()
+            loss.backward()
+            stage.guard(loss)
+            optimizer.step()
             queue.enqueue(keys)
             average_running_statistics(net, momentum)
             stage.add(len(losses), loss=losses.mean(), contrast_accuracy=found)
         stage.end_epoch()
-    stage.finish()
     return net
 
 
@@ -841,7 +820,7 @@ def fit(run: common.Run, args, name: str, net: models.Net, splits, train=None, l
         warn(f"--drw-epoch {switch} lies past the last of the {epochs} epochs of stage {name}: nothing is re-weighted")
     net.backbone.requires_grad_(kind != "classifier")
     trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
-    optimizer, scaler = sgd(args, trained, base_lr, args.train_weight_decay), common.grad_scaler(args)
+    optimizer = common.sgd(trained, base_lr, args.train_weight_decay)
     augment = label_augment(args, splits)
     loader = data_lt.make_loader(args, train, batch_size, augment=augment, **sampling(args, rule))
     test_loader = data_lt.evaluation_loader(args, splits.test, statistics(splits), splits.image_size)
@@ -850,43 +829,33 @@ def fit(run: common.Run, args, name: str, net: models.Net, splits, train=None, l
         val_loader = data_lt.evaluation_loader(args, splits.val, statistics(splits), splits.image_size)
     margins = torch.tensor(ldam_margins(counts, args.ldam_margin), dtype=torch.float32, device=args.device)
     info = {"task": "classification", "counts": counts, "head": "cosine" if args.loss == "ldam" else "linear"}
-    stage = run.stage(name, epochs, info, model=net, optimizer=optimizer, scaler=scaler)
-    if not stage.finished:
-        run.say(f"{name}: {len(train)} images, {epochs} epochs of {len(loader)} steps")
-        replica = callable_of(args, net)
-        for epoch in stage.epochs():
-            lr = schedule(args.train_schedule, base_lr, epoch, epochs, args.lr_bug, args.cos_shift)
-            common.set_lr(optimizer, lr)
-            weight = class_weights(rule, counts, epoch, switch, args.beta)
-            if weight is not None:
-                weight = torch.tensor(weight, dtype=torch.float32, device=args.device)
-            net.train()
-            net.backbone.train(kind != "classifier" or args.bn_train)
-            for views, labels, rows in stage.batches(loader, 0 if kind == "classifier" else 1):
-                with common.autocast(args):
-                    logits = replica(views[0])  # [b, C]
-                values, mass = loss_terms(args, logits.float(), labels, weight, margins)
-                if labeled is not None and args.unlabeled_weight != 1:
-                    share = torch.where(rows < labeled, 1.0, args.unlabeled_weight)
-                    values, mass = values * share, mass * share
-                loss = global_mean(values, mass)
-                optimizer.zero_grad(set_to_none=True)
-                scaler.scale(loss).backward()
-                stage.guard(loss, optimizer)
-                scaler.step(optimizer)
-                scaler.update()
-                accuracy = (logits.argmax(1) == labels).float().mean()
-                stage.add(len(labels), loss=values.sum() / mass.sum().clamp(min=1e-30), accuracy=accuracy)
-            scores, selected = {}, None
-            if stage.due(args.eval_every):
-                scores["test"] = common.logged(common.figures(args, net, test_loader, splits.counts))
-                if val_loader:
-                    scores["val"] = common.logged(common.figures(args, net, val_loader, splits.counts))
-                    selected = scores["val"]["overall"]
-            stage.end_epoch(score=selected, **scores)
-        stage.finish()
-    if val_loader:
-        stage.load_best()
+    stage = run.stage(name, epochs, info, model=net, optimizer=optimizer)
+    run.say(f"{name}: {len(train)} images, {epochs} epochs of {len(loader)} steps")
+    judge = common.Judge(args, net, splits.counts, test_loader, val_loader)
+    replica = common.replicate(args, net)
+    for epoch in stage.epochs():
+        common.set_lr(optimizer, schedule(args.train_schedule, base_lr, epoch, epochs, args.lr_bug, args.cos_shift))
+        weight = class_weights(rule, counts, epoch, switch, args.beta)
+        if weight is not None:
+            weight = torch.tensor(weight, dtype=torch.float32, device=args.device)
+        net.train()
+        net.backbone.train(kind != "classifier" or args.bn_train)
+        for views, labels, rows in stage.batches(loader, 0 if kind == "classifier" else 1):
+            with common.autocast(args):
+                logits = replica(views[0])  # [b, C]
+            values, mass = loss_terms(args, logits.float(), labels, weight, margins)
+            if labeled is not None and args.unlabeled_weight != 1:
+                share = torch.where(rows < labeled, 1.0, args.unlabeled_weight)
+                values, mass = values * share, mass * share
+            loss = global_mean(values, mass)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            stage.guard(loss)
+            optimizer.step()
+            accuracy = (logits.argmax(1) == labels).float().mean()
+            stage.add(len(labels), loss=values.sum() / mass.sum().clamp(min=1e-30), accuracy=accuracy)
+        stage.end_epoch(judge)
+    judge.chosen(stage)
     scores = common.evaluate(net, test_loader, autocast=lambda: common.autocast(args), features=net.features)
     return Outcome(name, net, scores.report(splits.counts), similarity(scores, splits.num_classes), counts)
 
@@ -1132,32 +1101,19 @@ def examine(args, splits) -> None:
     cosine, args.ldam_scale = "head.bias" not in state, checkpoint["args"].get("ldam_scale", args.ldam_scale)
     net = build(args, "cosine" if cosine else "linear", 4 if task == "rotation" else splits.num_classes)
     common.load_weights(net, state, args.eval)
-    result = {"checkpoint": str(args.eval), "stage": checkpoint["stage"], "epoch": checkpoint["epoch"], "task": task}
     if task == "rotation":
-        result["rotation_accuracy"] = rotation_figures(args, net, splits)
-        text = f"rotation accuracy {100 * result['rotation_accuracy']:.2f}% (four ways, no classes)"
-    else:
-        loader = data_lt.evaluation_loader(args, splits.test, statistics(splits), splits.image_size)
-        result |= (full := common.figures(args, net, loader, splits.counts))
-        text = "  ".join(f"{k} {'n/a' if full[k] is None else f'{100 * full[k]:.2f}%'}" for k in COLUMNS_OF_ARMS)
-    if common.is_main():
-        print(f"{args.eval}: {text}")
-        folder = Path(args.out) / "ssp_pretrain" / "examined"
-        common.make_folder(folder)
-        path = Path(args.eval).resolve()
-        common.write_json(folder / f"eval-{'-'.join([*path.parts[-4:-1], path.stem])}.json", result)
-    common.barrier()
-
-
-def features_path(run: common.Run, args) -> Path:
-    return run.folder / f"features_{args.save_features}.npz"
+        accuracy = rotation_figures(args, net, splits)
+        if common.is_main():
+            print(f"{args.eval}: rotation accuracy {100 * accuracy:.2f}% (four ways, no classes)")
+        return common.keep_examined(args, checkpoint, {"task": task, "rotation_accuracy": accuracy})
+    loader = data_lt.evaluation_loader(args, splits.test, statistics(splits), splits.image_size)
+    common.tell_figures(args, checkpoint, common.figures(args, net, loader, splits.counts), task=task)
 
 
 def keep_features(run: common.Run, args, splits, net: models.Net) -> None:
     dataset = getattr(splits, args.save_features)
     loader = data_lt.evaluation_loader(args, dataset, statistics(splits), splits.image_size)
-    scores = common.evaluate(net, loader, autocast=lambda: common.autocast(args), features=net.features)
-    common.save_features(scores, dataset.indices, features_path(run, args))
+    common.keep_features(run, net, dataset, loader)
 
 
 def start(args, splits, pretrained: models.Net | None, fingerprint: str, scratch: bool) -> models.Net:
@@ -1207,7 +1163,7 @@ def main(args) -> None:
         unlabeled, known = load_unlabeled(args, splits)
         pseudo = read_pseudo(args, splits, unlabeled) if args.stage == "semi" else None
     run = common.Run(args, method_name(args), fingerprint)
-    if run.result and not (args.save_features and not features_path(run, args).exists()):
+    if run.complete():
         return run.show()
     alone, with_ssp = args.stage, args.ssp != "none" or bool(args.init_from)
     pretrained, arms, told = None, {}, {}

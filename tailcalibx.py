@@ -105,7 +105,7 @@ USED_BY = {
 }  # fmt: skip
 OF_GENERATION = "alpha topk cov_eps sampler alpha_mode stats_space extra_points modals_noise".split()
 OF_GENERATION += ["second_pass", "epoch_steps"]  # without new features there is one pass, and one set
-FOR_TOY = {"command", "seed"} | common.NEUTRAL - {"eval", "resume_from", "save_features", "recipe", "skip_broken"}
+FOR_TOY = {"command", "seed"} | common.NEUTRAL - {"eval", "save_features", "recipe", "skip_broken"}
 
 BY_RATIO = {  # generation, momentum of the head, cbd's beta
     100: {"tukey": 1.0, "alpha": 0.0, "topk": 3, "clf_momentum": 0.7, "cbd_beta": 100.0},
@@ -646,19 +646,12 @@ class tailcalib:  # noqa: N801 the published name
 def load(args, data_seed: int | None = None) -> data_lt.Splits:
     """The sets; with `--select val` the set's own validation images, else a tenth of the training images."""
     args = argparse.Namespace(**vars(args) | {"data_seed": args.data_seed if data_seed is None else data_seed})
-    splits = data_lt.load(args, files=True)
-    if args.select == "val" and splits.val is None:
-        args.val_from = "train"
-        splits = data_lt.load(args, files=True)
-    return splits
+    return data_lt.load(args, files=True)
 
 
 def build(args, num_classes: int, kind: str, power: float = 1.0, teachers: int = 1) -> Net:
     """A network with fresh weights; kind of head: linear, cosine. More than one teacher needs a converter."""
-    try:
-        backbone = models.backbone(args.backbone)
-    except ValueError as error:
-        raise common.UserError(f"--backbone {args.backbone}: {error}") from None
+    backbone = models.backbone(args.backbone)
     size = backbone.feature_dim
     if kind == "linear":
         head = models.linear_head(size, num_classes)
@@ -692,11 +685,6 @@ def steps_times_batch(items: int, batch_size: int) -> int:
     return items // batch_size * batch_size
 
 
-def evaluations(args, splits: data_lt.Splits) -> dict:
-    """{"test": set, "val": set}: what a due epoch is evaluated on."""
-    return {"test": splits.test} | ({"val": splits.val} if args.select == "val" else {})
-
-
 def image_loader(args, dataset, splits: data_lt.Splits):
     return data_lt.evaluation_loader(args, dataset, (splits.mean, splits.std), splits.image_size)
 
@@ -714,51 +702,42 @@ def train_on_images(run: common.Run, args, name: str, net: Net, splits: data_lt.
     net.backbone.requires_grad_(not frozen)
     groups = [{"params": [p for n, p in net.named_parameters() if p.requires_grad and n.startswith("head.") == head]}
               for head in (False, True)]  # fmt: skip
-    optimizer = torch.optim.SGD(
-        [group for group in groups if group["params"]], args.clf_lr if head_only else args.lr,
-        momentum=args.clf_momentum if head_only else args.momentum, weight_decay=args.weight_decay,
-        fused=args.device.startswith("cuda"),
-    )  # fmt: skip
-    scaler = common.grad_scaler(args)
-    stage = run.stage(name, epochs, described(args, net, splits), model=net, optimizer=optimizer, scaler=scaler)
-    if not stage.finished:
-        run.say(f"{name}: {len(splits.train)} images, {epochs} epochs of {len(loader)} steps")
-        cached = frozen and not args.frozen_bn_train
-        judged = {key: evaluable(args, net, part, splits, cached) for key, part in evaluations(args, splits).items()}
-        replica = common.distribute(torch.compile(net) if args.compile else net)
-        for epoch in stage.epochs():
-            common.set_lr(optimizer, learning_rate(args, name, epoch, epochs))
-            if args.clf_schedule == "constant" and not head_only:
-                optimizer.param_groups[-1]["lr"] = args.lr
-            net.train()
-            net.backbone.train(not frozen or args.frozen_bn_train)
-            for teacher in teachers:
-                teacher.train(args.frozen_bn_train)
-            for views, labels, _ in stage.batches(loader, 0 if frozen else 1):
-                optimizer.zero_grad(set_to_none=True)
-                parts, total = math.ceil(loader.global_batch / args.batch_size), 0.0
-                for x, y in zip(views[0].tensor_split(parts), labels.tensor_split(parts), strict=True):
-                    with common.autocast(args):
-                        logits, student = replica(x, distil=True)  # [b, C], [b, T D]
-                        with torch.no_grad():
-                            targets = [teacher.backbone(x) for teacher in teachers]  # T x [b, D]
-                    losses = F.cross_entropy(logits.float(), y, reduction="none")  # [b]
-                    if teachers:
-                        distance = distillation(student, teacher_vector(targets), args.cbd_beta)  # [b]
-                        losses = args.cbd_alpha * distance + (1 - args.cbd_alpha) * losses
-                    loss = common.batch_mean(losses, loader.global_batch)
-                    scaler.scale(loss).backward()
-                    total = total + loss.detach()
-                    hits = (logits.argmax(1) == y).float()
-                    if len(y):
-                        stage.add(len(y), loss=losses.mean(), accuracy=hits.mean())
-                stage.guard(total, optimizer)
-                scaler.step(optimizer)
-                scaler.update()
-            close_epoch(stage, args, judged, counts)
-        stage.finish()
-    if args.select == "val":
-        stage.load_best()
+    lr, momentum = (args.clf_lr, args.clf_momentum) if head_only else (args.lr, args.momentum)
+    optimizer = common.sgd([group for group in groups if group["params"]], lr, args.weight_decay, momentum)
+    stage = run.stage(name, epochs, described(args, net, splits), model=net, optimizer=optimizer)
+    run.say(f"{name}: {len(splits.train)} images, {epochs} epochs of {len(loader)} steps")
+    judge = judge_of(args, net, splits, counts, frozen and not args.frozen_bn_train)
+    replica = common.replicate(args, net)
+    for epoch in stage.epochs():
+        common.set_lr(optimizer, learning_rate(args, name, epoch, epochs))
+        if args.clf_schedule == "constant" and not head_only:
+            optimizer.param_groups[-1]["lr"] = args.lr
+        net.train()
+        net.backbone.train(not frozen or args.frozen_bn_train)
+        for teacher in teachers:
+            teacher.train(args.frozen_bn_train)
+        for views, labels, _ in stage.batches(loader, 0 if frozen else 1):
+            optimizer.zero_grad(set_to_none=True)
+            parts, total = math.ceil(loader.global_batch / args.batch_size), 0.0
+            for x, y in zip(views[0].tensor_split(parts), labels.tensor_split(parts), strict=True):
+                with common.autocast(args):
+                    logits, student = replica(x, distil=True)  # [b, C], [b, T D]
+                    with torch.no_grad():
+                        targets = [teacher.backbone(x) for teacher in teachers]  # T x [b, D]
+                losses = F.cross_entropy(logits.float(), y, reduction="none")  # [b]
+                if teachers:
+                    distance = distillation(student, teacher_vector(targets), args.cbd_beta)  # [b]
+                    losses = args.cbd_alpha * distance + (1 - args.cbd_alpha) * losses
+                loss = losses.sum() / len(labels)
+                loss.backward()
+                total = total + loss.detach()
+                hits = (logits.argmax(1) == y).float()
+                if len(y):
+                    stage.add(len(y), loss=losses.mean(), accuracy=hits.mean())
+            stage.guard(total)
+            optimizer.step()
+        stage.end_epoch(judge)
+    judge.chosen(stage)
 
 
 def learning_rate(args, name: str, epoch: int, epochs: int) -> float:
@@ -770,21 +749,15 @@ def learning_rate(args, name: str, epoch: int, epochs: int) -> float:
     return common.cosine_lr(args.lr, epoch, epochs, shift=args.lr_step == "before")
 
 
-def close_epoch(stage: common.Stage, args, judged: dict, counts: list[int]) -> None:
-    """Evaluate where it is due, write the row of the epoch."""
-    scores = {}
-    if stage.due(args.eval_every):
-        for key, (net, loader) in judged.items():
-            scores[key] = common.logged(common.figures(args, net, loader, counts))
-    stage.end_epoch(score=scores["val"]["overall"] if "val" in scores else None, **scores)
-
-
-def evaluable(args, net: Net, dataset, splits: data_lt.Splits, cached: bool) -> tuple:
-    """(network, loader) for `common.figures`: on images, or the head on features of a frozen backbone, made once."""
+def judge_of(args, net: Net, splits: data_lt.Splits, counts: list[int], cached: bool) -> common.Judge:
+    """On images; or, cached, of the head on features of a frozen backbone, made once."""
+    parts = [splits.test] + ([splits.val] if args.select == "val" else [])
+    loaders = [image_loader(args, part, splits) for part in parts]
     if not cached:
-        return net, image_loader(args, dataset, splits)
-    inputs = net.inputs(extract(args, net, image_loader(args, dataset, splits), 0))
-    return net.head, Features(inputs, dataset.labels.to(args.device))
+        return common.Judge(args, net, counts, *loaders)
+    known = [net.inputs(extract(args, net, loader, 0)) for loader in loaders]
+    features = [Features(x, part.labels.to(args.device)) for x, part in zip(known, parts, strict=True)]
+    return common.Judge(args, net.head, counts, *features)
 
 
 def extract(args, net: Net, loader, epoch: int) -> Tensor:
@@ -813,6 +786,7 @@ class Features:
     """
 
     def __init__(self, features=None, labels=None, *, make=None, length: int = 0, batch_size: int = 8192):
+        self.training = make is not None
         if make is None:
             self.dataset, self.device, length = features, features.device, len(features)
             rows = torch.arange(length, device=features.device)
@@ -831,6 +805,8 @@ class Features:
         features, labels, order = self.make(self.epoch)
         for step in range(self.start, len(self)):
             batch = order[step * self.batch_size : min((step + 1) * self.batch_size, self.length)]
+            if self.training:  # equal shares, so that a mean of means is the mean
+                batch = batch[: len(batch) // common.world_size() * common.world_size()]
             self.global_batch = len(batch)
             rows = batch.tensor_split(common.world_size())[common.rank()]
             if len(rows):
@@ -846,29 +822,23 @@ def train_on_features(run: common.Run, args, name: str, net: Net, splits: data_l
     source = BalancedFeatures(args, name, net, splits)
     length = min(steps_times_batch(source.items, args.batch_size), source.total)
     loader = Features(make=source.epoch, length=length, batch_size=min(batch_size, length))
-    optimizer = torch.optim.SGD(
-        net.head.parameters(), args.clf_lr, momentum=args.clf_momentum, weight_decay=args.weight_decay,
-        fused=args.device.startswith("cuda"),
-    )  # fmt: skip
+    optimizer = common.sgd(net.head.parameters(), args.clf_lr, args.weight_decay, args.clf_momentum)
     stage = run.stage(name, args.clf_epochs, described(args, net, splits), model=net, optimizer=optimizer)
-    if not stage.finished:
-        source.announce(run, len(loader))
-        judged = {key: evaluable(args, net, part, splits, True) for key, part in evaluations(args, splits).items()}
-        replica = common.distribute(net.head)
-        for _ in stage.epochs():
-            for features, labels, _ in stage.batches(loader):
-                logits = replica(features[0])  # [b, C]
-                losses = F.cross_entropy(logits, labels, reduction="none")  # [b]
-                loss = common.batch_mean(losses, loader.global_batch)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                stage.guard(loss, optimizer)
-                optimizer.step()
-                stage.add(len(labels), loss=losses.mean(), accuracy=(logits.argmax(1) == labels).float().mean())
-            close_epoch(stage, args, judged, counts)
-        stage.finish()
-    if args.select == "val":
-        stage.load_best()
+    source.announce(run, len(loader))
+    judge = judge_of(args, net, splits, counts, True)
+    replica = common.replicate(args, net.head)
+    for _ in stage.epochs():
+        for features, labels, _ in stage.batches(loader):
+            logits = replica(features[0])  # [b, C]
+            losses = F.cross_entropy(logits, labels, reduction="none")  # [b]
+            loss = losses.mean()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            stage.guard(loss)
+            optimizer.step()
+            stage.add(len(labels), loss=loss, accuracy=(logits.argmax(1) == labels).float().mean())
+        stage.end_epoch(judge)
+    judge.chosen(stage)
     return source
 
 
@@ -1234,14 +1204,7 @@ def examine(args) -> None:
     splits = load(args)
     net, checkpoint = read_network(args, args.eval, splits.num_classes)
     full = common.figures(args, net, image_loader(args, splits.test, splits), checkpoint["info"]["counts"])
-    if not common.is_main():
-        return
-    groups = "  ".join(f"{g} {'n/a' if full[g] is None else f'{100 * full[g]:.2f}%'}" for g in common.GROUPS)
-    print(f"{args.eval}: overall {100 * full['overall']:.2f}%  {groups}")
-    folder = Path(args.out) / "tailcalibx" / "examined"
-    common.make_folder(folder)
-    name = "-".join([*Path(args.eval).resolve().parts[-4:-1], Path(args.eval).stem])
-    common.write_json(folder / f"eval-{name}.json", {"checkpoint": args.eval, "stage": checkpoint["stage"]} | full)
+    common.tell_figures(args, checkpoint, full)
 
 
 def published(args, table: dict, source: str) -> dict | None:
@@ -1261,8 +1224,7 @@ def main(args) -> None:
             f"--topk {args.topk}: {splits.num_classes} classes can lend, give 1..{splits.num_classes}"
         )
     run = common.Run(args, args.pipeline or args.stage, splits.train.fingerprint())
-    features_path = run.folder / f"features_{args.save_features}.npz"
-    if run.result and (not args.save_features or features_path.exists()):
+    if run.complete():
         return run.show()
     num_classes, teachers, net, source = splits.num_classes, [], None, None
     for path in args.teacher or ():
@@ -1288,9 +1250,7 @@ def main(args) -> None:
             train_on_images(run, args, name, net, splits, args.seed, teachers if name == "cbd" else ())
     if args.save_features:
         dataset = {"train": splits.train, "test": splits.test, "val": splits.val}[args.save_features]
-        chosen = common.evaluate(net, image_loader(args, dataset, splits), autocast=lambda: common.autocast(args),
-                                 features=net.features)  # fmt: skip
-        common.save_features(chosen, dataset.indices, features_path)
+        common.keep_features(run, net, dataset, image_loader(args, dataset, splits))
     if run.result:  # only the features were missing
         return run.show()
     full, seen = (common.figures(args, net, image_loader(args, part, splits), splits.counts)

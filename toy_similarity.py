@@ -431,10 +431,7 @@ def learning_rate(args, epoch: int, epochs: int) -> float:
 
 
 def build(args, num_classes: int) -> models.Net:
-    try:
-        backbone = models.backbone(args.backbone)
-    except ValueError as error:
-        raise common.UserError(f"--backbone {args.backbone}: {error}") from None
+    backbone = models.backbone(args.backbone)
     net = models.Net(backbone, models.linear_head(backbone.feature_dim, num_classes, init="fan_in"))
     return net.to(args.device, memory_format=torch.channels_last)
 
@@ -447,54 +444,36 @@ def train_point(run: common.Run, args, point: Point, source: data_lt.Pool, head:
     val_loader = val and data_lt.evaluation_loader(args, val, statistics)
     torch.manual_seed(common.derive_seed(args.seed, "init"))
     net = build(args, len(counts))
-    optimizer = torch.optim.SGD(
-        net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=args.device.startswith("cuda")
-    )
-    scaler = common.grad_scaler(args)
+    optimizer = common.sgd(net.parameters(), args.lr, args.weight_decay)
     augment = data_lt.Augment(train.images.shape[-1], *statistics, crop="pad", pad=args.pad, flip=args.flip)
     loader = data_lt.make_loader(args, train, args.batch_size, augment=augment)
     epochs = math.ceil(args.steps / len(loader)) if args.steps else args.epochs
     info = {"counts": counts, "head": head, "tail": tail}
-    stage = run.stage(point.name, epochs, info, model=net, optimizer=optimizer, scaler=scaler)
+    stage = run.stage(point.name, epochs, info, model=net, optimizer=optimizer)
+    judge = common.Judge(args, net, counts, test_loader, val_loader)
     if not stage.finished:
         run.say(f"{point.name}: {len(train)} images, {epochs} epochs of {len(loader)} steps")
-        replica = common.distribute(torch.compile(net) if args.compile else net)
-        for epoch in stage.epochs():
-            common.set_lr(optimizer, learning_rate(args, epoch, epochs))
-            net.train()
-            for views, labels, _ in stage.batches(loader):
-                with common.autocast(args):
-                    logits = replica(views[0])  # [b, C]
-                losses = F.cross_entropy(logits.float(), labels, reduction="none")  # [b]
-                loss = common.batch_mean(losses, loader.global_batch)
-                optimizer.zero_grad(set_to_none=True)
-                scaler.scale(loss).backward()
-                stage.guard(loss, optimizer)
-                scaler.step(optimizer)
-                scaler.update()
-                stage.add(len(labels), loss=losses.mean(), accuracy=(logits.argmax(1) == labels).float().mean())
-            scores, selected = {}, None
-            if stage.due(args.eval_every):
-                scores["test"] = common.logged(common.figures(args, net, test_loader, counts))
-                if val_loader:
-                    scores["val"] = common.logged(common.figures(args, net, val_loader, counts))
-                    selected = scores["val"]["overall"]
-            stage.end_epoch(score=selected, **scores)
-        stage.finish()
-    if val_loader:
-        stage.load_best()
+    replica = common.replicate(args, net)
+    for epoch in stage.epochs():
+        common.set_lr(optimizer, learning_rate(args, epoch, epochs))
+        net.train()
+        for views, labels, _ in stage.batches(loader):
+            with common.autocast(args):
+                logits = replica(views[0])  # [b, C]
+            losses = F.cross_entropy(logits.float(), labels, reduction="none")  # [b]
+            loss = losses.mean()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            stage.guard(loss)
+            optimizer.step()
+            stage.add(len(labels), loss=loss, accuracy=(logits.argmax(1) == labels).float().mean())
+        stage.end_epoch(judge)
+    judge.chosen(stage)
     if args.save_features:
         dataset = {"train": train, "test": source.test, "val": val}[args.save_features]
-        chosen = common.evaluate(
-            net, data_lt.evaluation_loader(args, dataset, statistics), autocast=lambda: common.autocast(args),
-            features=net.features,
-        )  # fmt: skip
-        common.save_features(chosen, dataset.indices, features_path(run, args, point))
+        loader = data_lt.evaluation_loader(args, dataset, statistics)
+        common.keep_features(run, net, dataset, loader, f"_{point.name}")
     return point_figures(run, args, point, counts, net, test_loader)
-
-
-def features_path(run: common.Run, args, point: Point) -> Path:
-    return run.folder / f"features_{args.save_features}_{point.name}.npz"
 
 
 def point_figures(run: common.Run, args, point: Point, counts: list[int], net, loader) -> dict:
@@ -706,7 +685,7 @@ def main(args) -> None:
     for point in points:
         check_point(args, source.train, point)
     run = common.Run(args, args.experiment, source.train.fingerprint())
-    if run.result and not (args.save_features and any(not features_path(run, args, q).exists() for q in points)):
+    if run.complete(*(f"_{point.name}" for point in points)):
         return run.show()
     rows = {point.name: train_point(run, args, point, source, head, tail) for point in points}
     if run.result:  # only the features were missing

@@ -336,7 +336,7 @@ def rate(args, name: str, epoch: float, epochs: int) -> float:
 def pretrain(run: common.Run, args, name: str, epochs: int, data, net, carried: dict) -> None:
     """Stage kcl or tsc: batch -> unit embeddings -> positives (-> targets) -> loss -> step -> log."""
     pairs, matching, targeted = carried["contrast"], carried.get("matching"), name == "tsc"
-    optimizer = common.sgd(args, net.parameters(), args.lr, args.weight_decay)
+    optimizer = common.sgd(net.parameters(), args.lr, args.weight_decay)
     stage = run.stage(name, epochs, {"counts": data.counts}, model=net, optimizer=optimizer, **carried)
     augment = VIEWS.get(args.dataset, VIEWS[args.kind]) | {"flip": args.flip}
     loader = data_lt.loader(args, data.train, args.batch_size, views=2, augment=augment,
@@ -379,11 +379,11 @@ def build_classifier(args, backbone: nn.Module, classes: int) -> models.Net:
 
 def train_classifier(run: common.Run, args, data, net: models.Net) -> None:
     """Stage classifier: batch -> frozen features -> logits, less LDAM's margins -> loss -> step."""
-    optimizer = common.sgd(args, net.head.parameters(), args.classifier_lr)
+    optimizer = common.sgd(net.head.parameters(), args.classifier_lr)
     epochs, ldam = args.classifier_epochs, args.classifier == "ldam"
     stage = run.stage("classifier", epochs, {"counts": data.counts}, model=net, optimizer=optimizer)
     augment = PLAIN.get(args.dataset, PLAIN[args.kind]) | {"flip": args.flip}
-    sampler = {"sampler": "instance"} if ldam else {"sampler": "class_aware", "drop_last": True}
+    sampler = {} if ldam else {"sampler": "class_aware", "drop_last": True}
     loader = data_lt.loader(args, data.train, args.classifier_batch_size, augment=augment,
                             seed=(args.seed, "classifier"), **sampler)  # fmt: skip
     margins = 30 * ldam * ldam_margins(data.counts).to(args.device)
@@ -391,7 +391,7 @@ def train_classifier(run: common.Run, args, data, net: models.Net) -> None:
     mass = mass if ldam else torch.ones_like(mass)
     *drops, published = DROPS[args.kind]
     drops = common.scale_milestones(drops, published, epochs)
-    judge, replica = common.Judge(args, net, data), common.replicate(args, net)
+    judge, replica = data_lt.judge(args, net, data), common.replicate(args, net)
     for epoch in stage.epochs():
         common.set_lr(optimizer, common.milestone_lr(args.classifier_lr, epoch, drops))
         net.train()
@@ -409,6 +409,7 @@ def train_classifier(run: common.Run, args, data, net: models.Net) -> None:
             optimizer.step()
             stage.add(len(labels), loss=loss, accuracy=right)
         stage.end_epoch(judge)
+    judge.chosen(stage)
 
 
 # --- main -----------------------------------------------------------------------------------------
@@ -442,20 +443,25 @@ def carry(args, data, net: nn.Module) -> dict[str, nn.Module]:
 
 def main(args) -> None:
     data = data_lt.load(args)
+    run = common.Run(args, args.method, data.train.fingerprint())
     small = {"stem": "cifar", "init": "pytorch" if args.kind == "small" else "default"}
     backbone = models.backbone(args.backbone, **({} if args.kind == "large" else small))
     width = backbone.feature_dim
-    net = models.Net(backbone, models.ProjectionHead(width, width, args.projection_dim)).to(args.device)
-    run = common.Run(args, args.method, data.train.fingerprint())
+    net = models.Net(backbone, models.ProjectionHead(width, width, args.projection_dim))
+    net = net.to(args.device, memory_format=torch.channels_last)
     carried = carry(args, data, net)
+    if args.init_from:
+        saved = common.load_backbone(net.backbone, args.init_from, args, ("backbone",))["state"]
+        for name, part in ({"model": net} | carried).items() if args.stages[0] == "tsc" else ():
+            common.load_weights(part, saved.get(name, {}), args.init_from)  # goes on from kcl.pt
     kcl = args.epochs if args.method == "kcl" else math.floor(round(args.epochs * args.warmup, 6))
     for name, epochs in (("kcl", kcl), ("tsc", args.epochs - kcl)):
         if name in args.stages and epochs:
             pretrain(run, args, name, epochs, data, net, carried)
-    net = build_classifier(args, net.backbone, data.num_classes)
     if "classifier" in args.stages:
+        net = build_classifier(args, net.backbone, data.num_classes)
         train_classifier(run, args, data, net)
-    run.finish(net, data)
+    data_lt.finish(run, net, data)
 
 
 if __name__ == "__main__":
