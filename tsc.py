@@ -97,7 +97,10 @@ VIEWS = {  # of the contrastive stages
     "small": {"crop": "resized", "scale": (0.2, 1.0), "jitter": (0.4, 0.4, 0.4, 0.1), "jitter_p": 0.8, "grey": 0.2},
     "large": RESIZED | {"jitter": (0.4, 0.4, 0.4, 0.0)}, "inat18": RESIZED,
 }  # fmt: skip
-PLAIN = VIEWS | {"letters": {"crop": "pad", "pad": 2}, "small": {"crop": "pad", "pad": 4}}  # of the classifier
+PLAIN = VIEWS | {
+    "letters": {"crop": "pad", "pad": 2},
+    "small": {"crop": "pad", "pad": 4},
+}  # of the classifier
 
 
 # --- equations ------------------------------------------------------------------------------------
@@ -141,7 +144,9 @@ def spread(x: Tensor, temperature: float = 0.07) -> Tensor:
 
 def simplex(classes: int, dim: int, rng: torch.Generator) -> Tensor:
     """Vertices of a regular simplex, float64 [C, d], C <= d + 1, turned at random: cosines -1 / (C - 1)."""
-    gram = math.sqrt(classes / (classes - 1)) * (torch.eye(classes, dtype=torch.float64) - 1 / classes)
+    gram = math.sqrt(classes / (classes - 1)) * (
+        torch.eye(classes, dtype=torch.float64) - 1 / classes
+    )
     points = F.normalize(gram @ torch.linalg.eigh(gram).eigenvectors[:, 1:], dim=1)
     turn, r = torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64, generator=rng))
     return F.pad(points, (0, dim - classes + 1)) @ (turn * r.diagonal().sign())
@@ -229,11 +234,15 @@ class Queue(nn.Module):
     def __init__(self, net: nn.Module, args):
         super().__init__()
         if args.queue % args.batch_size:
-            raise common.UserError(f"--queue {args.queue} must be a multiple of --batch-size {args.batch_size}")
+            raise common.UserError(
+                f"--queue {args.queue} must be a multiple of --batch-size {args.batch_size}"
+            )
         self.k, self.temperature, self.momentum = args.k, args.temperature, args.key_momentum
         self.net = [net]  # in a list: it is no part of this module
         self.encode = Encoder(copy.deepcopy(net).requires_grad_(False), args, args.bn_groups)
-        keys = torch.randn(args.queue, args.projection_dim, generator=common.generator(args.seed, "queue"))
+        keys = torch.randn(
+            args.queue, args.projection_dim, generator=common.generator(args.seed, "queue")
+        )
         self.register_buffer("keys", F.normalize(keys, dim=1))
         self.register_buffer("labels", torch.full((args.queue,), -1))  # -1: not written yet
         self.register_buffer("pointer", torch.tensor(0))
@@ -266,7 +275,9 @@ class Queue(nn.Module):
     @torch.no_grad()
     def remember(self) -> None:
         """Write the keys over the oldest; after backward, which still reads these."""
-        at = (self.pointer + torch.arange(len(self.fresh), device=self.keys.device)) % len(self.keys)
+        at = (self.pointer + torch.arange(len(self.fresh), device=self.keys.device)) % len(
+            self.keys
+        )
         self.keys[at], self.labels[at] = self.fresh.to(self.keys.dtype), self.seen[1]
         self.pointer.add_(len(self.fresh)).remainder_(len(self.keys))
 
@@ -337,7 +348,9 @@ def pretrain(run: common.Run, args, name: str, epochs: int, data, net, carried: 
     """Stage kcl or tsc: batch -> unit embeddings -> positives (-> targets) -> loss -> step -> log."""
     pairs, matching, targeted = carried["contrast"], carried.get("matching"), name == "tsc"
     optimizer = common.sgd(net.parameters(), args.lr, args.weight_decay)
-    stage = run.stage(name, epochs, {"counts": data.counts}, model=net, optimizer=optimizer, **carried)
+    stage = run.stage(
+        name, epochs, {"counts": data.counts}, model=net, optimizer=optimizer, **carried
+    )
     augment = VIEWS.get(args.dataset, VIEWS[args.kind]) | {"flip": args.flip}
     loader = data_lt.loader(args, data.train, args.batch_size, views=2, augment=augment,
                             drop_last=pairs.drop_last, seed=(args.seed, name))  # fmt: skip
@@ -421,9 +434,13 @@ def read_targets(path: str, classes: int, dim: int) -> Tensor:
         rows = np.load(Path(path).expanduser(), allow_pickle=False)
         rows = torch.from_numpy(rows.astype(np.float64))
     except (OSError, ValueError, EOFError, AttributeError) as error:
-        raise common.UserError(f"--targets {path} is no .npy of numbers ({str(error)[:80]})") from None
+        raise common.UserError(
+            f"--targets {path} is no .npy of numbers ({str(error)[:80]})"
+        ) from None
     if rows.shape != (classes, dim):
-        raise common.UserError(f"--targets {path} is {list(rows.shape)}, needed are [{classes}, {dim}]")
+        raise common.UserError(
+            f"--targets {path} is {list(rows.shape)}, needed are [{classes}, {dim}]"
+        )
     if not torch.isfinite(rows).all() or (rows.norm(dim=1) == 0).any():
         raise common.UserError(f"--targets {path} holds rows that are zero or not finite")
     return F.normalize(rows, dim=1)
@@ -441,14 +458,24 @@ def carry(args, data, net: nn.Module) -> dict[str, nn.Module]:
     return {name: part.to(args.device) for name, part in carried.items()}
 
 
-def main(args) -> None:
-    data = data_lt.load(args)
-    run = common.Run(args, args.method, data.train.fingerprint())
+def build(args) -> models.Net:
+    """Backbone and projection, freshly initialised."""
     small = {"stem": "cifar", "init": "pytorch" if args.kind == "small" else "default"}
     backbone = models.backbone(args.backbone, **({} if args.kind == "large" else small))
     width = backbone.feature_dim
     net = models.Net(backbone, models.ProjectionHead(width, width, args.projection_dim))
-    net = net.to(args.device, memory_format=torch.channels_last)
+    return net.to(args.device, memory_format=torch.channels_last)
+
+
+def main(args) -> None:
+    data = data_lt.load(args)
+    if args.eval:
+        net = build_classifier(args, build(args).backbone, data.num_classes)
+        return data_lt.examine(args, net, data, "classifier", "classifier")
+    run = common.Run(args, args.method, data.train.fingerprint())
+    if run.complete():
+        return run.show()
+    net = build(args)
     carried = carry(args, data, net)
     if args.init_from:
         saved = common.load_backbone(net.backbone, args.init_from, args, ("backbone",))["state"]
@@ -461,7 +488,7 @@ def main(args) -> None:
     if "classifier" in args.stages:
         net = build_classifier(args, net.backbone, data.num_classes)
         train_classifier(run, args, data, net)
-    data_lt.finish(run, net, data)
+    data_lt.finish(run, net, data, "classifier")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,12 @@ def test_defaults_follow_the_kind_of_set():
         (("--dataset", "cifar10_lt", "--image-size", 96), "large", "resnet50", 0.1, "queue"),
     ):
         args = parsed(*flags)
-        assert (args.kind, args.backbone, args.lr, args.kind_of_pairs) == (kind, backbone, lr, pairs), flags
+        assert (args.kind, args.backbone, args.lr, args.kind_of_pairs) == (
+            kind,
+            backbone,
+            lr,
+            pairs,
+        ), flags
         assert args.stages == METHODS["two"] and not args.changed.keys() - {"image_size"}
     assert parsed("--dataset", "mine.npz", side=lambda *rest: 200).kind == "large"
     assert parsed("--dataset", "mine.npz").imb_ratio is None, "a user's own images stay as they are"
@@ -50,9 +55,13 @@ def test_defaults_follow_the_kind_of_set():
 
 
 def test_said_values_win_and_name_the_run():
-    args = parsed("--lr", 0.2, "--epochs", 10, "--decay", 0, "--method", "one", "--quiet", "--seed", 3)
+    args = parsed(
+        "--lr", 0.2, "--epochs", 10, "--decay", 0, "--method", "one", "--quiet", "--seed", 3
+    )
     assert (args.lr, args.epochs, args.decay, args.method) == (0.2, 10, 0.0, "one")
-    assert args.changed == {"lr": 0.2, "decay": 0.0}, "what is as it would be, or changes no figure, is no change"
+    assert args.changed == {"lr": 0.2, "decay": 0.0}, (
+        "what is as it would be, or changes no figure, is no change"
+    )
     assert args.stages == ("first", "probe") and args.quiet and not args.fresh
 
 
@@ -69,7 +78,9 @@ def test_stages_are_a_part_of_the_chain(capsys):
     assert "leaves out first" in refused(capsys, "--stages", "second,probe")
     for wrong in ("probe,first", "third", "first,first"):
         assert "has first, second, probe, in this order" in refused(capsys, "--stages", wrong)
-    assert "--weight belongs to --stages second" in refused(capsys, "--stages", "first,probe", "--weight", 1)
+    assert "--weight belongs to --stages second" in refused(
+        capsys, "--stages", "first,probe", "--weight", 1
+    )
     assert parsed("--weight", 1).weight == 1
 
 

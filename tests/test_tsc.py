@@ -64,11 +64,15 @@ def check_queue_case(golden, case: str, targeted: bool) -> None:
     positives = F.pad(selected, (1, 0), value=1)
     sep_t, weights = True, [torch.ones(positives.shape[1])]
     if targeted:
-        targets, before, theirs = tensors(golden, case, "targets", "centroid_before", "selected_targets")
+        targets, before, theirs = tensors(
+            golden, case, "targets", "centroid_before", "selected_targets"
+        )
         matching, repeat = tsc.Matching(targets), golden.scalar(f"{case}_tr")
         matching.centres.copy_(before)
         matching.update(q.detach(), labels)
-        np.testing.assert_allclose(matching.centres, golden[f"{case}_centroid_after"], rtol=1e-7, atol=1e-7)
+        np.testing.assert_allclose(
+            matching.centres, golden[f"{case}_centroid_after"], rtol=1e-7, atol=1e-7
+        )
         matching.solve()
         assert matching.target_of.tolist() == golden[f"{case}_assignment"].tolist()
         own = F.one_hot(matching.target_of[labels], len(targets)).repeat_interleave(repeat, 1)
@@ -92,8 +96,12 @@ def check_queue_case(golden, case: str, targeted: bool) -> None:
          for i in range(len(q))]
     )  # fmt: skip
     of_target = columns > len(pool)
-    np.testing.assert_allclose((parts * ~of_target).sum(1).mean().item(), golden.scalar(f"{case}_loss_class"), **CLOSE)
-    np.testing.assert_allclose((parts * of_target).sum(1).mean().item(), golden.scalar(f"{case}_loss_target"), **CLOSE)
+    np.testing.assert_allclose(
+        (parts * ~of_target).sum(1).mean().item(), golden.scalar(f"{case}_loss_class"), **CLOSE
+    )
+    np.testing.assert_allclose(
+        (parts * of_target).sum(1).mean().item(), golden.scalar(f"{case}_loss_target"), **CLOSE
+    )
     loss = parts.sum(1).mean()
     np.testing.assert_allclose(loss.item(), golden.scalar(f"{case}_loss"), **CLOSE)
     loss.backward()
@@ -124,7 +132,10 @@ def test_pairs_of_a_batch(golden):
     """The released in-batch loss is ours times T / T_base, with class weights and copies of targets as rows."""
     for case in case_names(golden, "labels"):
         if golden.scalar(f"{case}_unbiased"):
-            golden.waive(rf"{case}_.*", "a loss whose denominators leave out the other positives: not offered")
+            golden.waive(
+                rf"{case}_.*",
+                "a loss whose denominators leave out the other positives: not offered",
+            )
             continue
         f_raw, labels, positives = tensors(golden, case, "f_raw", "labels", "positives")
         temperature, base, k = (golden.scalar(f"{case}_{name}") for name in ("T", "base_T", "k"))
@@ -135,11 +146,15 @@ def test_pairs_of_a_batch(golden):
             repeat = golden.scalar(f"{case}_tr")
             copies = targets.repeat_interleave(repeat, 0)
             x = torch.cat([x, copies.expand(2, *copies.shape)], 1)
-            names = torch.cat([names, torch.arange(len(targets)).repeat_interleave(repeat).repeat(2, 1)], 1)
+            names = torch.cat(
+                [names, torch.arange(len(targets)).repeat_interleave(repeat).repeat(2, 1)], 1
+            )
         x, names = x.flatten(0, 1), names.flatten()
         logits = (x @ x.T / temperature).fill_diagonal_(-math.inf)
         columns, used = as_columns(positives)
-        parts = tsc.contrast(logits[: len(positives)], columns, used, torch.ones(columns.shape[1]).double())
+        parts = tsc.contrast(
+            logits[: len(positives)], columns, used, torch.ones(columns.shape[1]).double()
+        )
         weight = torch.ones(int(names.max()) + 1).double()
         if f"{case}_weight" in golden:
             (weight,) = tensors(golden, case, "weight")
@@ -153,7 +168,12 @@ def test_pairs_of_a_batch(golden):
         if torch.equal(positives.sum(1), matches) and every:
             pairs = tsc.Pairs(None, Options(k=k, temperature=temperature))
             half = len(x) // 2
-            found = pairs(lambda views: views, x.detach().unflatten(0, (2, half)), names[:half], common.generator(0))
+            found = pairs(
+                lambda views: views,
+                x.detach().unflatten(0, (2, half)),
+                names[:half],
+                common.generator(0),
+            )
             assert as_sets(*found[3:]) == as_sets(columns, used), "all there are"
             torch.testing.assert_close(found[2], logits.detach())
 
@@ -164,7 +184,9 @@ def naive_loss(q, columns, drawn, weight, temperature):
     for i in range(len(q)):
         logits = [q[i] @ x / temperature for x in columns[i]]
         log_z = sum(x.exp() for x in logits).log()
-        total = total - sum(w * (logits[j] - log_z) for j, w in zip(drawn[i], weight[i], strict=True)) / len(drawn[i])
+        total = total - sum(
+            w * (logits[j] - log_z) for j, w in zip(drawn[i], weight[i], strict=True)
+        ) / len(drawn[i])
     return total / len(q)
 
 
@@ -178,7 +200,16 @@ def test_losses_against_a_double_loop(k, targeted):
     matching = tsc.Matching(unit(torch.randn(classes, d, dtype=torch.float64, generator=rng)))
     matching.target_of.copy_(torch.tensor([2, 0, 1]))
     net = torch.nn.Linear(d, d).double()
-    args = Options(k=k, temperature=0.2, queue=size, batch_size=4, key_momentum=0.9, bn_groups=1, projection_dim=d, seed=0)
+    args = Options(
+        k=k,
+        temperature=0.2,
+        queue=size,
+        batch_size=4,
+        key_momentum=0.9,
+        bn_groups=1,
+        projection_dim=d,
+        seed=0,
+    )
     queue = tsc.Queue(net, args).double()
     queue.labels.copy_(torch.randint(-1, classes, (size,), generator=rng))
     queue.encode.forward = unit
@@ -198,18 +229,30 @@ def test_losses_against_a_double_loop(k, targeted):
         rows = [z] * 2 * b if in_batch else rows
         rows = [torch.cat([row, matching.targets]) if targeted else row for row in rows]
         drawn = [sorted(s) for s in as_sets(columns, used)]
-        last = [len(row) - classes + int(matching.target_of[c]) for row, c in zip(rows, y, strict=True)]
-        weight = [[0.3 if targeted and j == last[i] else 1 for j in row] for i, row in enumerate(drawn)]
-        for i, row in enumerate(drawn):  # who is a positive: own view or key, k of the class, the own target
+        last = [
+            len(row) - classes + int(matching.target_of[c]) for row, c in zip(rows, y, strict=True)
+        ]
+        weight = [
+            [0.3 if targeted and j == last[i] else 1 for j in row] for i, row in enumerate(drawn)
+        ]
+        for i, row in enumerate(
+            drawn
+        ):  # who is a positive: own view or key, k of the class, the own target
             matches = int((y == y[i]).sum()) - 2 if in_batch else int((queue.labels == y[i]).sum())
             assert len(row) == 1 + (min(k, matches) if k else matches) + targeted
             assert (i + b) % (2 * b) in row if in_batch else 0 in row
             assert not targeted or last[i] in row
         if in_batch:
-            rows = [torch.cat([row[:i], row[i + 1 :]]) for i, row in enumerate(rows)]  # not the anchor itself
+            rows = [
+                torch.cat([row[:i], row[i + 1 :]]) for i, row in enumerate(rows)
+            ]  # not the anchor itself
             drawn = [[j - (j > i) for j in row] for i, row in enumerate(drawn)]
-        torch.testing.assert_close(loss, naive_loss(z, rows, drawn, weight, 0.2), rtol=1e-10, atol=1e-12)
-        kept = raw[1] if in_batch else raw[1].detach()  # keys are constants: no gradient goes to their view
+        torch.testing.assert_close(
+            loss, naive_loss(z, rows, drawn, weight, 0.2), rtol=1e-10, atol=1e-12
+        )
+        kept = (
+            raw[1] if in_batch else raw[1].detach()
+        )  # keys are constants: no gradient goes to their view
 
         def of_first(x, module=module, kept=kept):
             return value(module, torch.stack([x, kept]))[3]
@@ -223,7 +266,9 @@ def test_losses_are_float32_outside_autocast():
     args = Options(k=1, temperature=0.1, precision="bf16")
     encoder = tsc.Encoder(net, args)
     views = torch.randn(2, 5, 3, 4, 4, generator=common.generator(1))
-    z, _, logits, *_ = tsc.Pairs(net, args)(encoder, views, torch.arange(5) % 2, common.generator(0))
+    z, _, logits, *_ = tsc.Pairs(net, args)(
+        encoder, views, torch.arange(5) % 2, common.generator(0)
+    )
     assert z.dtype == logits.dtype == torch.float32
     torch.testing.assert_close(z.norm(dim=1), torch.ones(10))
     off = ~torch.eye(10, dtype=torch.bool)
@@ -242,7 +287,9 @@ def test_positives_are_drawn_with_the_released_distribution(golden):
     rng, anchors = common.generator(0, "trials"), torch.arange(len(labels))
     for _ in range(trials):
         rows, used = tsc.draw(labels, pool, k, rng)
-        hit = torch.zeros(len(labels), len(pool)).index_put_((anchors[:, None], rows), used.float(), accumulate=True)
+        hit = torch.zeros(len(labels), len(pool)).index_put_(
+            (anchors[:, None], rows), used.float(), accumulate=True
+        )
         assert hit.max() <= 1, "without replacement"
         counts += hit
         pairs += hit[0][:, None] * hit[0]
@@ -287,7 +334,9 @@ def test_an_empty_queue_leaves_the_own_key_alone():
 # --- targets, queue, centres, matching ------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("classes", "dim"), [(2, 1), (2, 5), (3, 2), (10, 9), (10, 128), (100, 128)])
+@pytest.mark.parametrize(
+    ("classes", "dim"), [(2, 1), (2, 5), (3, 2), (10, 9), (10, 128), (100, 128)]
+)
 def test_closed_form_simplex(classes, dim):
     points = tsc.make_targets(classes, dim, seed=3)
     cosine = points @ points.T
@@ -303,20 +352,26 @@ def test_targets_beyond_a_simplex_are_spread_by_the_objective():
     points = tsc.make_targets(12, 4, seed=1, steps=300)
     torch.testing.assert_close(points.norm(dim=1), torch.ones(12).double(), rtol=1e-12, atol=1e-12)
     assert tsc.spread(points) < tsc.spread(start.double()) - 1
-    loop = [sum(math.exp(points[i] @ points[j] / 0.07) for j in range(12) if j != i) for i in range(12)]
+    loop = [
+        sum(math.exp(points[i] @ points[j] / 0.07) for j in range(12) if j != i) for i in range(12)
+    ]
     assert float(tsc.spread(points)) == pytest.approx(sum(map(math.log, loop)) / 12)
 
 
 @pytest.mark.golden("tsc_queue")
 def test_queue_and_momentum_encoder(golden):
     before = torch.from_numpy(golden["queue_before"])
-    options = Options(queue=len(before), batch_size=1, k=1, temperature=1.0, key_momentum=0.9, bn_groups=1, seed=0)
+    options = Options(
+        queue=len(before), batch_size=1, k=1, temperature=1.0, key_momentum=0.9, bn_groups=1, seed=0
+    )
     options.projection_dim = before.shape[1]
     queue = tsc.Queue(torch.nn.Linear(2, 2), options).double()
     assert (queue.labels == -1).all()
     queue.keys.copy_(before), queue.labels.copy_(torch.from_numpy(golden["labels_before"]))
     queue.pointer.fill_(golden.scalar("ptr_before"))
-    layers = [torch.nn.Linear(*golden["param_q"].shape[::-1], bias=False).double() for _ in range(2)]
+    layers = [
+        torch.nn.Linear(*golden["param_q"].shape[::-1], bias=False).double() for _ in range(2)
+    ]
     for layer, name in zip(layers, ("param_q", "param_k_before"), strict=True):
         layer.weight.data.copy_(torch.from_numpy(golden[name]))
     for i, (keys, labels) in enumerate(zip(golden["keys_raw"], golden["key_labels"], strict=True)):
@@ -326,7 +381,9 @@ def test_queue_and_momentum_encoder(golden):
         assert queue.labels.tolist() == golden["labels_after"][i].tolist()
         assert int(queue.pointer) == golden["ptr_after"][i]
         tsc.momentum_update(layers[1], layers[0], golden.scalar("ema_m"))
-        np.testing.assert_allclose(layers[1].weight.detach(), golden["param_k_after"][i], rtol=1e-8, atol=1e-8)
+        np.testing.assert_allclose(
+            layers[1].weight.detach(), golden["param_k_after"][i], rtol=1e-8, atol=1e-8
+        )
 
 
 @pytest.mark.golden("tsc_assign")
@@ -360,7 +417,9 @@ def test_matching_is_the_best_permutation_and_solved_only_where_needed(monkeypat
         changed = matching.solve()
         assert changed == sum(a != b for a, b in enumerate(matching.target_of.tolist()))
         cosine = matching.centres @ targets.T
-        every = [float(cosine[torch.arange(5), list(p)].sum()) for p in itertools.permutations(range(5))]
+        every = [
+            float(cosine[torch.arange(5), list(p)].sum()) for p in itertools.permutations(range(5))
+        ]
         ours = float(cosine[torch.arange(5), matching.target_of].sum())
         assert ours == pytest.approx(max(every), abs=1e-12)
     assert 5 < len(solved) < 55
@@ -384,11 +443,12 @@ def test_ldam_margins_by_hand():
 
 
 def test_cosines_of_pairs_against_a_double_loop():
-    z, labels = unit(torch.randn(7, 3, generator=common.generator(0))), torch.tensor([0, 0, 1, 1, 1, 2, 0])
+    z, labels = (
+        unit(torch.randn(7, 3, generator=common.generator(0))),
+        torch.tensor([0, 0, 1, 1, 1, 2, 0]),
+    )
     ours, loops = common.pair_cosines(z, labels), {True: [], False: []}
     for i, j in itertools.permutations(range(7), 2):
         loops[bool(labels[i] == labels[j])].append(float(z[i] @ z[j]))
     assert float(ours["same_label"]) == pytest.approx(np.mean(loops[True]), rel=1e-5)
     assert float(ours["other_label"]) == pytest.approx(np.mean(loops[False]), rel=1e-5)
-
-
