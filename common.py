@@ -263,15 +263,17 @@ def read_rows(rows) -> dict[str, tuple[list, str, dict]]:
     return table
 
 
-def reader(like, only: dict) -> dict:
+def reader(name: str, like, only: dict) -> dict:
     """argparse's keywords for a flag whose default is `like`."""
+    if name == "backbone":
+        return {"type": models.backbone_name}
     if "bare" in only:
         return {"action": "store_const", "const": True}
     if isinstance(like, tuple):
         return {"choices": [choice for choice in like if choice != ""]}
     kind = like if isinstance(like, type) else type(like)
     if kind is str:
-        return {"type": str}
+        return {"type": os.path.expanduser}
     low, high = only.get("range", (1, math.inf) if kind is int else (0, math.inf))
     return {"type": number(kind, low, high, open_low="range" not in only and kind is float)}
 
@@ -296,7 +298,7 @@ def parse(doc: str, flags, methods: dict[str, tuple[str, ...]], other: dict[str,
         shown = " / ".join(dict.fromkeys("-" if default_of(d) is None else f"{default_of(d)}" for d in defaults))
         like = next((d for d in defaults if not isinstance(d, type)), defaults[0])
         text = f"{text} (default: {shown})".replace("%", "%%")
-        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, help=text, **reader(like, only))
+        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, help=text, **reader(name, like, only))
     args = parser.parse_args(argv)
     said = {name for name in table if getattr(args, name) is not None}
     args.dataset = args.dataset or "glyphs_lt"
@@ -457,6 +459,7 @@ def resolve(parser, args, presets: dict[str, dict], image_size, released: dict[s
 def result_args(args) -> dict:
     """The arguments that decide the result, as plain values; a path as data set by its name and a hash."""
     kept = {key: value for key, value in sorted(vars(args).items()) if key not in NEUTRAL | {"changed"}}
+    kept = {key: list(value) if isinstance(value, tuple) else value for key, value in kept.items()}
     return kept | {"dataset": dataset_name(args.dataset)}
 
 

@@ -24,6 +24,7 @@ import os
 import posixpath
 import re
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -35,9 +36,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+import common
 from common import RunError, UserError, derive_seed, generator, rank, world_size
 
 Ints = Sequence[int]
@@ -1559,3 +1561,40 @@ def evaluation_loader(args, dataset: Set, statistics: tuple | None = None, size=
     augment = Augment(size or dataset.size, mean, std)
     batch = 1000 if dataset.in_memory else 250
     return loader(args, dataset, batch, augment=augment, evaluation=True)
+
+
+# --- what a script judges by and ends with --------------------------------------------------------
+
+
+def judge(args, net: nn.Module, data: Splits) -> common.Judge:
+    """Evaluates `net` on the test set, and with `--select val` on the validation set."""
+    val = evaluation_loader(args, data.val) if args.select == "val" else None
+    return common.Judge(args, net, data.counts, evaluation_loader(args, data.test), val)
+
+
+def examine(args, net: nn.Module, data: Splits, stage: str, *names: str) -> None:
+    """`--eval CKPT`: figures on the test set of a checkpoint of `stage`, made with the same flags `names`."""
+    checkpoint = common.load_checkpoint(args.eval)
+    script = Path(sys.argv[0]).stem
+    if (checkpoint["script"], checkpoint["stage"]) != (script, stage):
+        found = f"{checkpoint['script']}.py, stage {checkpoint['stage']}"
+        raise UserError(f"{args.eval} is of {found}; {script}.py evaluates {stage}.pt")
+    names = ("dataset", "backbone", *names)
+    common.check_same(args.eval, checkpoint["args"], common.result_args(args), names)
+    common.load_weights(net, checkpoint["state"]["model"], args.eval)
+    full = common.figures(args, net, evaluation_loader(args, data.test), checkpoint["info"]["counts"])
+    common.tell_figures(args, checkpoint, full)
+
+
+def finish(run: common.Run, net: nn.Module, data: Splits, stage: str, **result) -> None:
+    """`--save-features`, and result.json: the figures on the test set of what `stage` has trained."""
+    args = run.args
+    if args.save_features:
+        part = getattr(data, args.save_features)
+        common.keep_features(run, net, part, evaluation_loader(args, part))
+    if run.result:
+        return run.show()
+    if run.rows[-1]["stage"] != stage:  # --stages ended before it
+        return run.finish(classes=data.classes, counts=data.counts, image_passes=run.passes, **result)
+    full = common.figures(args, net, evaluation_loader(args, data.test), data.counts)
+    run.finish(**run.outcome(stage, full, data.classes, data.counts), **result)

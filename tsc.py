@@ -54,7 +54,6 @@ from torch import Tensor, nn
 import common
 import data_lt
 import models
-from augment import to_device  # SHIM
 
 # --- settings -------------------------------------------------------------------------------------
 
@@ -75,8 +74,8 @@ FLAGS = (
     ("projection_dim",       128,       "length d of an embedding"),
     ("queue",                384,       4096,       65536,      "keys in it", {"contrast": "queue"}),
     ("key_momentum",         0.999,     "of the key encoder",   {"contrast": "queue", "range": (0, 1)}),
-    ("bn_groups",            1,         "groups a rank in which batch norm sees the keys",
-                             {"contrast": "queue"}),
+    ("bn_groups",            int,       "parts of the batch that batch norm sees apart (default: "
+                             "one a rank); keys change theirs"),
     ("warmup",               0.5,       "share of the epochs that is kcl",
                              {"method": "tsc", "range": (0, 0.999)}),
     ("target_weight",        0.2,       "lambda",               {"stages": "tsc", "range": FREE}),
@@ -126,20 +125,14 @@ def draw(labels: Tensor, pool: Tensor, k: int, rng: torch.Generator) -> tuple[Te
     The rows of a class lie in a random circle; an anchor takes k neighbours from a random place, a
     uniform subset. Where there are fewer than k, all count; k = 0 takes all there are.
     """
-    order = to_device(torch.randperm(len(pool), generator=rng), pool.device)
+    order = data_lt.to_device(torch.randperm(len(pool), generator=rng), pool.device)
     order = order[pool[order].argsort(stable=True)]
     first = torch.searchsorted(pool[order], labels)
     n = torch.searchsorted(pool[order], labels, right=True) - first
-    turn = to_device(torch.rand(len(labels), generator=rng, dtype=torch.float64), pool.device)
+    turn = data_lt.to_device(torch.rand(len(labels), generator=rng, dtype=torch.float64), pool.device)
     step = torch.arange(k or int(n.max()), device=pool.device)
     place = ((turn * n).long()[:, None] + step) % n.clamp(min=1)[:, None]  # [N, k]
     return order[(first[:, None] + place).clamp(max=len(pool) - 1)], step < n[:, None]
-
-
-def spread(x: Tensor, temperature: float = 0.07) -> Tensor:
-    """Mean over i of log sum_{j != i} exp(x_i . x_j / t) of the normalised rows of x [C, d]."""
-    unit = F.normalize(x, dim=1, eps=1e-12)
-    return (unit @ unit.T / temperature).fill_diagonal_(-math.inf).logsumexp(1).mean()
 
 
 def simplex(classes: int, dim: int, rng: torch.Generator) -> Tensor:
@@ -153,7 +146,11 @@ def simplex(classes: int, dim: int, rng: torch.Generator) -> Tensor:
 
 
 def make_targets(classes: int, dim: int, seed: int, steps: int = 1000) -> Tensor:
-    """C unit rows far apart, float64 [C, d]: a simplex where C <= d + 1, else `spread` made small."""
+    """C unit rows far apart, float64 [C, d]: a simplex where C <= d + 1, else found by Adam.
+
+    What is made small is one log-sum-exp over all pairs: the mean of logs, one of each point, can
+    leave two points in one place.
+    """
     rng = common.generator(seed, "targets")
     if classes <= dim + 1:
         return simplex(classes, dim, rng)
@@ -162,7 +159,9 @@ def make_targets(classes: int, dim: int, seed: int, steps: int = 1000) -> Tensor
     for step in range(steps):
         common.set_lr(optimizer, common.cosine_lr(0.05, step, steps))
         optimizer.zero_grad()
-        spread(x).backward()
+        unit = F.normalize(x, dim=1, eps=1e-12)
+        pairs = (unit @ unit.T / 0.07).fill_diagonal_(-math.inf)
+        pairs.flatten().logsumexp(0).backward()
         optimizer.step()
     return F.normalize(x.detach().double(), dim=1)
 
@@ -185,12 +184,13 @@ def ldam_margins(counts, largest: float = 0.5) -> Tensor:
 class Encoder(nn.Module):
     """Unit embeddings of several views in one pass: [V, b, 3, H, W] -> float32 [V, b, d].
 
-    groups: parts of the batch that batch norm sees apart. What follows is not under autocast.
+    groups: parts of a rank's batch that batch norm sees apart. What follows is not under autocast.
     """
 
-    def __init__(self, net: nn.Module, args, groups: int = 1):
+    def __init__(self, net: nn.Module, args):
         super().__init__()
-        self.net, self.args, self.groups = net, args, groups
+        self.net, self.args = net, args
+        self.groups = max(1, (args.bn_groups or 1) // common.world_size())
 
     def forward(self, views: Tensor) -> Tensor:
         parts = [part for part in views.tensor_split(self.groups, 1) if part.shape[1]]
@@ -233,13 +233,9 @@ class Queue(nn.Module):
 
     def __init__(self, net: nn.Module, args):
         super().__init__()
-        if args.queue % args.batch_size:
-            raise common.UserError(
-                f"--queue {args.queue} must be a multiple of --batch-size {args.batch_size}"
-            )
         self.k, self.temperature, self.momentum = args.k, args.temperature, args.key_momentum
         self.net = [net]  # in a list: it is no part of this module
-        self.encode = Encoder(copy.deepcopy(net).requires_grad_(False), args, args.bn_groups)
+        self.encode = Encoder(copy.deepcopy(net).requires_grad_(False), args)
         keys = torch.randn(
             args.queue, args.projection_dim, generator=common.generator(args.seed, "queue")
         )
@@ -268,7 +264,7 @@ class Queue(nn.Module):
         if world * self.encode.groups == 1:
             return self.encode(images[None])[0]
         images = common.gather_with_gradient(images)
-        order = to_device(torch.randperm(len(images), generator=rng), images.device)
+        order = data_lt.to_device(torch.randperm(len(images), generator=rng), images.device)
         keys = self.encode(images[order.tensor_split(world)[common.rank()]][None])[0]
         return common.gather_with_gradient(keys)[order.argsort()]
 
@@ -446,6 +442,20 @@ def read_targets(path: str, classes: int, dim: int) -> Tensor:
     return F.normalize(rows, dim=1)
 
 
+def check(args, data) -> None:
+    """What only the data and the ranks can contradict, looked at before hours of training."""
+    world = common.world_size()
+    if args.batch_size % world or (args.bn_groups or world) % world:
+        raise common.UserError(f"--batch-size and --bn-groups must be multiples of the {world} ranks")
+    if args.batch_size < 2 * (args.bn_groups or 1):
+        raise common.UserError(f"--batch-size {args.batch_size}: at least two images a group")
+    if args.contrast == "queue" and args.queue % args.batch_size:
+        raise common.UserError(f"--queue {args.queue} must be a multiple of --batch-size {args.batch_size}")
+    if args.classifier_batch_size > len(data.train):
+        size = f"--classifier-batch-size {args.classifier_batch_size}"
+        raise common.UserError(f"{size} is more than the {len(data.train)} training images")
+
+
 def carry(args, data, net: nn.Module) -> dict[str, nn.Module]:
     """What kcl and tsc pass on beside the network: pairs or queue, and for tsc the matching."""
     carried = {"contrast": (Queue if args.contrast == "queue" else Pairs)(net, args)}
@@ -472,6 +482,7 @@ def main(args) -> None:
     if args.eval:
         net = build_classifier(args, build(args).backbone, data.num_classes)
         return data_lt.examine(args, net, data, "classifier", "classifier")
+    check(args, data)
     run = common.Run(args, args.method, data.train.fingerprint())
     if run.complete():
         return run.show()

@@ -1,4 +1,4 @@
-"""tools/circle.py: what it takes and refuses, its rule, its picture; a tiny run."""
+"""tools/toys.py circle: what it takes and refuses, its rule, its picture; a tiny run."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from torch import nn
 
 import common
 import data_lt
-from tools import circle
+from tools import toys
 
 ARMS = ["KCL, 1:1:1", "TSC, 1:1:1", "KCL, 10:1:1", "TSC, 10:1:1", "KCL, 100:1:1", "TSC, 100:1:1"]
 STAGES = [
@@ -54,49 +54,47 @@ def panels(points: int = 90):
     return found, torch.from_numpy(labels), ["airplane", "cat", "dog"]
 
 
-def run(*words) -> None:
-    common.launch(circle.circle, circle.circle_args([*map(str, words)]))
-
-
 # --- arguments ------------------------------------------------------------------------------------
 
 
 def test_defaults_are_those_of_the_figure():
-    args = circle.circle_args([])
+    args = toys.circle_args([])
     assert (args.dataset, args.epochs, args.projection_dim) == ("cifar10_lt", 200, 2)
     assert (args.kind, args.contrast, args.backbone) == ("small", "pairs", "resnet32")
     assert args.changed == {} and args.imb_ratio is None and not hasattr(args, "classifier")
-    args = circle.circle_args("--dataset cifar100_lt --k 3 --epochs 5 --contrast queue".split())
+    args = toys.circle_args("--dataset cifar100_lt --k 3 --epochs 5 --contrast queue".split())
     assert args.changed == {"k": 3, "epochs": 5, "contrast": "queue"}
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--dataset glyphs_lt", "letters collapse into one point"),
-        ("--dataset svhn_lt", "give cifar10_lt, cifar100_lt or a path"),
-        ("--dataset imagenet_lt", "give cifar10_lt, cifar100_lt or a path"),
-        ("--dataset {}/none", "no such folder or .npz"),
-        ("--data-root {}", "cifar10_lt"),
-        ("--dataset {}/two.npz", "needs three classes, {}/two.npz has 2"),
-        ("--projection-dim 3", "--projection-dim"),
-        ("--classifier-lr 1", "--classifier-lr"),
-        ("--method tsc", "--method has no meaning here"),
-        ("--stages kcl", "--stages has no meaning here"),
-        ("--imb-ratio=100", "--imb-ratio has no meaning here"),
-        ("--select val", "--select has no meaning here"),
-        ("--save-features test", "--save-features has no meaning here"),
-        ("--gpus 2", "--gpus has no meaning here"),
-        ("--queue 64", "--queue belongs to --contrast queue"),
-        ("--epochs 0", "--epochs: must be at least 1"),
+        ("circle --dataset glyphs_lt", "letters collapse into one point"),
+        ("circle --dataset svhn_lt", "give cifar10_lt, cifar100_lt or a path"),
+        ("circle --dataset imagenet_lt", "give cifar10_lt, cifar100_lt or a path"),
+        ("circle --dataset {}/none", "no such folder or .npz"),
+        ("circle --data-root {}", "cifar10_lt"),
+        ("circle --dataset {}/two.npz", "needs three classes, {}/two.npz has 2"),
+        ("circle --projection-dim 3", "--projection-dim"),
+        ("circle --classifier-lr 1", "--classifier-lr"),
+        ("circle --method tsc", "--method has no meaning here"),
+        ("circle --stages kcl", "--stages has no meaning here"),
+        ("circle --imb-ratio=100", "--imb-ratio has no meaning here"),
+        ("circle --select val", "--select has no meaning here"),
+        ("circle --save-features test", "--save-features has no meaning here"),
+        ("circle --gpus 2", "--gpus has no meaning here"),
+        ("circle --queue 64", "--queue belongs to --contrast queue"),
+        ("circle --epochs 0", "--epochs: must be at least 1"),
+        ("ring", "invalid choice: 'ring'"),
+        ("", "toy"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, words, said):
-    monkeypatch.setattr(circle, "train_arm", lambda *rest: pytest.fail("refused only in training"))
+    monkeypatch.setattr(toys, "train_arm", lambda *rest: pytest.fail("refused only in training"))
     commands.tiny_letters(tmp_path / "two.npz", (4, 4), (2, 2))
     line = words.replace("{}", str(tmp_path)).split()
     with pytest.raises(SystemExit) as stopped:
-        run(*line, "--device", "cpu", "--out", tmp_path / "out")
+        toys.main([*line, *["--device", "cpu", "--out", str(tmp_path / "out")] * bool(line)])
     shown = capsys.readouterr().err
     assert stopped.value.code == 2 and shown.strip().count("\n") == 0, shown
     assert said.replace("{}", str(tmp_path)) in shown
@@ -108,7 +106,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, wo
 
 def test_three_classes_are_labelled_in_their_order():
     whole = image_set((5, 4, 6, 3), ["a", "b", "c", "d"])
-    part = circle.three_classes(whole, [3, 0, 2])
+    part = toys.three_classes(whole, [3, 0, 2])
     assert part.classes == ["d", "a", "c"] and part.counts() == [3, 5, 6]
     for image, label, index in zip(part.images, part.labels, part.indices, strict=True):
         assert image[0, 0, 0] == index
@@ -117,9 +115,9 @@ def test_three_classes_are_labelled_in_their_order():
 
 def test_the_first_class_stays_and_the_others_are_thinned_out():
     train = image_set((60, 40, 50), ["a", "b", "c"])
-    parts = [circle.thin_out(train, ratio, 0) for ratio in (1, 10, 100)]
+    parts = [toys.thin_out(train, ratio, 0) for ratio in (1, 10, 100)]
     assert [part.counts() for part in parts] == [[40, 40, 40], [40, 4, 4], [40, 1, 1]]
-    again, other = circle.thin_out(train, 10, 0), circle.thin_out(train, 10, 1)
+    again, other = toys.thin_out(train, 10, 0), toys.thin_out(train, 10, 1)
     assert torch.equal(parts[1].indices, again.indices)
     assert not torch.equal(parts[1].indices, other.indices)
 
@@ -132,7 +130,7 @@ def test_the_rule_is_the_nearest_mean_of_the_training_embeddings():
     train = Embeddings(7 * at(0, 20, 90, 200, 220), [0, 0, 1, 2, 2])  # means at 10, 90, 210
     points = at(45, 55, 149, 151, 289, 291)
     test = Embeddings(3 * points, [0, 1, 1, 1, 2, 2])
-    scores = circle.nearest_mean(nn.Identity(), train, test)
+    scores = toys.nearest_mean(nn.Identity(), train, test)
     assert scores.predictions.tolist() == [0, 1, 1, 2, 2, 0]
     np.testing.assert_allclose(scores.features.numpy(), points, rtol=1e-5)
 
@@ -142,24 +140,24 @@ def test_the_rule_is_the_nearest_mean_of_the_training_embeddings():
 
 def test_data_and_picture_are_saved(tmp_path):
     found, labels, names = panels()
-    said = circle.save_circle(tmp_path / "circle.npz", found, labels, names)
+    said = toys.save_circle(tmp_path / "circle.npz", found, labels, names)
     assert said == f"wrote {tmp_path / 'circle.png'}"
     with np.load(tmp_path / "circle.npz") as file:
         assert file["embeddings"].shape == (6, 90, 2) and file["titles"].tolist() == ARMS
         assert [len(file[f"targets{k}"]) for k in range(6)] == [0, 3] * 3
     picture = (tmp_path / "circle.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
-    circle.draw_circle(tmp_path / "circle.npz")
+    toys.draw_circle(tmp_path / "circle.npz")
     assert picture == (tmp_path / "circle.png").read_bytes(), "the same data give the same bytes"
     found[0][1][:, 0] *= -1
-    circle.save_circle(tmp_path / "circle.npz", found, labels, names)
+    toys.save_circle(tmp_path / "circle.npz", found, labels, names)
     assert picture != (tmp_path / "circle.png").read_bytes()
 
 
 def test_without_matplotlib_a_line_says_so(tmp_path, monkeypatch):
     for name in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)
-    said = circle.save_circle(tmp_path / "circle.npz", *panels())
+    said = toys.save_circle(tmp_path / "circle.npz", *panels())
     assert said.startswith("no picture: ") and "matplotlib, which is not installed" in said
     assert (tmp_path / "circle.npz").exists() and not (tmp_path / "circle.png").exists()
 
@@ -176,29 +174,29 @@ def test_published_figures_stand_below_the_published_settings_alone(tmp_path, ca
     lines = [f"tsc,cifar10_lt,,{m},,{ratio},{y},figure 1,unknown\n" for m, ratio, y in FIGURE]
     noise = "tsc,cifar10_lt,100,kcl,,overall,77.6,table 10,unknown\n"
     (tmp_path / "published.csv").write_text(HEADER + noise + "".join(lines))
-    found = circle.published_circle(tmp_path / "published.csv")
+    found = toys.published_circle(tmp_path / "published.csv")
     assert found["KCL"] == {"1:1:1": "94.3", "10:1:1": "83.2", "100:1:1": "72.7"}
     assert found["TSC"] == {"1:1:1": "94.5", "10:1:1": "87.4", "100:1:1": "80.9"}
-    assert circle.published_circle(tmp_path / "none.csv") == {}
+    assert toys.published_circle(tmp_path / "none.csv") == {}
     rows = [{"name": name, "values": [50.0, 40.04, 100.0]} for name in ("KCL", "TSC")]
-    monkeypatch.setattr(circle, "published_circle", lambda: found)
-    circle.tell(circle.circle_args([]), {"tables": [{"rows": rows}]})
+    monkeypatch.setattr(toys, "published_circle", lambda: found)
+    toys.tell(toys.circle_args([]), {"tables": [{"rows": rows}]})
     shown = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert shown[1:3] == [["KCL", "50.0", "40.0", "100.0"], ["published", "94.3", "83.2", "72.7"]]
     assert shown[0] == ["1:1:1", "10:1:1", "100:1:1"] and len(shown) == 5
-    circle.tell(circle.circle_args(["--k", "2"]), {"tables": [{"rows": rows}]})
+    toys.tell(toys.circle_args(["--k", "2"]), {"tables": [{"rows": rows}]})
     assert "published" not in capsys.readouterr().out
 
 
 # --- end to end -----------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not hasattr(data_lt, "loader"), reason="tsc.pretrain needs data_lt.loader")
+
 def test_a_tiny_circle_end_to_end(tmp_path, capsys):
     path = commands.tiny_letters(tmp_path / "tiny.npz", (20, 20, 20), (5, 5, 5))
     flags = "--epochs 2 --backbone resnet8 --batch-size 16 --lr 0.05 --logger none --device cpu"
-    line = ["--dataset", path, "--out", str(tmp_path / "out"), *flags.split()]
-    run(*line)
+    line = ["circle", "--dataset", path, "--out", str(tmp_path / "out"), *flags.split()]
+    toys.main(line)
     first = capsys.readouterr().out
     (folder,) = {file.parent for file in (tmp_path / "out").rglob("result.json")}
     (table,) = json.loads((folder / "result.json").read_text())["tables"]
@@ -219,7 +217,7 @@ def test_a_tiny_circle_end_to_end(tmp_path, capsys):
     assert (folder / "circle.png").stat().st_size > 20_000
     (folder / "result.json").unlink()
     for said in ("continues from its stages", "is told again"):
-        run(*line)
+        toys.main(line)
         shown = capsys.readouterr().out
         assert first.split()[-11:] == shown.split()[-11:], said  # three titles, two rows
     again = (folder / "metrics.jsonl").read_text().splitlines()

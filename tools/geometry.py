@@ -13,6 +13,7 @@ are our own: another superclass (CIFAR-100), another look-alike pair (letters), 
 
 from __future__ import annotations
 
+import math
 import sys
 import zipfile
 from pathlib import Path
@@ -44,11 +45,17 @@ NOT_READ = (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError, 
 # C points of length d, their rows unit vectors once normalised.
 
 
+def spread(x: Tensor, temperature: float = 0.07) -> Tensor:
+    """Mean over i of log sum_{j != i} exp(x_i . x_j / t) of the normalised rows of x [C, d]."""
+    unit = F.normalize(x, dim=1, eps=1e-12)
+    return (unit @ unit.T / temperature).fill_diagonal_(-math.inf).logsumexp(1).mean()
+
+
 def target_objective(x: Tensor, temperature: float = TEMPERATURE) -> Tensor:
     """The paper's: mean over i of log sum_j exp(x_i . x_j / t) of the normalised rows of x [C, d].
 
     j = i is in the sum: a constant 1 / t, which hides in float32 everything that is minimised.
-    `tsc.spread` is the same without it.
+    `spread` is the same without it.
     """
     unit = F.normalize(x, dim=1, eps=1e-12)
     return (unit @ unit.T / temperature).logsumexp(1).mean()
@@ -98,7 +105,7 @@ def target_figures(points: Tensor) -> dict[str, float]:
         "min_cosine": float(others.min()),
         "objective": float(target_objective(unit)),
         "excess": float(F.softplus(rows - 1 / TEMPERATURE, threshold=1e9).mean()),
-        "self_free_objective": float(tsc.spread(unit)),
+        "self_free_objective": float(spread(unit)),
     }
 
 
