@@ -26,7 +26,7 @@ re-training (crt), class-balanced distillation (cbd), Gaussian feature noise (mo
   python tailcalibx.py --stage cbd --teacher runs/.../cosine_ce.pt
   python tailcalibx.py --dataset mini_imagenet_lt --pipeline tailcalib   # ResNeXt-50, image lists
   python tailcalibx.py --eval runs/.../tailcalibx.pt
-  python tailcalibx.py toy                                               # the figure with two Gaussian blobs
+  python -m tools.toys blobs                                             # the figure with two Gaussian blobs
   from tailcalibx import tailcalib                                       # the call on features of your own
 
 What to expect: overall accuracy on the letters, seeds 0 to 2, one CPU thread, 85 s: cosine CE 81.9 +- 4.0,

@@ -848,7 +848,8 @@ def test_pictures_of_a_run_go_into_its_folder(tmp_path, capsys):
 
 def test_generated_features_stand_beside_the_real_ones(tmp_path, monkeypatch):
     args = {"tukey": 1.0, "alpha": 0.0, "topk": 1}
-    (path,) = put(tmp_path, result(0, script="tailcalibx", args=args, classes=["a", "b", "c"], counts=[50, 8, 2]))
+    known = {"script": "tailcalibx", "method": "tailcalibx", "classes": ["a", "b", "c"], "counts": [50, 8, 2]}
+    (path,) = put(tmp_path, result(0, args=args, **known))
     labels, stars = np.repeat([0, 1, 2], [50, 8, 2]), []
     features = np.random.RandomState(0).rand(60, 5).astype(np.float32)
     np.savez(path.parent / "features_train.npz", features=features, labels=labels)
@@ -859,8 +860,12 @@ def test_generated_features_stand_beside_the_real_ones(tmp_path, monkeypatch):
         axes, "scatter", lambda x, y, **style: stars.append((style.get("marker"), len(x))) or scatter(x, y, **style)
     )
     figures.draw_features(axes, path.parent / "features_train.npz", json.loads(path.read_text()))
-    plot.close(figure)
     assert stars == [("*", 0), (None, 50), ("*", 42), (None, 8), ("*", 48), (None, 2)]
+    for plain in ({"method": "crt"}, {"args": args | {"no_generate": True}}):
+        stars.clear()
+        figures.draw_features(axes, path.parent / "features_train.npz", json.loads(path.read_text()) | plain)
+        assert [count for marker, count in stars if marker] == [0, 0, 0], plain
+    plot.close(figure)
 
 
 def test_principal_plane_is_that_of_an_svd():

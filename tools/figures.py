@@ -254,9 +254,10 @@ def draw_features(axes, path: Path, result: dict) -> None:
     """
     with np.load(path) as file:
         features, labels = file["features"], file["labels"]
-    real, args = len(labels), result.get("args") or {}
+    real, args, method = len(labels), result.get("args") or {}, result.get("method") or ""
     title = f"{result['script']} {result['variant']}: {path.stem}"
-    if path.stem == "features_train" and args.get("topk"):
+    generates = "tailcalib" in method and not args.get("no_generate")
+    if path.stem == "features_train" and generates:
         power, alpha, topk = args["tukey"], args["alpha"], args["topk"]
         unit = F.normalize(torch.from_numpy(features), dim=1)
         x, y, _ = tailcalibx.tailcalib("pytorch").generate(
@@ -268,12 +269,12 @@ def draw_features(axes, path: Path, result: dict) -> None:
     x, y = principal_plane(features).T
     names, counts = result.get("classes"), result.get("counts")
     order = np.argsort(-np.bincount(labels[:real]), kind="stable")
-    for c in order if len(order) <= 10 else [*order[:5], *order[-5:]]:
+    for k, c in enumerate(order if len(order) <= 10 else [*order[:5], *order[-5:]]):
         own = np.flatnonzero(labels == c)
         dots, stars = own[own < real][:200], own[own >= real][:200]
         name = f"{names[c]} ({counts[c]})" if names and counts else str(c)
-        axes.scatter(x[stars], y[stars], marker="*", s=14, alpha=0.35, color=f"C{c % 10}")
-        axes.scatter(x[dots], y[dots], s=5, color=f"C{c % 10}", label=name)
+        axes.scatter(x[stars], y[stars], marker="*", s=14, alpha=0.35, color=f"C{k}")
+        axes.scatter(x[dots], y[dots], s=5, color=f"C{k}", label=name)
     _dress(axes, "first principal component", "second", title)
 
 

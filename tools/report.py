@@ -634,8 +634,7 @@ def run_command(args) -> int:
     skipped = {c: why for c in cells if (why := why_not(c, args.data_root, args.cifar, more))}
     done = [c for c in cells if c not in skipped and _finished(c, args.out)]
     todo = [c for c in cells if c not in skipped and c not in done]
-    cores = os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count()
-    args.jobs = args.jobs or torch.cuda.device_count() or max((cores or 1) // args.threads, 1)
+    args.jobs = args.jobs or torch.cuda.device_count() or max(_cores() // args.threads, 1)
     print(
         f"will run {len(todo)} cell(s), {args.jobs} at a time, threads a cell: {args.threads}; "
         f"logs: {args.out / 'cells'}"
@@ -663,6 +662,13 @@ def run_command(args) -> int:
     for c in failed:
         print(f"failed: {c} (log: {args.out / 'cells' / c.key}.log)")
     return 1 if failed or bad else 0
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _text_of(cells: str) -> str:
