@@ -977,7 +977,7 @@ def main(args) -> None:
     if outcomes:
         last = outcomes[-1]
         subset, known = last.subset, paper_figures(args, last.stage)
-        result |= run.outcome(last.stage, last.figures, splits.train.classes, splits.counts)
+        result |= common.outcome(run, last.stage, last.figures, splits.train.classes, splits.counts)
         result["paper"] = known and {"overall": known[0][0], "source": known[1]}
     run.finish(**result, released=None, parameters=models.count_parameters(net))
     draw_pictures(args, run, splits, planes, subset)

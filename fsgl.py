@@ -763,8 +763,9 @@ def main(args) -> None:
         return run.show()
     figures = examine(args, net, test_loader, splits.counts)
     run.finish(
-        **run.outcome("train", figures["test"], splits.train.classes, splits.counts), paper=published(args, PAPER),
-        released=published(args, RELEASED_CODE), parameters=models.count_parameters(net), tables=heads_table(figures),
+        **common.outcome(run, "train", figures["test"], splits.train.classes, splits.counts),
+        paper=published(args, PAPER), released=published(args, RELEASED_CODE),
+        parameters=models.count_parameters(net), tables=heads_table(figures),
     )  # fmt: skip
 
 

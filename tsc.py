@@ -1333,7 +1333,7 @@ def main(args) -> None:
         skipped = [row["skipped"] for row in run.rows if "skipped" in row]
         diagnostics["solved_share"] = 1 - sum(skipped) / len(skipped)
     run.finish(
-        **run.outcome("classifier", full, splits.train.classes, splits.counts), paper=published(args, PAPER),
+        **common.outcome(run, "classifier", full, splits.train.classes, splits.counts), paper=published(args, PAPER),
         released=published(args, RELEASED_FIGURES), parameters=parameters, diagnostics=diagnostics,
         tables=geometry_tables(run, args, final, classes),
     )  # fmt: skip
