@@ -1331,7 +1331,7 @@ def tell_figures(args, checkpoint: dict, full: dict, **more) -> None:
 def keep_examined(args, checkpoint: dict, result: dict) -> None:
     """`<out>/<script>/examined/eval-<run>-<stage>.json`: what `--eval` found."""
     if is_main():
-        path, folder = Path(args.eval).resolve(), Path(args.out) / Path(sys.argv[0]).stem / "examined"
+        path, folder = Path(args.eval).resolve(), Path(args.out) / checkpoint["script"] / "examined"
         make_folder(folder)
         head = {"checkpoint": args.eval, "stage": checkpoint["stage"], "epoch": checkpoint["epoch"]}
         write_json(folder / f"eval-{'-'.join([*path.parts[-4:-1], path.stem])}.json", head | result)
