@@ -649,7 +649,7 @@ def test_recorded_weights_of_cifar_give_their_figure_again(tmp_path, pytestconfi
     assert files and all(path.stat().st_size < 2e6 for path in files)
     for path in files if pytestconfig.getoption("--slow") else files[:1]:
         exported = common.load_checkpoint(path)["exported"]
-        words = [str(ROOT / exported["command"][0]), *exported["command"][1:], "--eval", str(path), "--log", "none"]
+        words = [str(ROOT / exported["command"][0]), *exported["command"][1:], "--eval", str(path), "--logger", "none"]
         done = subprocess.run(
             [sys.executable, *words, "--data-root", str(real_data_root), "--out", str(tmp_path)],
             capture_output=True, text=True, env=commands.environment(),
