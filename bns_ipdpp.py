@@ -694,7 +694,7 @@ def main(args) -> None:
     if outcomes:
         last = outcomes[-1]
         result["kept"] = kept_confidence(args, last.subset, splits)
-        result |= run.outcome(last.stage, last.figures, splits.train.classes, splits.counts)
+        result |= common.outcome(run, last.stage, last.figures, splits.train.classes, splits.counts)
     run.finish(**result, parameters=models.count_parameters(net))
 
 

@@ -814,20 +814,12 @@ class Run:
             if last.exists():
                 self.saved = self.read(last)
                 self.rows = self.saved["rows"]
-            self.start_logs()
+            if is_main():
+                said = {key: value for key, value in sorted(vars(args).items()) if key != "changed"}
+                write_json(self.folder / "args.json", said)
+                write_rows(self)
+                self.writer = event_writer(self)
         barrier()
-
-    def start_logs(self) -> None:
-        """args.json, the rows that count, and TensorBoard."""
-        if is_main():
-            said = {key: value for key, value in sorted(vars(self.args).items()) if key != "changed"}
-            write_json(self.folder / "args.json", said)
-            self.write_rows()
-            self.writer = event_writer(self)
-
-    def write_rows(self) -> None:
-        lines = "".join(json.dumps(row) + "\n" for row in self.rows)
-        write_atomic(self.folder / "metrics.jsonl", lambda file: file.write(lines.encode()))
 
     @property
     def result(self) -> dict | None:
@@ -855,11 +847,11 @@ class Run:
         if script != self.script:
             raise UserError(f"{path} is a checkpoint of {script}.py, this is {self.script}.py")
         now = result_args(self.args)
-        names = ["dataset", "backbone", *now, *saved]
-        check_same(path, saved, now, names, "give the saved value, another --out, or --fresh")
+        check_same(
+            path, saved, now, ["dataset", "backbone", *now, *saved], "give the saved value, another --out, or --fresh"
+        )
         if checkpoint["data"] != self.fingerprint:
-            given = f"--dataset {self.args.dataset} gives now"
-            raise UserError(f"{path} was trained on other images or labels than {given}")
+            raise UserError(f"{path} was trained on other images or labels than --dataset gives now")
 
     def say(self, text: str) -> None:
         if is_main() and not self.args.quiet:
@@ -876,23 +868,6 @@ class Run:
     def passes(self) -> int:
         """Images sent forward and backward in all stages; forward passes of a frozen one count 0."""
         return sum({row["stage"]: row["passes"] for row in self.rows}.values())
-
-    def outcome(self, stage: str, figures: dict, classes: list[str], counts: list[int]) -> dict:
-        """What result.json says of a classifier trained in `stage`: `run.finish(**run.outcome(...))`.
-
-        figures: its `report` on the test set. The rows of the stage that were evaluated hold `test`.
-        """
-        rows = [row for row in self.rows if row["stage"] == stage]
-        best = max((row for row in rows if "test" in row), key=lambda row: row["test"]["overall"])
-        long = ("per_class", "confusion", "reliability")
-        return {key: figures.get(key) for key in long} | {
-            "headline": {key: value for key, value in figures.items() if key not in long},
-            "best_on_test": {"overall": best["test"]["overall"], "epoch": best["epoch"]},
-            "classes": classes,
-            "counts": counts,
-            "image_passes": self.passes,
-            "epochs": rows[-1]["epoch"] + 1,
-        }
 
     def finish(self, **result) -> dict:
         """Write result.json and return it; what is clocked or of the machine stays apart."""
@@ -940,7 +915,7 @@ class Stage:
             if len(saved["rows"]) > len(run.rows):  # last.pt is from before the end of this stage
                 run.rows = saved["rows"]
                 if is_main():
-                    run.write_rows()
+                    write_rows(run)
 
     def restore(self, saved: dict) -> None:
         for key, part in self.parts.items():
@@ -1013,16 +988,6 @@ class Stage:
             total, weight = self.sums.get(key, (0.0, 0))
             self.sums[key] = value.detach().double() * count + total, weight + count
 
-    def means(self) -> dict[str, float]:
-        """The means of the epoch over all ranks."""
-        if not self.sums:
-            return {}
-        pairs = [torch.stack([t, torch.full_like(t, n)]) for t, n in self.sums.values()]
-        pairs = torch.stack(pairs)
-        if world_size() > 1:
-            dist.all_reduce(pairs)
-        return {key: t / n for key, (t, n) in zip(self.sums, pairs.tolist(), strict=True)}
-
     def due(self, every: int) -> bool:
         """Whether this epoch is one of every `every`; the last always is."""
         return (self.epoch + 1) % every == 0 or self.epoch + 1 == self.total
@@ -1035,7 +1000,7 @@ class Stage:
         """
         self.look()
         row = {"stage": self.name, "epoch": self.epoch, "steps": self.step, "passes": self.passes}
-        row |= {"lr": self.lr} | self.means() | metrics
+        row |= {"lr": self.lr} | means_over_ranks(self.sums) | metrics
         if judge and self.due(self.run.args.eval_every):
             row |= judge()
         row["timing"] = {
@@ -1099,6 +1064,24 @@ class Judge:
             stage.restore(stage.run.read(stage.run.folder / f"{stage.name}_best.pt"))
 
 
+def outcome(run: Run, stage: str, figures: dict, classes: list[str], counts: list[int]) -> dict:
+    """What result.json says of a classifier trained in `stage`: `run.finish(**outcome(...), ...)`.
+
+    figures: its `report` on the test set. The rows of the stage that were evaluated hold `test`.
+    """
+    rows = [row for row in run.rows if row["stage"] == stage]
+    best = max((row for row in rows if "test" in row), key=lambda row: row["test"]["overall"])
+    long = ("per_class", "confusion", "reliability")
+    return {key: figures.get(key) for key in long} | {
+        "headline": {key: value for key, value in figures.items() if key not in long},
+        "best_on_test": {"overall": best["test"]["overall"], "epoch": best["epoch"]},
+        "classes": classes,
+        "counts": counts,
+        "image_passes": run.passes,
+        "epochs": rows[-1]["epoch"] + 1,
+    }
+
+
 def machine(args) -> dict:
     """What a run was done on."""
     gpu = args.device.startswith("cuda")
@@ -1110,6 +1093,22 @@ def machine(args) -> dict:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def means_over_ranks(sums: dict[str, tuple[Tensor, int]]) -> dict[str, float]:
+    """The means of {name: (sum on the device, items)} over all ranks; the one wait for the device."""
+    if not sums:
+        return {}
+    pairs = torch.stack([torch.stack([total, torch.full_like(total, n)]) for total, n in sums.values()])
+    if world_size() > 1:
+        dist.all_reduce(pairs)
+    return {key: total / n for key, (total, n) in zip(sums, pairs.tolist(), strict=True)}
+
+
+def write_rows(run: Run) -> None:
+    """metrics.jsonl as the checkpoint has it: what was written after that is begun again."""
+    lines = "".join(json.dumps(row) + "\n" for row in run.rows)
+    write_atomic(run.folder / "metrics.jsonl", lambda file: file.write(lines.encode()))
 
 
 def show_bar(stage: Stage, seconds: float) -> None:
@@ -1472,14 +1471,15 @@ def tell_figures(args, checkpoint: dict, full: dict, **more) -> None:
     if is_main():
         names = ("overall", *GROUPS)
         parts = [f"{name} {'n/a' if full[name] is None else f'{100 * full[name]:.2f}%'}" for name in names]
-        print(f"{args.eval}: {'  '.join(parts)}")
+        place = f"{checkpoint['stage']}, epoch {checkpoint['epoch']}"
+        print(f"{args.eval}: {place}: {'  '.join(parts)}")
     keep_examined(args, checkpoint, full | more)
 
 
 def keep_examined(args, checkpoint: dict, result: dict) -> None:
     """`<out>/<script>/examined/eval-<run>-<stage>.json`: what `--eval` found."""
     if is_main():
-        path, folder = Path(args.eval).resolve(), Path(args.out) / Path(sys.argv[0]).stem / "examined"
+        path, folder = Path(args.eval).resolve(), Path(args.out) / checkpoint["script"] / "examined"
         make_folder(folder)
         head = {"checkpoint": args.eval, "stage": checkpoint["stage"], "epoch": checkpoint["epoch"]}
         write_json(folder / f"eval-{'-'.join([*path.parts[-4:-1], path.stem])}.json", head | result)

@@ -1597,4 +1597,4 @@ def finish(run: common.Run, net: nn.Module, data: Splits, stage: str, **result) 
     if run.rows[-1]["stage"] != stage:  # --stages ended before it
         return run.finish(classes=data.classes, counts=data.counts, image_passes=run.passes, **result)
     full = common.figures(args, net, evaluation_loader(args, data.test), data.counts)
-    run.finish(**run.outcome(stage, full, data.classes, data.counts), **result)
+    run.finish(**common.outcome(run, stage, full, data.classes, data.counts), **result)

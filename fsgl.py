@@ -731,7 +731,7 @@ def main(args) -> None:
         return run.show()
     figures = examine(args, net, test_loader, splits.counts)
     run.finish(
-        **run.outcome("train", figures["test"], splits.train.classes, splits.counts),
+        **common.outcome(run, "train", figures["test"], splits.train.classes, splits.counts),
         parameters=models.count_parameters(net), tables=heads_table(figures),
     )  # fmt: skip
 

@@ -1165,7 +1165,7 @@ def report_arms(run, args, splits, arms: dict[str, Outcome], told: dict) -> None
     title = "With and without pre-training" if args.compare else "Recipe"
     tables = [arms_table(run, args, title, arms, spent), *similarity_tables(arms, splits)]
     tables += pretrain_table(run, args) + (pseudo_tables(told, splits) if told else [])
-    outcome = run.outcome(last.stage, last.figures, splits.train.classes, splits.counts)
+    outcome = common.outcome(run, last.stage, last.figures, splits.train.classes, splits.counts)
     keep = splits.num_classes <= 20
     run.finish(
         **outcome | {"image_passes": spent[name]}, tables=tables,

@@ -1105,7 +1105,7 @@ def main(args) -> None:
         return run.show()
     full, seen = (common.figures(args, net, image_loader(args, part, splits), splits.counts)
                   for part in (splits.test, splits.train))  # fmt: skip
-    outcome, tables = run.outcome(stages[-1], full, splits.train.classes, splits.counts), []
+    outcome, tables = common.outcome(run, stages[-1], full, splits.train.classes, splits.counts), []
     if source is not None:
         rows = [row for row in run.rows if row["stage"] == stages[-1]]
         outcome["feature_passes"] = rows[-1]["passes"]  # real and generated, through the head alone

@@ -56,7 +56,7 @@ def main(args) -> None:
             stage.add(len(labels), loss=loss)
         stage.end_epoch(judge)
     full = common.figures(args, net, test, splits.counts)
-    run.finish(**run.outcome("train", full, splits.train.classes, splits.counts))
+    run.finish(**common.outcome(run, "train", full, splits.train.classes, splits.counts))
 
 
 if __name__ == "__main__":

@@ -812,7 +812,7 @@ def test_the_command_line_with_pictures_and_evaluation(tmp_path, monkeypatch, ti
     assert say("--dataset", tiny, *flags).splitlines()[-1] == done.stdout.splitlines()[-1], "finished: only shown"
     look = ["--dataset", tiny, "--imb-ratio", "4", "--backbone", "resnet8"]
     said = say(*look, "--eval", folder / "finetune.pt")
-    assert f"finetune, epoch 3: overall {100 * overall:.2f}%" in said and "> 100 / < 20" in said
+    assert f"finetune, epoch 3: overall {100 * overall:.2f}%" in said and "many > 100, few < 20" in said
     done = commands.run("bns_ipdpp.py", "--eval", folder / "pretrain.pt", *look, out=tmp_path / "a", code=2)
     assert "stage pretrain" in done.stderr
 
@@ -825,7 +825,7 @@ def test_evaluation_of_a_probe_and_own_groups(tmp_path, monkeypatch, tiny, encod
     common._choose_device(args, False)
     bns.main(args)
     said = capsys.readouterr().out
-    assert f"probe, epoch 2: overall {100 * overall:.2f}%" in said and "> 12 / < 7" in said
+    assert f"probe, epoch 2: overall {100 * overall:.2f}%" in said and "many > 12, few < 7" in said
     (written,) = (tmp_path / "bns_ipdpp" / "examined").glob("eval-*.json")
     result = json.loads(written.read_text())
     counts = np.array(result["counts"])

@@ -21,7 +21,7 @@ CASES = {
     "tailcalibx": ["", "--pipeline tailcalib", "--pipeline cbd_tailcalibx", "--pipeline modals", "--pipeline crt"],
 }  # fmt: skip
 WAITS = {  # where the host may wait for the GPU, and how often in an epoch (a row of metrics.jsonl)
-    "common.py:means": 1,
+    "common.py:means_over_ranks": 1,
     "common.py:look": 1,
     "common.py:evaluate": 2,
     "ssp_pretrain.py:__iter__": 1,  # a batch of the rotation test

@@ -538,20 +538,15 @@ def parse(*flags) -> object:
 
 def train(out, *flags) -> Path:
     """A whole run; its folder."""
-    args, opened, run_open = parse(*flags, "--out", out), [], common.Run._open
-
-    def remember(run):
-        run_open(run)
-        opened.append(run)
-
+    args, locks, lock = parse(*flags, "--out", out), [], common.lock
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common.Run, "_open", remember)
+        patch.setattr(common, "lock", lambda path: locks.append(lock(path)) or locks[-1])
         try:
             tc.main(args)
         finally:
-            for run in opened:
-                run.lock.close()
-    return opened[-1].folder
+            for file in locks:
+                file.close()
+    return Path(locks[-1].name).parent
 
 
 def short(*stages: str, epochs: int = 2) -> list:
