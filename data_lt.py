@@ -1301,6 +1301,10 @@ def leave_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+def as_it_is(batch):
+    return batch
+
+
 def decoded(reader: Reader, tasks: list[tuple], workers: int, pin: bool) -> Iterator:
     """reader[task] of every task, by worker processes (0: here). RunError when one of them dies."""
     if workers == 0:
@@ -1310,7 +1314,7 @@ def decoded(reader: Reader, tasks: list[tuple], workers: int, pin: bool) -> Iter
     warnings.filterwarnings("ignore", "This DataLoader will create")  # --workers is the user's
     batches = DataLoader(
         reader, batch_size=None, sampler=tasks, num_workers=min(workers, len(tasks)),
-        pin_memory=pin, collate_fn=lambda batch: batch, worker_init_fn=leave_signals,
+        pin_memory=pin, collate_fn=as_it_is, worker_init_fn=leave_signals,
         generator=torch.Generator(),  # or it would draw from the one of the network's dropout
     )  # fmt: skip
     try:

@@ -57,8 +57,8 @@ Where this differs from the papers and their code:
 
 from __future__ import annotations
 
-import dataclasses
 import copy
+import dataclasses
 import sys
 import warnings
 from dataclasses import dataclass

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import load
 from PIL import Image
 
 import data_lt as lt
-from commands import load
 from common import RunError, UserError, generator
 from tools import prepare
 

@@ -11,10 +11,10 @@ import fake_tree
 import numpy as np
 import pytest
 import torch
+from commands import load
 from PIL import Image
 
 import data_lt as lt
-from commands import load
 from common import UserError
 from data_lt import Files, ListReader, Set
 from tools import prepare as fl
