@@ -47,14 +47,8 @@ LegacyRng = np.random.RandomState  # its streams never change, so published subs
 # --- profiles ---------------------------------------------------------------------------------
 
 
-def long_tail_counts(
-    num_classes: int,
-    n_max: float,
-    ratio: float = 1.0,
-    kind: str = "exp",
-    factor: float | None = None,
-) -> list[int]:
-    """Images per class, largest first, truncated toward zero (LDAM, Cao et al. 2019, its code).
+def long_tail_counts(num_classes: int, n_max: float, ratio=1.0, kind="exp", factor=None):
+    """Images per class, list [C], largest first, truncated toward zero (LDAM, Cao et al. 2019).
 
     exp: n_max * f**(c / (C - 1)); step: n_max for the first half (an odd C gives its middle class
     to the head), n_max * f for the rest; balanced: n_max everywhere. f = 1 / ratio, or `factor`
@@ -133,16 +127,10 @@ def subset_common(labels: np.ndarray, counts: Ints, rng: LegacyRng, class_order=
     return np.concatenate([pools[c][: counts[c]] for c in order])
 
 
-def subset_semi_supervised(
-    labels: np.ndarray,
-    counts: Ints,
-    hidden: np.ndarray,
-    unlabeled: Ints,
-    rng: LegacyRng,
-    order: Ints | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of the labelled and of the unlabelled subset, drawn from ONE generator.
+def subset_semi_supervised(labels, counts: Ints, hidden, unlabeled: Ints, rng, order=None):
+    """Positions of the labelled and of the unlabelled subset, drawn from ONE legacy generator.
 
+    labels [N] and hidden [U] are arrays of classes, counts and unlabeled the images per class.
     Labelled classes first, in `order`; then for each ascending class of `hidden` the positions are
     shuffled and the first u_c kept: the hidden class shapes the imbalance and is no training
     label. Too few unlabelled images: all there are, with a warning (Yang and Xu: silently).
@@ -570,10 +558,9 @@ def _npz_arrays(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _npz_statistics(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, tuple]:
+def _take_statistics(path: Path, arrays: dict[str, np.ndarray], info: SetInfo) -> None:
     """mean and std of the file, where it has them."""
-    found = {}
-    for key in [key for key in ("mean", "std") if key in arrays]:
+    for key in {"mean", "std"} & set(arrays):
         value = arrays[key]
         if value.shape != (3,) or value.dtype.kind != "f":
             shape = f"{value.dtype} {list(value.shape)}"
@@ -581,8 +568,7 @@ def _npz_statistics(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, tupl
         if not np.isfinite(value).all() or (key == "std" and value.min() <= 0):
             wanted = "finite numbers" + ", above 0" * (key == "std")
             raise UserError(f"{path}: {key} is {value.tolist()}; expected {wanted}")
-        found[key] = tuple(value.tolist())
-    return found
+        setattr(info, key, tuple(value.tolist()))
 
 
 def npz_sets(path: Path, size: int | None, info: SetInfo) -> dict[str, Set]:
@@ -611,8 +597,7 @@ def npz_sets(path: Path, size: int | None, info: SetInfo) -> dict[str, Set]:
     if len(set(names)) != len(labels) or len(names) != len(labels):
         found = f"{len(set(names))} different class names for {len(labels)} labels"
         raise UserError(f"{path}: {found}; give each label one")
-    for key, value in _npz_statistics(path, arrays).items():
-        setattr(info, key, value)
+    _take_statistics(path, arrays, info)
     sets = {}
     for split in splits:
         x, y = arrays[f"x_{split}"], arrays[f"y_{split}"]
@@ -753,13 +738,7 @@ def peek_image_size(dataset: str, data_root="data", image_size: int | None = Non
     return in_memory(first, None).size
 
 
-def load_pool(
-    dataset: str,
-    root: str | Path = "data",
-    image_size: int | None = None,
-    files: bool = False,
-    ratio: float | None = None,
-) -> Splits:
+def load_pool(dataset: str, root="data", image_size=None, files=False, ratio=None) -> Splits:
     """Training pool, test set and own validation set or None, before any long tail.
 
     `image_size` resizes the short side and crops the centre; needed where images differ in size or
@@ -1201,15 +1180,8 @@ def class_aware_order(labels: np.ndarray, length: int, each: int, seed: int, vis
     return stream[(starts - begin * sizes)[visited][:, None] + items].reshape(-1)[:length]
 
 
-def sampler_order(
-    sampler: str,
-    labels: np.ndarray,
-    length: int,
-    seed: int,
-    epoch: int,
-    **options,
-) -> np.ndarray:
-    """Positions int64 [length] visited in `epoch`; a pure function of its arguments.
+def sampler_order(sampler: str, labels, length: int, seed: int, epoch: int, **options):
+    """Positions int64 array [length] visited in `epoch`; a pure function of its arguments.
 
     instance: random permutations (one when length = N); sequential: 0, 1, 2, ...; class_aware:
     `class_aware_order`, epoch e begins at visit e * ceil(length / samples_per_class) (4). With
@@ -1530,11 +1502,10 @@ class Loader:
                 rows = there[step * self.batch_size :][begin:end]
                 yield self.images.index_select(0, rows.repeat(self.views))
             return
-        rows = [order[step * self.batch_size :][b:e] for step, _, b, e in shares]
-        tasks = [
-            (epoch, step, self.items(step), begin, end, part)
-            for (step, _, begin, end), part in zip(shares, rows, strict=True)
-        ]
+        tasks = []
+        for step, _, begin, end in shares:
+            rows = order[step * self.batch_size :][begin:end]
+            tasks.append((epoch, step, self.items(step), begin, end, rows))
         pin = self.device.type == "cuda"
         with contextlib.closing(decoded(self.reader, tasks, self.workers, pin)) as batches:
             for found in batches:
