@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import fcntl
 import hashlib
 import json
 import math
@@ -48,14 +49,8 @@ LegacyRng = np.random.RandomState  # its streams never change, so published subs
 # --- profiles ---------------------------------------------------------------------------------
 
 
-def long_tail_counts(
-    num_classes: int,
-    n_max: float,
-    ratio: float = 1.0,
-    kind: str = "exp",
-    factor: float | None = None,
-) -> list[int]:
-    """Images per class, largest first, truncated toward zero (LDAM, Cao et al. 2019, its code).
+def long_tail_counts(num_classes: int, n_max: float, ratio=1.0, kind="exp", factor=None):
+    """Images per class, list [C], largest first, truncated toward zero (LDAM, Cao et al. 2019).
 
     exp: n_max * f**(c / (C - 1)); step: n_max for the first half (an odd C gives its middle class
     to the head), n_max * f for the rest; balanced: n_max everywhere. f = 1 / ratio, or `factor`
@@ -75,14 +70,14 @@ def long_tail_counts(
     return [int(n_max)] * (num_classes - tail) + [int(n_max * factor)] * tail
 
 
-def unlabeled_counts(labeled: Ints, ratio_unlabeled: float = 1.0, factor: float | None = None) -> list[int]:
+def unlabeled_counts(labeled: Ints, ratio: float = 1.0, factor: float | None = None) -> list[int]:
     """Unlabelled images per hidden class: U = 5 sum n_c in all, with a long tail of its own.
 
     u_c = trunc(g w_c), w_c = trunc(v f**(c / (C - 1))), v = floor(U / C), g = U / sum_c w_c
     (Yang and Xu 2020, released code).
     """
     total = 5 * sum(labeled)
-    shape = long_tail_counts(len(labeled), total // len(labeled), ratio_unlabeled, "exp", factor)
+    shape = long_tail_counts(len(labeled), total // len(labeled), ratio, "exp", factor)
     gain = total / max(sum(shape), 1)
     return [int(gain * n) for n in shape]
 
@@ -119,13 +114,13 @@ def _pools(labels: np.ndarray, counts: Ints, names: Sequence[str] = ()) -> list[
     return pools
 
 
-def subset_common(labels: np.ndarray, counts: Ints, rng: LegacyRng, class_order: Ints | None = None) -> np.ndarray:
+def subset_common(labels: np.ndarray, counts: Ints, rng: LegacyRng, class_order=None) -> np.ndarray:
     """The field's common subset rule: positions int64 [sum(counts)] in stored order, by class.
 
     For every class the WHOLE ascending list of its positions is shuffled by the legacy generator
     and the first n_c are kept, so subsets of other sizes are nested. FSGL's code chooses n_c
     without replacement, which is the same draw: its subsets are those of data seed 3407. `counts`
-    is indexed by label; `class_order` is the order of shuffling and storing (default ascending).
+    is indexed by label; `class_order`: labels in the order of shuffling and storing (ascending).
     """
     pools = _pools(labels, counts)
     order = range(len(counts)) if class_order is None else class_order
@@ -134,16 +129,10 @@ def subset_common(labels: np.ndarray, counts: Ints, rng: LegacyRng, class_order:
     return np.concatenate([pools[c][: counts[c]] for c in order])
 
 
-def subset_semi_supervised(
-    labels: np.ndarray,
-    counts: Ints,
-    hidden: np.ndarray,
-    unlabeled: Ints,
-    rng: LegacyRng,
-    order: Ints | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of the labelled and of the unlabelled subset, drawn from ONE generator.
+def subset_semi_supervised(labels, counts: Ints, hidden, unlabeled: Ints, rng, order=None):
+    """Positions of the labelled and of the unlabelled subset, drawn from ONE legacy generator.
 
+    labels [N] and hidden [U] are arrays of classes, counts and unlabeled the images per class.
     Labelled classes first, in `order`; then for each ascending class of `hidden` the positions are
     shuffled and the first u_c kept: the hidden class shapes the imbalance and is no training
     label. Too few unlabelled images: all there are, with a warning (Yang and Xu: silently).
@@ -321,7 +310,7 @@ MINI_LISTS = {"train": "train_ir{}.txt", "val": "val.txt", "test": "test.txt"}
 IMAGENET_LISTS = {split: f"ImageNet_LT_{split}.txt" for split in ("train", "val", "test")}
 IMAGENET_FILES = "{train,val}/<wnid>/* and ImageNet_LT_{train,val,test}.txt"
 INAT_LISTS = {"train": "iNaturalist18_train.txt", "test": "iNaturalist18_val.txt"}
-INAT_FILES = "train_val2018/<group>/<class>/* and iNaturalist18_{train,val}.txt (or {train,val}2018.json)"
+INAT_FILES = "train_val2018/<group>/<class>/* and iNaturalist18_{train,val}.txt (or the JSON)"
 KNOWN = (
     SetInfo("glyphs_lt", 10, 16, ratio=100, n_max=400),
     SetInfo("cifar10_lt", 10, 32, **CIFAR, ratio=100, n_max=5000, source="CIFAR10",
@@ -335,7 +324,8 @@ KNOWN = (
 )  # fmt: skip
 DATASETS = {info.name: info for info in KNOWN}
 LISTED = {info.name for info in KNOWN if info.lists}
-PATH_LAYOUT = "a folder with train/<class>/* and test/<class>/*, or an .npz with x_train, y_train, x_test, y_test"
+ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+PATH_LAYOUT = f"a folder with train/<class>/*, test/<class>/*, or an .npz with {', '.join(ARRAYS)}"
 MAX_SIZE = 64  # px up to which images are held in memory
 IMAGE_SUFFIXES = set(".png .jpg .jpeg .bmp .gif .ppm .pgm .tif .tiff .webp".split())
 
@@ -494,8 +484,6 @@ def fetch(info: SetInfo, root: str | Path, create: bool = False) -> list[tuple]:
     with contextlib.suppress(RuntimeError):  # missing, or an md5 differs
         return parts(download=False)
     try:
-        import fcntl
-
         root.mkdir(parents=True, exist_ok=True)
         with open(root / ".download.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -567,16 +555,14 @@ def _npz_arrays(path: Path) -> dict[str, np.ndarray]:
         if "allow_pickle" in str(error) and arrays:
             why = "holds pickled Python objects; store plain arrays"
         raise UserError(f"{path}: {key} {why}") from error
-    wanted = ("x_train", "y_train", "x_test", "y_test")
-    if missing := [key for key in wanted if key not in arrays]:
-        raise UserError(f"{path}: lacks {', '.join(missing)}; expected {', '.join(wanted)}")
+    if missing := [key for key in ARRAYS if key not in arrays]:
+        raise UserError(f"{path}: lacks {', '.join(missing)}; expected {', '.join(ARRAYS)}")
     return arrays
 
 
-def _npz_statistics(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, tuple]:
+def _take_statistics(path: Path, arrays: dict[str, np.ndarray], info: SetInfo) -> None:
     """mean and std of the file, where it has them."""
-    found = {}
-    for key in [key for key in ("mean", "std") if key in arrays]:
+    for key in {"mean", "std"} & set(arrays):
         value = arrays[key]
         if value.shape != (3,) or value.dtype.kind != "f":
             shape = f"{value.dtype} {list(value.shape)}"
@@ -584,8 +570,7 @@ def _npz_statistics(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, tupl
         if not np.isfinite(value).all() or (key == "std" and value.min() <= 0):
             wanted = "finite numbers" + ", above 0" * (key == "std")
             raise UserError(f"{path}: {key} is {value.tolist()}; expected {wanted}")
-        found[key] = tuple(value.tolist())
-    return found
+        setattr(info, key, tuple(value.tolist()))
 
 
 def npz_sets(path: Path, size: int | None, info: SetInfo) -> dict[str, Set]:
@@ -614,8 +599,7 @@ def npz_sets(path: Path, size: int | None, info: SetInfo) -> dict[str, Set]:
     if len(set(names)) != len(labels) or len(names) != len(labels):
         found = f"{len(set(names))} different class names for {len(labels)} labels"
         raise UserError(f"{path}: {found}; give each label one")
-    for key, value in _npz_statistics(path, arrays).items():
-        setattr(info, key, value)
+    _take_statistics(path, arrays, info)
     sets = {}
     for split in splits:
         x, y = arrays[f"x_{split}"], arrays[f"y_{split}"]
@@ -744,7 +728,7 @@ def find(dataset: str) -> SetInfo:
     raise UserError(f"unknown data set {dataset!r}; {known}")
 
 
-def peek_image_size(dataset: str, data_root: str | Path = "data", image_size: int | None = None) -> int:
+def peek_image_size(dataset: str, data_root="data", image_size: int | None = None) -> int:
     """Side of the images in px, from the name, the .npz or the first image file."""
     info, path = find(dataset), Path(dataset)
     if image_size is not None or dataset in DATASETS:
@@ -756,13 +740,7 @@ def peek_image_size(dataset: str, data_root: str | Path = "data", image_size: in
     return in_memory(first, None).size
 
 
-def load_pool(
-    dataset: str,
-    root: str | Path = "data",
-    image_size: int | None = None,
-    files: bool = False,
-    ratio: float | None = None,
-) -> Splits:
+def load_pool(dataset: str, root="data", image_size=None, files=False, ratio=None) -> Splits:
     """Training pool, test set and own validation set or None, before any long tail.
 
     `image_size` resizes the short side and crops the centre; needed where images differ in size or
@@ -1174,38 +1152,38 @@ def _hash(*keys: int | np.ndarray) -> np.ndarray:
     return state
 
 
-def class_aware_order(labels: np.ndarray, length: int, samples_per_class: int, seed: int, visit: int = 0) -> np.ndarray:
+def class_aware_order(labels: np.ndarray, length: int, each: int, seed: int, visit=0) -> np.ndarray:
     """Positions int64 [length] of the endless class-aware stream, from class visit `visit` on.
 
     Classes with images are visited in cycles, each cycle a random permutation of them; every visit
-    takes `samples_per_class` items of that class's own endless stream of random permutations of
-    its images (Decoupling, Kang et al. 2020, released code). A permutation is the sorting order of
+    takes `each` items of that class's own endless stream of random permutations of its
+    images (Decoupling, Kang et al. 2020, released code). A permutation is the sorting order of
     keys hashed from (seed, class, number of the permutation, position): no part needs another.
     """
     pools = [pool for pool in class_positions(labels, int(labels.max()) + 1) if len(pool)]
     sizes = np.array([len(pool) for pool in pools])
-    visits = visit + np.arange(-(-length // samples_per_class))
+    visits = visit + np.arange(-(-length // each))
     first, last = visits[0] // len(pools), visits[-1] // len(pools)
     cycles = np.arange(first, last + 1)[:, None]
     turn = np.argsort(_hash(seed, 0, cycles, np.arange(len(pools))), axis=1, kind="stable")
     visited = turn[visits // len(pools) - first, visits % len(pools)]
 
-    # In cycle k a class delivers the items k S .. k S + S - 1 of its stream (S samples a visit);
-    # item p lies in permutation p // n_c.
-    begin = first * samples_per_class // sizes
-    lengths = sizes * (((last + 1) * samples_per_class - 1) // sizes - begin + 1)
+    # In cycle k a class delivers the items k S .. k S + S - 1 of its stream (S = each); item p lies
+    # in permutation p // n_c.
+    begin = first * each // sizes
+    lengths = sizes * (((last + 1) * each - 1) // sizes - begin + 1)
     starts = np.cumsum(lengths) - lengths
     owner = np.repeat(np.arange(len(pools)), lengths)
     items = np.arange(lengths.sum()) + (begin * sizes - starts)[owner]
     number, within = np.divmod(items, sizes[owner])
     member = within[np.lexsort((_hash(seed, 1, owner, number, within), number, owner))]
     stream = np.concatenate(pools)[(np.cumsum(sizes) - sizes)[owner] + member]
-    items = visits[:, None] // len(pools) * samples_per_class + np.arange(samples_per_class)
+    items = visits[:, None] // len(pools) * each + np.arange(each)
     return stream[(starts - begin * sizes)[visited][:, None] + items].reshape(-1)[:length]
 
 
-def sampler_order(sampler: str, labels: np.ndarray, length: int, seed: int, epoch: int, **options) -> np.ndarray:
-    """Positions int64 [length] visited in `epoch`; a pure function of its arguments.
+def sampler_order(sampler: str, labels, length: int, seed: int, epoch: int, **options):
+    """Positions int64 array [length] visited in `epoch`; a pure function of its arguments.
 
     instance: random permutations (one when length = N); sequential: 0, 1, 2, ...; class_aware:
     `class_aware_order`, epoch e begins at visit e * ceil(length / samples_per_class) (4). With
@@ -1303,6 +1281,10 @@ def leave_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+def as_it_is(batch):
+    return batch
+
+
 def decoded(reader: Reader, tasks: list[tuple], workers: int, pin: bool) -> Iterator:
     """reader[task] of every task, by worker processes (0: here). RunError when one of them dies."""
     if workers == 0:
@@ -1312,7 +1294,7 @@ def decoded(reader: Reader, tasks: list[tuple], workers: int, pin: bool) -> Iter
     warnings.filterwarnings("ignore", "This DataLoader will create")  # --workers is the user's
     batches = DataLoader(
         reader, batch_size=None, sampler=tasks, num_workers=min(workers, len(tasks)),
-        pin_memory=pin, collate_fn=lambda batch: batch, worker_init_fn=leave_signals,
+        pin_memory=pin, collate_fn=as_it_is, worker_init_fn=leave_signals,
         generator=torch.Generator(),  # or it would draw from the one of the network's dropout
     )  # fmt: skip
     try:
@@ -1345,13 +1327,14 @@ class Cache:
             raise UserError(f"cache {path} {state}: {again}")
         try:
             with np.load(index, allow_pickle=False) as saved:
-                self.records, self.labels, paths = (saved[k] for k in ("records", "labels", "paths"))
+                self.records, self.labels = saved["records"], saved["labels"]
+                self.paths = os.fsdecode(saved["paths"].tobytes()).split("\0")
                 head = json.loads(saved["head"].tobytes())
-            self.paths = os.fsdecode(paths.tobytes()).split("\0")
             self.fingerprint, self.side, total = (head[k] for k in ("fingerprint", "side", "bytes"))
         except Exception as error:  # a foreign or damaged .npz raises many kinds
             why = str(error).partition("\n")[0] or type(error).__name__
-            raise UserError(f"{index} is no index of a cache ({why}); delete it and {again}") from None
+            wrong = f"{index} is no index of a cache ({why})"
+            raise UserError(f"{wrong}; delete it and {again}") from None
         size = self.file.stat().st_size if self.file.exists() else 0
         if size != total:
             wrong = f"{self.file} has {size} bytes, its index says {total}"
@@ -1464,7 +1447,8 @@ class Loader:
             if source.side < resize:
                 what = f"has a short side of {source.side} px, {size} px images need {resize}"
                 make = f"make it with `python -m tools.prepare cache --side {resize}`"
-                raise UserError(f"cache {self.cache} {what}: {make}, or give a smaller --image-size")
+                other = "or give a smaller --image-size"
+                raise UserError(f"cache {self.cache} {what}: {make}, {other}")
         if windows:
             self.augment = dataclasses.replace(whole, crop="none", flip=0.0)
         return Reader(source, whole, self.views, self.seed, None if windows else resize)
@@ -1520,11 +1504,10 @@ class Loader:
                 rows = there[step * self.batch_size :][begin:end]
                 yield self.images.index_select(0, rows.repeat(self.views))
             return
-        rows = [order[step * self.batch_size :][b:e] for step, _, b, e in shares]
-        tasks = [
-            (epoch, step, self.items(step), begin, end, part)
-            for (step, _, begin, end), part in zip(shares, rows, strict=True)
-        ]
+        tasks = []
+        for step, _, begin, end in shares:
+            rows = order[step * self.batch_size :][begin:end]
+            tasks.append((epoch, step, self.items(step), begin, end, rows))
         pin = self.device.type == "cuda"
         with contextlib.closing(decoded(self.reader, tasks, self.workers, pin)) as batches:
             for found in batches:

@@ -10,7 +10,6 @@ import common
 ALONG = {  # what a value needs beside it; flags later on the line win
     "--imb-type step": "--imb-ratio 2",
     "--imb-type exp": "--imb-ratio 2",
-    "--subset-rule fsgl": "--imb-ratio 2",
     "--val-from train": "--select val",
     "--val-from test": "--select val",
     "--select val": "--val-from train",
@@ -28,7 +27,7 @@ ALONG = {  # what a value needs beside it; flags later on the line win
     "ssp_pretrain --cos-shift": "--train-schedule cosine",
     "toy_similarity --experiment sweep1": "--points 4 --tail-count 2",
     **dict.fromkeys(
-        (f"toy_similarity {flag}" for flag in ("--imb-type step", "--imb-type exp", "--subset-rule fsgl")),
+        (f"toy_similarity {flag}" for flag in ("--imb-type step", "--imb-type exp")),
         "--experiment verification --points 0.5 --imb-ratio 2",
     ),
     "toy_similarity --experiment verification": "--points 0.5",
@@ -67,7 +66,6 @@ DROPPED = {  # flags of the micro settings that the value has no use for
                 "--control",
                 "--imb-type step",
                 "--imb-type exp",
-                "--subset-rule fsgl",
             )
         ),
         ("--experiment", "--points"),
@@ -80,7 +78,6 @@ DROPPED = {  # flags of the micro settings that the value has no use for
 ELSEWHERE = {
     "--fresh": "test_run.py",
     "--compile": "takes minutes on a CPU; the scripts' own tests stand in for torch.compile",
-    "--skip-broken": "of image files: test_large.py",
     "--quiet": "on every line here",
     "--logger tensorboard": "test_run.py",
     "ssp_pretrain --stage": "test_ssp.py",

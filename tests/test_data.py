@@ -1,5 +1,6 @@
 """Profiles, subsets, data sets, samplers, the loader; show, export and fetch of tools/prepare.py."""
 
+import argparse
 import errno
 import os
 import subprocess
@@ -15,7 +16,7 @@ from commands import load
 from PIL import Image
 
 import data_lt as lt
-from common import RunError, UserError, generator
+from common import RunError, UserError, derive_seed, generator
 from tools import prepare
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -647,6 +648,32 @@ def test_evaluation_counts_every_image_once(ranks):
     views, labels, indices = shares[0][0]
     assert indices.equal(torch.arange(len(indices))) and labels.equal(dataset.labels[indices])
     torch.testing.assert_close(views[0], dataset.images[indices].float() / 127.5 - 1)  # no flip, no jitter
+
+
+def test_the_loader_of_the_flags(glyphs):
+    args = argparse.Namespace(dataset="glyphs_lt", data_root="data", device="cpu", seed=3, workers=0, cache=None)
+    plain = lt.Augment(16, (0.5,) * 3, (0.5,) * 3, crop="pad", flip=0.5)
+    by_name = {"crop": "pad", "flip": 0.5}
+    for seed, number in ((None, 3), (7, 7), ((3, "tsc"), derive_seed(3, "tsc"))):
+        ours = lt.loader(args, glyphs.train, 200, views=2, augment=by_name, seed=seed, sampler="effective")
+        expected = lt.Loader(glyphs.train, 200, plain, seed=number, views=2, sampler="effective")
+        assert same_batches(list(ours), list(expected))
+    other = load()
+    other.info.mean, other.info.std = (0.1, 0.2, 0.3), (1.0, 2.0, 3.0)  # of all splits
+    (views, *_), *_ = lt.evaluation_loader(args, other.test)
+    expected = lt.Augment(16, (0.1, 0.2, 0.3), (1.0, 2.0, 3.0))
+    assert views[0].equal(expected(other.test.images[:1000], expected.draw(1000, generator(0), 16, 16)))
+    assert lt.DATASETS["glyphs_lt"].mean == (0.5, 0.5, 0.5)
+    args.cache = 256
+    with pytest.raises(UserError, match="--cache makes no sense for --dataset glyphs_lt: its images are in memory"):
+        lt.loader(args, glyphs.train, 200)
+
+
+def test_select_says_where_validation_images_come_from():
+    carved, own = load(select="val"), load(val_from="train")
+    assert carved.val.fingerprint() == own.val.fingerprint() and carved.train.fingerprint() == own.train.fingerprint()
+    tested = load(select="test")
+    assert tested.val is tested.test and load(select="last").val is None
 
 
 def test_loader_refuses_what_cannot_be():

@@ -294,7 +294,7 @@ def test_a_truncated_jpeg_and_a_folder_that_is_gone_are_named(script, tree, tmp_
     (root / name).write_bytes(content[: len(content) // 3])
     desk = on_tree(script, tmp_path / "data", tmp_path / "out", "--workers", 0)
     said = desk.run(code=2)
-    assert name in said and "unreadable image of class" in said and "--skip-broken" in said
+    assert name in said and "unreadable image of class" in said and "tools.prepare check" in said
     shutil.move((root / name).parent, root / "elsewhere")
     said = desk.run("--fresh", code=2)
     assert f"train/{name.split('/')[1]}/" in said and "No such file" in said

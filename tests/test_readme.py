@@ -84,7 +84,7 @@ def test_the_worked_example_of_own_images_runs(tmp_path):
             desk.run()
         else:
             done = subprocess.run(
-                [sys.executable, ROOT / words[1], *words[2:]], capture_output=True, text=True, cwd=tmp_path
+                [sys.executable, *words[1:]], capture_output=True, text=True, cwd=tmp_path, env=commands.environment()
             )
             assert done.returncode == 0, done.stderr
         ran.append(" ".join(words))
@@ -92,11 +92,11 @@ def test_the_worked_example_of_own_images_runs(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", [line for line in lines() if line.startswith("python data_lt.py") and "my_" not in line]
+    "line", [line for line in lines() if line.startswith("python -m tools.prepare") and "my_" not in line]
 )
-def test_a_command_of_data_lt(line, tmp_path):
+def test_a_command_of_prepare(line, tmp_path):
     words = shlex.split(line)
-    done = subprocess.run([sys.executable, ROOT / words[1], *words[2:]], capture_output=True, text=True, cwd=tmp_path,
+    done = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True, cwd=tmp_path,
                           env=commands.environment() | {"LT_LISTS_URL": (tmp_path / "none").as_uri()})  # fmt: skip
     large = "imagenet" in line or "inat18" in line
     assert done.returncode == (2 if large else 0), done.stderr
@@ -104,7 +104,7 @@ def test_a_command_of_data_lt(line, tmp_path):
 
 
 def test_the_other_commands(tmp_path):
-    others = [line for line in lines() if not line.startswith("python data_lt.py") and line not in METHODS]
+    others = [line for line in lines() if not line.startswith("python -m tools.prepare") and line not in METHODS]
     run_all = [line for line in others if "run_all.sh" in line]
     assert run_all and all(line.startswith(("bash run_all.sh", "PYTHON=")) for line in run_all)
     for line in run_all:
