@@ -1,4 +1,4 @@
-"""tsc.py: its equations against golden vectors, double loops and laws; the stages end to end, continued, on two ranks."""
+"""tsc.py: equations against golden vectors, double loops and laws; stages end to end and on two ranks."""
 
 import itertools
 import math
