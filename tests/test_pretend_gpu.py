@@ -25,8 +25,8 @@ WAITS = {  # where the host may wait for the GPU, and how often in an epoch (a r
     "common.py:look": 1,
     "common.py:evaluate": 2,
     "ssp_pretrain.py:__iter__": 1,  # a batch of the rotation test
-    "tsc.py:solve": 2,  # every step of tsc asks whether each class has a target of its own
-    "tsc.py:best_matching": 2,  # solved on the host where that is not so
+    "tsc.py:solve": 1,  # has each class a nearest target of its own? Rank 0 asks at each of the four steps of tsc
+    "tsc.py:best_matching": 1,  # where not, the matching is solved on the host
     "bns_ipdpp.py:collect": 1,  # p(i) of all images
     "tailcalibx.py:generate": 1,
     "tailcalibx.py:generate_lowrank": 2,
