@@ -559,8 +559,8 @@ def _choose_device(args, under_torchrun: bool) -> None:
     if args.precision == "auto":
         capable = name.startswith("cuda") and torch.cuda.get_device_capability() >= (8, 0)
         args.precision = "bf16" if capable else "fp32"
-    tf32 = args.precision != "fp32"
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    # float32 means float32: losses are products of float32 matrices outside autocast
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
 def _start_ranks(count: int) -> int:
