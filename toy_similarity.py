@@ -516,7 +516,7 @@ def tables(args, points: list[Point], rows: dict[str, dict], classes: list[str],
         lines = [{"name": n, "values": [f(point) for point in chosen], "paper": paper} for n, f, paper in lines]
         plot = {"x": columns, "xlabel": xlabel, "ylabel": "recall (%)", "rows": draw}
         passes = [rows[point.name]["image_passes"] for point in chosen]
-        epoch = "last epoch" if args.select == "last" else "epoch chosen on validation data"
+        epoch = common.CHOSEN[args.select]
         note = f"{epoch}; image passes of each column: {', '.join(f'{n:,}' for n in passes)}"
         return {"title": title, "note": note, "row_header": xlabel, "columns": columns, "rows": lines, "plot": plot}
 

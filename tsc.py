@@ -200,7 +200,12 @@ def parse_args(argv: list[str] | None = None):
     add = parser.add_argument_group("targets (stage 2)").add_argument
     add("--targets", choices=("auto", "paper", "file"), help="simplex or self-free objective (default), the paper's, "
         "or an .npy")  # fmt: skip
-    add("--target-file", metavar="NPY", help="float rows [C, d] (default with --targets file: optimal_<C>_<d>.npy)")
+    add(
+        "--target-file",
+        type=common.file_path,
+        metavar="NPY",
+        help="float rows [C, d] (default with --targets file: optimal_<C>_<d>.npy)",
+    )
     add("--target-repeat", type=whole, help="copies r of every target (default: 1; released CIFAR: 25)")
     add("--target-weight", type=real, help="weight lambda of the target term (default: 0.2)")
     add("--sep-t", action=argparse.BooleanOptionalAction, help="targets apart from the k draws (default: yes)")
@@ -224,7 +229,12 @@ def parse_args(argv: list[str] | None = None):
         "(default of small images) or from 160 of 200")  # fmt: skip
     add = parser.add_argument_group("diagnostics").add_argument
     add("--diagnostics-every", type=whole, help="epochs between diagnostics of stages 1 and 2 (default: by data set)")
-    add("--class-distances", metavar="NPY", help="semantic distances [C, C] for the reasonability")
+    add(
+        "--class-distances",
+        type=common.file_path,
+        metavar="NPY",
+        help="semantic distances [C, C] for the reasonability",
+    )
     args = parser.parse_args(argv)
     given = {key for key, value in vars(args).items() if value is not None}
     presets = TOY if command == "toy" else DEFAULTS[args.method]
