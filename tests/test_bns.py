@@ -11,6 +11,7 @@ from fractions import Fraction
 import commands
 import fake_tree
 import numpy as np
+import oracles
 import pytest
 import torch
 import torch.distributed as dist
@@ -159,12 +160,20 @@ def enumerate_subsets(p: list[Fraction], k: int, scale: str):
     return np.array(subsets), np.array([float(x / sum(dets)) for x in dets])
 
 
-def counts_of(subsets: np.ndarray, draw, draws: int) -> np.ndarray:
-    """How often each of the subsets came up in `draws` calls of draw()."""
+def many_draws(d: np.ndarray, u: np.ndarray, k: int, draws: int, seed: int = 0, tries: int = 4000) -> np.ndarray:
+    """The first `draws` subsets that the script's sampler accepts, positions [draws, k], ascending."""
+    generator, found = common.generator(seed, "many draws"), []
+    while sum(map(len, found)) < draws:
+        found.append(bns.kdpp_rows(t(d), t(u), k, tries, generator))
+    return torch.cat(found)[:draws].nonzero()[:, 1].reshape(draws, k).numpy()
+
+
+def counts_of(subsets: np.ndarray, drawn) -> np.ndarray:
+    """How often each of the subsets is among the drawn ones."""
     place = {tuple(row): i for i, row in enumerate(np.sort(subsets, 1).tolist())}
     seen = np.zeros(len(subsets))
-    for _ in range(draws):
-        seen[place[tuple(sorted(draw().tolist()))]] += 1
+    for row in drawn:
+        seen[place[tuple(sorted(row.tolist()))]] += 1
     return seen
 
 
@@ -181,22 +190,14 @@ def p_value(seen: np.ndarray, probability: np.ndarray) -> float:
     return stats.chisquare(observed[keep], expected[keep]).pvalue if keep.sum() > 1 else 1.0
 
 
-def check_frequencies(seen: np.ndarray, expected: np.ndarray, draws: int) -> None:
-    """How often each image was drawn, against its inclusion probability."""
+def check_frequencies(drawn: np.ndarray, expected: np.ndarray) -> None:
+    """How often each image was drawn, against its inclusion probability: within 5 s.d. each, and all together."""
+    draws, seen = len(drawn), np.bincount(drawn.ravel(), minlength=len(expected))
     random = np.abs(expected - 0.5) < 0.5 - 1e-9
     assert np.array_equal(seen[~random], draws * expected[~random].round()), "certain to be in, or to be out"
     inner = expected[random]
     z = (seen[random] - draws * inner) / np.sqrt(draws * inner * (1 - inner))
-    assert not len(z) or np.abs(z).max() < 6 and stats.chi2.sf((z**2).sum(), len(z)) > 1e-6
-
-
-SAMPLERS = {
-    "table": lambda d, u, k, rng: (lambda tables: lambda: bns.sample_table(tables, rng))(bns.kdpp_tables(d, u, k)),
-    "uniform": lambda d, u, k, rng: lambda: bns.sample_uniform_rejection(d, u, k, rng),
-    "bernoulli": lambda d, u, k, rng: (
-        lambda tilt: lambda: bns.sample_bernoulli_rejection(d, u, k, rng, log_theta=tilt)
-    )(bns.log_tilt(d, k)),
-}
+    assert not len(z) or np.abs(z).max() < 5 and stats.chi2.sf((z**2).sum(), len(z)) > 1e-6
 
 
 @pytest.mark.golden("bns_ipdpp_smatrix")
@@ -204,37 +205,36 @@ def test_kernel_and_determinants(golden):
     cases = [found[1] for found in golden.match(r"(c\d+)_p")]
     assert cases
     for case, scale in itertools.product(cases, ("n", "n2")):
-        d, u = bns.kernel_parts(log_(golden[f"{case}_p"]), scale)
-        np.testing.assert_allclose(bns.kernel_matrix(d, u), golden[f"{case}_S_{scale}"], rtol=0, atol=1e-12)
-        ours = np.array([bns.log_det(d, u, subset) for subset in golden[f"{case}_subsets"]])
+        d, u = oracles.kernel_parts(log_(golden[f"{case}_p"]), scale)
+        np.testing.assert_allclose(oracles.kernel_matrix(d, u), golden[f"{case}_S_{scale}"], rtol=0, atol=1e-12)
+        ours = np.array([oracles.log_det(d, u, subset) for subset in golden[f"{case}_subsets"]])
         np.testing.assert_allclose(ours, golden[f"{case}_logdet_{scale}"], rtol=0, atol=1e-12)
         np.testing.assert_allclose(ours - ours[0], golden[f"{case}_logratio_{scale}"], rtol=0, atol=1e-12)
 
 
 @pytest.mark.golden("bns_ipdpp_kdpp_enum")
-def test_kdpp_against_enumeration_and_50000_draws_of_each_sampler(golden):
+def test_kdpp_against_enumeration_and_50000_draws(golden):
     log_p, k, subsets = log_(golden["p"]), golden.scalar("k"), golden["subsets"]
     for scale in ("n", "n2"):
-        d, u = bns.kernel_parts(log_p, scale)
-        tables, probability = bns.kdpp_tables(d, u, k), golden[f"prob_{scale}"]
-        ours = np.exp([bns.log_prob(d, u, subset, tables) for subset in subsets])
+        d, u = oracles.kernel_parts(log_p, scale)
+        tables, probability = oracles.kdpp_tables(d, u, k), golden[f"prob_{scale}"]
+        ours = np.exp([oracles.log_prob(d, u, subset, tables) for subset in subsets])
         np.testing.assert_allclose(ours, probability, rtol=0, atol=1e-12)
-        assert bns.log_prob(d, u, subsets[0]) == pytest.approx(math.log(probability[0]), abs=1e-12)
-        log_e, log_z = bns.log_normalisers(tables)
+        log_e, log_z = oracles.log_normalisers(tables)
         np.testing.assert_allclose(log_e, golden[f"log_ek_d_{scale}"], rtol=0, atol=1e-12)
         assert log_z[k] == pytest.approx(golden.scalar(f"logZ_{scale}"), abs=1e-12)
-        np.testing.assert_allclose(
-            bns.inclusion_probabilities(tables), golden[f"inclusion_{scale}"], rtol=0, atol=1e-12
-        )
+        inclusion = oracles.inclusion_probabilities(tables)
+        np.testing.assert_allclose(inclusion, golden[f"inclusion_{scale}"], rtol=0, atol=1e-12)
         member = np.zeros((len(subsets), len(log_p)))
         np.put_along_axis(member, subsets, 1, 1)
         np.testing.assert_allclose(member.T @ (ours[:, None] * member), golden[f"pair_{scale}"], rtol=0, atol=1e-12)
-        for name in ("table", "bernoulli" if scale == "n" else "uniform"):
-            seen = counts_of(subsets, SAMPLERS[name](d, u, k, np.random.default_rng(7)), 50_000)
-            assert p_value(seen, probability) > 1e-4, (name, scale)
-        for name in ("uniform", "bernoulli"):  # exact at the other scale too, if slow there
-            seen = counts_of(subsets, SAMPLERS[name](d, u, k, np.random.default_rng(8)), 5000)
-            assert p_value(seen, probability) > 1e-4, (name, scale)
+        if 0 < k < len(d):
+            assert p_value(counts_of(subsets, many_draws(d, u, k, 50_000)), probability) > 1e-4, scale
+        rng = np.random.default_rng(7)
+        assert p_value(counts_of(subsets, (oracles.sample_table(tables, rng) for _ in range(5000))), probability) > 1e-4
+        generator = common.generator(0, "one call a draw")
+        single = (bns.sample_kdpp(t(log_p), k, generator, scale).numpy() for _ in range(3000))
+        assert p_value(counts_of(subsets, single), probability) > 1e-4, scale
 
 
 @pytest.mark.golden("bns_ipdpp_kdpp_exact")
@@ -244,52 +244,71 @@ def test_kdpp_against_long_arithmetic_and_inclusion_frequencies(golden):
     for case, scale in itertools.product(cases, ("n", "n2")):
         log_p, k = golden[f"{case}_logp"], golden.scalar(f"{case}_k")
         np.testing.assert_allclose(np.exp(log_p), golden[f"{case}_p"], rtol=1e-12)
-        d, u = bns.kernel_parts(log_p, scale)
+        d, u = oracles.kernel_parts(log_p, scale)
         np.testing.assert_allclose(d, golden[f"{case}_d_{scale}"], rtol=1e-10)
         np.testing.assert_allclose(u, golden[f"{case}_u_{scale}"], rtol=1e-10)
-        tables = bns.kdpp_tables(d, u, k)
-        log_e, log_z = bns.log_normalisers(tables)
+        tables = oracles.kdpp_tables(d, u, k)
+        log_e, log_z = oracles.log_normalisers(tables)
         np.testing.assert_allclose(log_e, golden[f"{case}_log_ek_d_{scale}"], rtol=1e-10, atol=1e-10)
         np.testing.assert_allclose(log_z, golden[f"{case}_logZ_all_{scale}"], rtol=1e-10, atol=1e-10)
         assert log_z[-1] == pytest.approx(golden.scalar(f"{case}_logZ_{scale}"), rel=1e-10)
-        inclusion = bns.inclusion_probabilities(tables)
+        inclusion = oracles.inclusion_probabilities(tables)
         np.testing.assert_allclose(inclusion, golden[f"{case}_inclusion_{scale}"], rtol=0, atol=1e-10)
         assert inclusion.sum() == pytest.approx(k, abs=1e-9)
-        rng, draws, seen = np.random.default_rng(1), 2000, np.zeros(len(d))
-        for _ in range(draws):
-            seen[bns.sample_table(tables, rng)] += 1
-        check_frequencies(seen, inclusion, draws)
+        if 0 < k < len(d):
+            check_frequencies(many_draws(d, u, k, 20_000), inclusion)
 
 
-def test_samplers_agree_with_dppy_at_eight_images():
+def profiles() -> dict[str, np.ndarray]:
+    """log p of the images of a class: before training, after it, saturated in two ways, all learned but a few."""
+    rng = np.random.default_rng(3)
+    return {
+        "untrained": np.log(np.clip(0.1 + 0.02 * rng.standard_normal(200), 0.01, 1)),
+        "trained": np.log(np.where(np.arange(200) < 170, rng.beta(60, 1.2, 200), rng.beta(1.2, 10, 200))),
+        "saturated": -(10 ** rng.uniform(-40, -4, 200)),
+        "almost equal to 1": -rng.uniform(1e-38, 2e-38, 200),
+        "one hard image": np.append(-rng.uniform(1e-9, 1e-7, 199), -4.0),
+        "two hard images of 40": np.append(-rng.uniform(1e-9, 1e-7, 38), [-4.0, -3.0]),
+    }
+
+
+@pytest.mark.parametrize("scale", ["n", "n2"])
+@pytest.mark.parametrize("name", profiles())
+def test_inclusion_of_20000_draws_of_every_tenth_image(name, scale):
+    log_p = profiles()[name]
+    k, (d, u) = len(log_p) // 10, oracles.kernel_parts(log_p, scale)
+    expected = oracles.inclusion_probabilities(oracles.kdpp_tables(d, u, k))
+    drawn = many_draws(d, u, k, 20_000)
+    check_frequencies(drawn, expected)
+    uneven = scale == "n" and name not in ("untrained", "almost equal to 1")
+    assert (expected.std() > 0.02) == uneven, "a profile that tells the k-DPP from uniform draws"
+    if uneven:
+        with pytest.raises(AssertionError):
+            check_frequencies(drawn, np.full(len(d), 0.1))
+
+
+@pytest.mark.parametrize("scale", ["n", "n2"])
+def test_inclusion_of_500_of_5000_by_tenths_of_p(scale):
+    """200 draws only: the share of the draws that each tenth of the images, ordered by p, has."""
+    log_p = np.sort(np.log(np.random.default_rng(0).beta(6, 1.2, 5000)))
+    d, u = oracles.kernel_parts(log_p, scale)
+    expected = oracles.inclusion_probabilities(oracles.kdpp_tables(d, u, 500)).reshape(10, 500).sum(1)
+    seen = (many_draws(d, u, 500, 200, tries=200)[:, :, None] // 500 == np.arange(10)).sum(1)  # [draws, 10]
+    z = (seen.mean(0) - expected) / np.sqrt(expected * (1 - expected / 500) / 200)  # s.d. of independent coins
+    assert np.abs(z).max() < 5 and (expected[0] > 2 * expected[-1]) == (scale == "n")
+
+
+def test_draws_agree_with_dppy_at_eight_images():
     pytest.importorskip("dppy")
     rng, k = np.random.default_rng(0), 3
     log_p = np.log(rng.beta(2, 1, 8))
     subsets = np.array(list(itertools.combinations(range(8), k)))
     for scale in ("n", "n2"):
-        d, u = bns.kernel_parts(log_p, scale)
-        process, state = bns.dppy_process(d, u, k), np.random.RandomState(5)
-        theirs = counts_of(subsets, lambda: np.array(process.sample_exact_k_dpp(k, random_state=state)), 3000)  # noqa: B023
-        assert p_value(theirs, np.exp([bns.log_prob(d, u, subset) for subset in subsets])) > 1e-4
-        for name, sampler in SAMPLERS.items():
-            ours = counts_of(subsets, sampler(d, u, k, rng), 10_000)
-            assert stats.chi2_contingency(np.stack([ours, theirs])).pvalue > 1e-4, (name, scale)
-    draw = bns.sample_kdpp(log_p, k, rng, "n", "dppy")
-    assert len(set(draw.tolist())) == k and (np.diff(draw) > 0).all()
-
-
-def test_every_sampler_includes_each_of_200_images_as_often_as_it_should():
-    rng, k, draws = np.random.default_rng(3), 20, 3000
-    log_p = np.log(rng.beta(2, 0.7, 200))
-    for scale, other in (("n", "bernoulli"), ("n2", "uniform")):
-        d, u = bns.kernel_parts(log_p, scale)
-        expected = bns.inclusion_probabilities(bns.kdpp_tables(d, u, k))
-        for name in ("table", other):
-            seen, draw = np.zeros(len(d)), SAMPLERS[name](d, u, k, rng)
-            for _ in range(draws):
-                seen[draw()] += 1
-            check_frequencies(seen, expected, draws)
-        assert expected.std() * 200 / k > (0.1 if scale == "n" else 0), "scale n is not uniform here"
+        d, u = oracles.kernel_parts(log_p, scale)
+        process, state = oracles.dppy_process(d, u), np.random.RandomState(5)
+        theirs = (np.array(process.sample_exact_k_dpp(k, random_state=state)) for _ in range(3000))
+        pair = np.stack([counts_of(subsets, many_draws(d, u, k, 10_000)), counts_of(subsets, theirs)])
+        assert stats.chi2_contingency(pair).pvalue > 1e-4, scale
 
 
 @pytest.mark.parametrize("scale", ["n", "n2"])
@@ -299,93 +318,81 @@ def test_extreme_probabilities_are_drawn_as_enumerated(scale):
     cases = [(log_(p), [Fraction(x) for x in p]) for p in ([0, 1, 1, 0.25, 0, 1], [1, 1, 0, 1, 1], [0] * 6)]
     saturated = -np.array([float(x) for x in q]), [1 - x for x in q]
     for i, (log_p, p) in enumerate([*cases, saturated]):
-        k, rng = 2, np.random.default_rng(2)
-        subsets, probability = enumerate_subsets(p, k, scale)
-        d, u = bns.kernel_parts(log_p, scale)
-        tables = bns.kdpp_tables(d, u, k)
-        ours = np.exp([bns.log_prob(d, u, subset, tables) for subset in subsets])
+        subsets, probability = enumerate_subsets(p, 2, scale)
+        d, u = oracles.kernel_parts(log_p, scale)
+        tables = oracles.kdpp_tables(d, u, 2)
+        ours = np.exp([oracles.log_prob(d, u, subset, tables) for subset in subsets])
         np.testing.assert_allclose(ours, probability, rtol=1e-9, atol=1e-12)
-        for name in SAMPLERS if (d > 0).all() and i < 3 else ["table"]:
-            assert p_value(counts_of(subsets, SAMPLERS[name](d, u, k, rng), 3000), probability) > 1e-4, (i, name)
+        assert p_value(counts_of(subsets, many_draws(d, u, 2, 20_000)), probability) > 1e-4, i
 
 
-def test_edges_of_the_sampler():
-    rng, log_p = np.random.default_rng(0), np.log([0.2, 0.5, 0.9, 0.7])
-    for sampler, scale in itertools.product(("table", "rejection", "dppy"), ("n", "n2")):
+def test_edges_of_the_sampler(monkeypatch):
+    generator, log_p = common.generator(0), t(np.log([0.2, 0.5, 0.9, 0.7]))
+    for scale in ("n", "n2"):
         for k, expected in ((4, 4), (9, 4), (0, 0)):
-            assert bns.sample_kdpp(log_p, k, rng, scale, sampler).tolist() == list(range(expected))
-        assert bns.sample_kdpp(np.zeros(1), 1, rng, scale, sampler).tolist() == [0]
-        assert len(bns.sample_kdpp(np.zeros(0), 3, rng, scale, sampler)) == 0
-        assert len(bns.sample_kdpp(log_p, 3, rng, scale, sampler)) == 3
-    for k in range(5):  # tables at both ends; one image
-        tables = bns.kdpp_tables(*bns.kernel_parts(log_p), k)
-        inclusion = bns.inclusion_probabilities(tables)
-        assert inclusion.sum() == pytest.approx(k) and len(bns.sample_table(tables, rng)) == k
-        assert k not in (0, 4) or inclusion == pytest.approx(k / 4)
-    parts = bns.kernel_parts(log_p)
-    for k in (-1, 5):
-        with pytest.raises(ValueError, match=f"no subset of {k} of 4"):
-            bns.kdpp_tables(*parts, k)
-    for subset in ([0, 0], [0]):
-        with pytest.raises(ValueError, match="2 distinct"):
-            bns.log_prob(*parts, np.array(subset), bns.kdpp_tables(*parts, 2))
-    impossible = bns.kdpp_tables(*bns.kernel_parts(np.zeros(5)), 2)
-    for function in (lambda: bns.sample_table(impossible, rng), lambda: bns.inclusion_probabilities(impossible)):
-        with pytest.raises(ValueError, match="not defined"):
-            function()
-    with pytest.raises(ValueError):
-        bns.sample_kdpp(log_p, -1, rng)
-    d, u = bns.kernel_parts(np.log([0.3]), "n2")
-    assert d + u**2 == pytest.approx(1) and bns.log_det(d, u, np.array([0])) == pytest.approx(0)
-    assert bns.log_det(d, u, np.array([], int)) == 0
+            assert bns.sample_kdpp(log_p, k, generator, scale).tolist() == list(range(expected))
+        assert bns.sample_kdpp(torch.zeros(1), 1, generator, scale).tolist() == [0]
+        assert len(bns.sample_kdpp(torch.zeros(0), 3, generator, scale)) == 0
+        for k in (1, 2, 3):
+            drawn = bns.sample_kdpp(log_p.float(), k, generator, scale)
+            assert drawn.dtype == torch.int64 and len(drawn) == k and (drawn.diff() > 0).all()
+    draws = [bns.sample_kdpp(log_p, 2, common.generator(seed), "n").tolist() for seed in range(20)]
+    assert draws == [bns.sample_kdpp(log_p, 2, common.generator(seed), "n").tolist() for seed in range(20)]
+    assert len({tuple(row) for row in draws}) > 3
     with pytest.warns(UserWarning, match="all 40 images have p = 1"):
-        assert len(set(bns.sample_kdpp(np.zeros(40), 10, rng).tolist())) == 10
+        every = [bns.sample_kdpp(torch.zeros(40), 10, generator) for _ in range(400)]
+    check_frequencies(torch.stack(every).numpy(), np.full(40, 0.25))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert len(bns.sample_kdpp(np.zeros(40), 10, rng, "n2")) == 10
-        assert len(bns.sample_kdpp(np.append(np.zeros(39), -1e-7), 10, rng)) == 10
-        assert len(bns.sample_kdpp(np.zeros(40), 1, rng)) == 1
-    assert bns.log_det(*bns.kernel_parts(np.zeros(5)), np.array([1, 2])) == -math.inf
+        assert len(bns.sample_kdpp(torch.zeros(40), 10, generator, "n2")) == 10
+        for least in (-1e-7, -1e-45):  # the second is the least number of float32 above 0
+            assert len(bns.sample_kdpp(torch.tensor([*[0.0] * 39, least]), 10, generator)) == 10
     for bad in ([0.1, -1.0], [math.nan, -1.0]):
-        with pytest.raises(ValueError):
-            bns.sample_kdpp(np.array([*bad, -1.0]), 1, rng)
-    assert bns.sample_uniform_rejection(*bns.kernel_parts(log_p), 2, rng, tries=0) is None
-    assert bns.sample_bernoulli_rejection(*bns.kernel_parts(log_p), 2, rng, tries=0) is None
+        with pytest.raises(ValueError, match="at most 0"):
+            bns.sample_kdpp(torch.tensor([*bad, -1.0]), 1, generator)
+    with pytest.raises(ValueError):
+        bns.sample_kdpp(log_p, -1, generator)
+    asked = []
+    monkeypatch.setattr(bns, "kdpp_rows", lambda d, u, k, tries, generator: asked.append(tries) or torch.zeros(0, 4))
+    with pytest.raises(common.RunError, match="2 of 4 images .* in 100 tries"):
+        bns.sample_kdpp(log_p, 2, generator, tries=100)
+    assert 100 <= sum(asked) < 200, "as many tries as the error says, never another law"
 
 
-def test_rejection_falls_back_on_the_table_and_large_classes_do_not_overflow(monkeypatch):
-    rng = np.random.default_rng(4)
-    log_p = np.log(rng.beta(6, 1.2, 1200))
+def test_large_classes_do_not_overflow():
+    log_p = np.log(np.random.default_rng(4).beta(6, 1.2, 1200))
     for scale in ("n", "n2"):
-        d, u = bns.kernel_parts(log_p, scale)
-        tables = bns.kdpp_tables(d, u, 600)
-        log_z = bns.log_normalisers(tables)[1][-1]
+        tables = oracles.kdpp_tables(*oracles.kernel_parts(log_p, scale), 600)
+        log_z = oracles.log_normalisers(tables)[1][-1]
         assert np.isfinite(tables.f).all() and math.isfinite(log_z)
         assert scale == "n" or log_z > 710, "the normaliser itself is above float64"
-        for name in ("table", "rejection"):
-            assert len(set(bns.sample_kdpp(log_p, 600, rng, scale, name).tolist())) == 600
-    monkeypatch.setattr(bns, "sample_bernoulli_rejection", lambda *_: None)
-    assert len(bns.sample_kdpp(log_p, 50, rng, "n", "rejection")) == 50
-
-
-def test_dppy_is_refused_where_it_overflows():
-    for n, k in ((1077, 500), (5000, 500), (2000, 1999)):
-        with pytest.raises(ValueError, match="above float64"):
-            bns.refuse_dppy(n, k)
-    bns.refuse_dppy(1000, 100)
-    bns.refuse_dppy(5000, 5)
-    with pytest.raises(ValueError, match="below float64"):
-        bns.dppy_process(*bns.kernel_parts(np.full(60, -1e-30)), 40)
+        for k in (1, 600, 1199):
+            assert len(set(bns.sample_kdpp(t(log_p), k, common.generator(k), scale).tolist())) == k
 
 
 def test_scale_n2_is_uniform_in_practice_and_scale_n_prefers_low_p():
     p = np.concatenate([np.full(425, 0.98), np.full(75, 0.10)])
     deviation = {}
     for scale in ("n", "n2"):
-        inclusion = bns.inclusion_probabilities(bns.kdpp_tables(*bns.kernel_parts(np.log(p), scale), 50))
+        inclusion = oracles.inclusion_probabilities(oracles.kdpp_tables(*oracles.kernel_parts(np.log(p), scale), 50))
         deviation[scale] = inclusion * len(p) / 50 - 1
     assert np.abs(deviation["n2"]).max() < 2e-3
     assert deviation["n"][-1] == pytest.approx(1.82, abs=0.01) and deviation["n"][0] == pytest.approx(-0.32, abs=0.01)
+
+
+def test_oracle_at_its_ends():
+    parts, rng = oracles.kernel_parts(np.log([0.2, 0.5, 0.9, 0.7])), np.random.default_rng(0)
+    for k in range(5):
+        tables = oracles.kdpp_tables(*parts, k)
+        inclusion = oracles.inclusion_probabilities(tables)
+        assert inclusion.sum() == pytest.approx(k) and len(oracles.sample_table(tables, rng)) == k
+        assert k not in (0, 4) or inclusion == pytest.approx(k / 4)
+    impossible = oracles.kdpp_tables(*oracles.kernel_parts(np.zeros(5)), 2)
+    with pytest.raises(ValueError, match="positive determinant"):
+        oracles.inclusion_probabilities(impossible)
+    assert oracles.log_det(*oracles.kernel_parts(np.zeros(5)), np.array([1, 2])) == -math.inf
+    d, u = oracles.kernel_parts(np.log([0.3]), "n2")
+    assert d + u**2 == pytest.approx(1) and oracles.log_det(d, u, np.array([0])) == pytest.approx(0)
 
 
 @pytest.mark.golden("bns_ipdpp_legacy_subset")
@@ -442,7 +449,7 @@ def test_presets_are_the_published_ones_and_released_says_what_it_sets(tmp_path)
         assert args.warmup * args.epochs == 20 and args.finetune_warmup * args.finetune_epochs == 5
         assert args.probe_warmup * 100 == (20 if name == "cifar10_lt" else 5)
         assert args.resample_every == (10 if name == "cifar10_lt" else 20)
-        assert [args.subset_mode, args.dpp_scale, args.dpp_sampler, args.p_view] == ["kdpp", "n", "table", "clean"]
+        assert [args.subset_mode, args.dpp_scale, args.p_view] == ["kdpp", "n", "clean"]
         args = bns.parse_args(["--dataset", name, "--recipe", "released"])
         released = [args.subset_mode, args.dpp_scale, args.p_view, args.fixed_order, args.probe_bn, args.probe_data]
         assert released == ["legacy", "n2", "augmented", True, "train", "balanced"] and args.bns_local
@@ -489,7 +496,7 @@ def test_published_figures_stand_only_beside_the_published_settings():
         ("--temperature 0.01", "float32"),
         ("--temperature 0", "above 0"),
         ("--subset-mode uniform --dpp-scale n2", "--subset-mode kdpp"),
-        ("--recipe released --dpp-sampler table", "--subset-mode kdpp"),
+        ("--recipe released --dpp-scale n", "--subset-mode kdpp"),
         ("--subset-mode all --num-samples 5", "--subset-mode all"),
         ("--probe-bn train", "leaves out"),
         ("--stages pretrain --finetune-lr 1", "leaves out"),
@@ -503,7 +510,7 @@ def test_published_figures_stand_only_beside_the_published_settings():
         ("--subset-mode legacy --resample-every 3", "never changes"),
         ("--recipe released --dataset cifar10_lt --resample-every 3", "never changes"),
         ("--dataset imagenet_lt --recipe released", "nothing was released"),
-        ("--dpp-sampler mcmc", "invalid choice"),
+        ("--dpp-scale n3", "invalid choice"),
     ],
 )
 def test_contradictions_are_one_line(flags, named, capsys):
@@ -696,9 +703,7 @@ def test_subsets_of_every_mode_and_every_flag_of_finetuning(tmp_path, monkeypatc
         assert torch.bincount(labels).tolist() == kept and len(set(positions.tolist())) == sum(kept)
         assert torch.equal(log_p.isnan(), t(np.concatenate([np.full(n, n <= 8) for n in counts])))
     assert not torch.equal(draws[0][2], draws[1][2]), "fresh randomness at each draw"
-    assert {(len(log_p), k, scale, sampler) for log_p, k, _, scale, sampler in calls} == {
-        (n, 8, "n", "table") for n in counts if n > 8
-    }
+    assert {(len(log_p), k, scale) for log_p, k, _, scale in calls} == {(n, 8, "n") for n in counts if n > 8}
     seen = {"": (base, draws)}
     for flags in (
         "--finetune-epochs 4", "--finetune-batch-size 8", "--finetune-lr 0.01", "--finetune-warmup 0.5",
@@ -728,15 +733,8 @@ def test_subsets_of_every_mode_and_every_flag_of_finetuning(tmp_path, monkeypatc
         assert all(same) if "freeze" in flags else not all(same)
     values = [json.dumps([rows, [log_p.nansum().item() for *_, log_p in draws]]) for rows, draws in seen.values()]
     assert len(set(values)) == len(values), "two settings gave the same figures and the same p(i)"
-    for flags, expected in (
-        (["--dpp-scale", "n2"], ("n2", "table")), (["--dpp-sampler", "rejection"], ("n", "rejection")),
-        (["--dpp-sampler", "dppy"], ("n", "dppy")),
-    ):  # fmt: skip
-        _, draws, calls, _ = finetune(*flags)
-        assert {call[3:] for call in calls} == {expected} and torch.bincount(draws[0][1]).tolist() == kept
-    with monkeypatch.context() as patch, pytest.raises(common.RunError, match="class 0 before epoch 1: too small"):
-        patch.setattr(bns, "sample_kdpp", lambda *_: (_ for _ in ()).throw(ValueError("too small")))
-        finetune()
+    _, draws, calls, _ = finetune("--dpp-scale", "n2")
+    assert {call[3] for call in calls} == {"n2"} and torch.bincount(draws[0][1]).tolist() == kept
     with pytest.raises(common.RunError, match="diverged"):
         monkeypatch.setattr(bns, "true_log_p", lambda logits, labels: logits[:, 0] * math.nan)
         finetune()
@@ -785,10 +783,6 @@ def test_an_encoder_of_other_data_or_another_network_is_refused(tmp_path, monkey
         run_here(monkeypatch, tmp_path / "y", tiny, "--init-from", str(tmp_path / "no.pt"), stages="probe")
     with pytest.raises(common.UserError, match="batch size 160"):
         run_here(monkeypatch, tmp_path / "z", tiny, "--batch-size", "160", stages="pretrain")
-    large = ["--dataset", "glyphs_lt", "--imb-ratio", "1", "--num-samples", "200", "--dpp-sampler", "dppy"]
-    monkeypatch.setattr(bns, "refuse_dppy", lambda n, k: (_ for _ in ()).throw(ValueError(f"{k} of {n}")))
-    with pytest.raises(common.UserError, match="class P: 200 of 400"):
-        run_here(monkeypatch, tmp_path / "w", tiny, *large)
 
 
 def test_validation_features_and_a_step_schedule(tmp_path, monkeypatch, tiny):
@@ -817,10 +811,12 @@ def test_the_command_line_with_pictures_and_evaluation(tmp_path, monkeypatch, ti
     flags = [*SMALL, *PROBE, *FINETUNE, "--stages", "pretrain,probe,finetune"]
     done = commands.run("bns_ipdpp.py", "--dataset", tiny, *flags, out=tmp_path / "a")
     folder = commands.folder(tmp_path / "a")
-    assert (folder / "features.png").stat().st_size > 5000 and (folder / "inclusion.png").stat().st_size > 5000
+    assert (folder / "features.png").stat().st_size > 5000
     result = commands.result(tmp_path / "a")
     groups, kdpp = result["tables"]
     assert [row["name"] for row in groups["rows"]] == ["probe", "finetune"] and len(kdpp["columns"]) == 6
+    assert [part["class"] for part in result["kept"]] == kdpp["columns"] and result["kept"][0]["images"] == 20
+    assert all(0 < part["mean_p_kept"] < 1 and 0 < part["mean_p"] < 1 for part in result["kept"])
     overall = result["headline"]["overall"]
     assert groups["rows"][1]["values"][0] == pytest.approx(100 * overall) and "n/a" in done.stdout
 

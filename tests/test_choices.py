@@ -91,7 +91,6 @@ ELSEWHERE = {
     "tsc --targets file": "test_tsc.py",
     "fsgl --acsl": "test_fsgl.py",
     "fsgl --recipe": "of CIFAR alone: test_fsgl.py",
-    "bns_ipdpp --dpp-sampler dppy": "refused where it would overflow: test_bns.py",
 }
 
 

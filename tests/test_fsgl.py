@@ -588,6 +588,26 @@ def test_published_figures_stand_only_beside_the_published_settings():
     assert figure() is None and figure(*ten, of=fsgl.RELEASED_CODE) is None
 
 
+@pytest.mark.parametrize("flags", [[], ["--select", "val"]])
+def test_only_cifar10_is_normalised_as_in_the_released_code(flags, monkeypatch):
+    """Statistics of FSGL's and GLMC's loaders; letters stand in for the images, read by the real `load`."""
+    released = (0.49139968, 0.48215827, 0.44653124), (0.24703233, 0.24348505, 0.26158768)
+    load, own = data_lt.load, (0.1, 0.2, 0.3)
+
+    def letters(args=None, **rest):
+        if args is None:  # what `load` calls itself with
+            return load(**rest)
+        splits = load(argparse.Namespace(**vars(args) | {"dataset": "glyphs_lt"}), **rest)
+        splits.mean, splits.std = own, own
+        return splits
+
+    monkeypatch.setattr(data_lt, "load", letters)
+    for name in ("cifar10_lt", "cifar100_lt", "svhn_lt", "glyphs_lt"):
+        splits = fsgl.load_splits(settings("--dataset", name, "--subset-rule", "common", *flags))
+        assert (splits.mean, splits.std) == (released if name == "cifar10_lt" else (own, own)), name
+        assert (splits.val is not None) == bool(flags)
+
+
 def test_networks(monkeypatch):
     def parameters(*flags, classes=10):
         return models.count_parameters(fsgl.build(settings(*flags), classes))

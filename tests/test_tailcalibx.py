@@ -479,6 +479,14 @@ def test_seeds_and_precision_of_the_package(capsys):
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 
+def test_the_package_keeps_the_type_of_labels():
+    x, index = gaussian_problem(counts=(20, 6, 3))
+    for kind in (np.int32, np.int16, np.uint8):
+        for one, X, y in engines(x.numpy().astype(np.float32), index.numpy().astype(kind)):
+            feat, lab, _ = one.generate(X, y, topk=2, seed=5)
+            assert lab.dtype == y.dtype and feat.dtype == X.dtype and len(lab) == 60
+
+
 def test_other_members_of_the_package():
     x, index = gaussian_problem(dead=False)
     for engine in ("numpy", "pytorch"):
