@@ -285,8 +285,8 @@ class Splits:
     leftover: np.ndarray = field(default_factory=lambda: np.arange(0))
 
     name = property(lambda self: self.info.name)
-    mean = property(lambda self: self.info.mean)
-    std = property(lambda self: self.info.std)
+    mean = property(lambda self: self.info.mean, lambda self, x: setattr(self.info, "mean", x))
+    std = property(lambda self: self.info.std, lambda self, x: setattr(self.info, "std", x))
     counts = property(lambda self: self.train.counts())
     classes = property(lambda self: self.train.classes)
     num_classes = property(lambda self: len(self.train.classes))

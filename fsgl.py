@@ -738,7 +738,7 @@ def load_splits(args) -> data_lt.Splits:
     """The splits; `--select val` carves a validation set from the training set where there is none."""
     splits = data_lt.load(args)
     if args.dataset == "cifar10_lt":
-        splits.info.mean, splits.info.std = CIFAR10_STATISTICS
+        splits.mean, splits.std = CIFAR10_STATISTICS
     return splits
 
 

@@ -1314,7 +1314,7 @@ def main(args) -> None:
         if count == 0:
             raise common.UserError(f"class {name} of {args.dataset} has no training image: take it out of the list")
     if (args.dataset, saved["imb_ratio"] if args.eval else args.imb_ratio) == ("cifar100_lt", 1):
-        splits.info.mean, splits.info.std = BALANCED_CIFAR100
+        splits.mean, splits.std = BALANCED_CIFAR100
     if args.eval:
         return evaluate_checkpoint(args, splits)
     batch = args.classifier_batch_size  # looked at here, not after hours of the other stages

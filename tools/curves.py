@@ -16,7 +16,7 @@ NAN = float("nan")
 
 
 def read_stages(path: Path) -> dict[str, list[tuple[float, float]]]:
-    """{stage: [(accuracy in percent, loss) of each epoch]} of a metrics.jsonl; NaN where none is."""
+    """{stage: [(accuracy in percent, loss) of each epoch]} of a metrics.jsonl; NaN where none."""
     stages: dict[str, list[tuple[float, float]]] = {}
     for text in path.read_text().splitlines():
         row = json.loads(text)
