@@ -36,7 +36,6 @@ more letters, SSP                | python ssp_pretrain.py --compare --loss {foca
 more letters, SSP                | python ssp_pretrain.py --compare --ssp moco                                        | 0,1,2
 more letters, SSP                | python ssp_pretrain.py --compare --two-stage                                       | 0,1,2
 more letters, semi-supervised    | python ssp_pretrain.py --ssp none --unlabeled-source leftover --imb-ratio-unlabeled {1,100} | 0,1,2
-more letters, TSC (toy)          | python tsc.py toy                                                                  | 0,1,2
 more letters, BNS (subsets)      | python bns_ipdpp.py --subset-mode {uniform,legacy,all}                             | 0,1,2
 more letters, BNS (subsets)      | python bns_ipdpp.py --dpp-scale n2                                                 | 0,1,2
 more letters, BNS (probe)        | python bns_ipdpp.py --stages pretrain,probe                                        | 0,1,2
@@ -83,18 +82,16 @@ iNaturalist 2018, SSP            | python ssp_pretrain.py --dataset inat18 --ssp
 CIFAR-10-LT, semi-supervised     | python ssp_pretrain.py --dataset cifar10_lt --imb-ratio 50 --ssp none --unlabeled-source leftover --imb-ratio-unlabeled {1,25,50,100} | 0,1,2
 SVHN-LT, semi-supervised         | python ssp_pretrain.py --dataset svhn_lt --imb-ratio 50 --ssp none --unlabeled-source leftover --imb-ratio-unlabeled {1,25,50,100} | 0,1,2
 
-# KCL and TSC: ImageNet-LT in five trials, CIFAR, the weight of the targets, the dimension, without warm-up, released
+# KCL and TSC: ImageNet-LT in five trials, CIFAR, the weight of the targets, the dimension, without warm-up
 ImageNet-LT, TSC                 | python tsc.py --dataset imagenet_lt --method {kcl,tsc}                             | 0,1,2,3,4
-ImageNet-LT, TSC (epochs)        | python tsc.py --dataset imagenet_lt --method kcl --epochs 400                      | 0
-ImageNet-LT, TSC (epochs)        | python tsc.py --dataset imagenet_lt --method tsc --epochs 200                      | 0
-ImageNet-LT, TSC (no warm-up)    | python tsc.py --dataset imagenet_lt --warmup-frac 0                                | 0
+ImageNet-LT, TSC (epochs)        | python tsc.py --dataset imagenet_lt --method {kcl,tsc} --epochs 200                | 0
+ImageNet-LT, TSC (no warm-up)    | python tsc.py --dataset imagenet_lt --warmup 0                                     | 0
 iNaturalist 2018, TSC            | python tsc.py --dataset inat18                                                     | 0
 CIFAR-LT, TSC                    | python tsc.py --dataset {cifar10_lt,cifar100_lt} --imb-ratio {100,50,10} --method {kcl,tsc} | 0,1,2
 CIFAR, balanced                  | python tsc.py --dataset {cifar10_lt,cifar100_lt} --imb-ratio 1 --method {kcl,tsc}  | 0
 CIFAR-10-LT, TSC (lambda)        | python tsc.py --dataset cifar10_lt --target-weight {0.01,0.05,0.1,0.3,0.5,1,2,5,10} | 0,1,2
-CIFAR-10-LT, TSC (d)             | python tsc.py --dataset cifar10_lt --method {kcl,tsc} --dim {3,10,32,64}           | 0,1,2
-CIFAR-10-LT, TSC (no warm-up)    | python tsc.py --dataset cifar10_lt --warmup-frac 0                                 | 0,1,2
-CIFAR-10, TSC (toy)              | python tsc.py toy --dataset cifar10_lt                                             | 0,1,2
+CIFAR-10-LT, TSC (d)             | python tsc.py --dataset cifar10_lt --method {kcl,tsc} --projection-dim {3,10,32,64} | 0,1,2
+CIFAR-10-LT, TSC (no warm-up)    | python tsc.py --dataset cifar10_lt --warmup 0                                      | 0,1,2
 
 # Balanced negative sampling and k-DPP subsets: five ratios, probe, subsets, released
 CIFAR-LT, BNS+IP-DPP             | python bns_ipdpp.py --dataset {cifar10_lt,cifar100_lt} --imb-ratio {100,200,50,20,10} | 0,1,2

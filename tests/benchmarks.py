@@ -29,6 +29,7 @@ from torchvision.datasets import ImageFolder
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import commands  # noqa: E402
 import oracles  # noqa: E402
 from fake_tree import write_jpeg  # noqa: E402
 
@@ -46,6 +47,7 @@ from data_lt import (  # noqa: E402
     Files,
     Loader,
     Set,
+    Splits,
     long_tail_counts,
 )
 from models import (  # noqa: E402
@@ -486,8 +488,11 @@ def kcl_loss_vs_dense_masks() -> dict:
     q.requires_grad_()
     share = 0.01 ** (torch.arange(classes) / (classes - 1))  # imbalance ratio 100
     labels, queue_labels = (torch.multinomial(share, rows, True, generator=rng) for rows in (n, size))
-    keys = tsc.random_keys(n, k, rng)
-    options = {"classes": classes, "temperature": temperature}
+
+    def loss_of(rows, used) -> torch.Tensor:
+        logits = torch.cat([(q * key).sum(1, keepdim=True), q @ queue.T], 1) / temperature
+        columns, used = F.pad(rows + 1, (1, 0)), F.pad(used, (1, 0), value=True)
+        return tsc.contrast(logits, columns, used, torch.ones(k + 1)).sum(1).mean()
 
     def dense() -> torch.Tensor:
         mask, loss = dense_mask_kcl(q, key, labels, queue, queue_labels, k, temperature)
@@ -495,13 +500,12 @@ def kcl_loss_vs_dense_masks() -> dict:
         return mask, loss.detach()
 
     def ours() -> None:
-        tsc.moco_loss(q, key, labels, queue, queue_labels, keys, **options)[0].mean().backward()
+        loss_of(*tsc.draw(labels, queue_labels, k, rng)).backward()
 
     mask, expected = dense()
     theirs, q.grad = q.grad, None
     drawn = mask[:, 1:].argsort(dim=1, descending=True, stable=True)[:, :k]
-    fed = drawn, mask[:, 1:].gather(1, drawn) > 0, 0
-    loss = tsc.moco_loss(q, key, labels, queue, queue_labels, None, drawn=fed, **options)[0].mean()
+    loss = loss_of(drawn, mask[:, 1:].gather(1, drawn) > 0)
     loss.backward()
     torch.testing.assert_close(loss.detach(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(q.grad, theirs, rtol=1e-3, atol=1e-5)
@@ -513,7 +517,7 @@ def assignment_skip_share() -> dict:
     """Share of matchings that need no solving, on the centres of a recorded run; ratio: always solving / ours.
 
     Recorded: 600 steps from scratch of a two-layer network, d = 128, that learns KCL + targets on 100 noisy classes of
-    an exponential profile (ratio 100) in batches of 256; the matching is decided at every step as in stage 2.
+    an exponential profile (ratio 100) in batches of 256; the matching is solved at every step as in stage tsc.
     """
     classes, dim, batch, steps = 100, 128, 256, 600
     rng = torch.Generator().manual_seed(0)
@@ -522,61 +526,60 @@ def assignment_skip_share() -> dict:
     layer = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, dim))
     recorded = []
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
-    targets = tsc.make_targets(classes, dim, "auto", 0).float()
+    targets = tsc.make_targets(classes, dim, 0).float()
     matching = tsc.Matching(targets)
+    pairs = tsc.Pairs(layer, argparse.Namespace(k=6, temperature=0.07))
     for _ in range(steps):
-        labels = torch.multinomial(share, batch, True, generator=rng).repeat(2)
-        z = F.normalize(layer(means[labels] + 0.5 * torch.randn(2 * batch, 64, generator=rng)), dim=1)
-        matching.update(z.detach(), labels)
-        matching.propose()
-        matching.decide()
+        labels = torch.multinomial(share, batch, True, generator=rng)
+        views = layer(means[labels] + 0.5 * torch.randn(2, batch, 64, generator=rng))  # [2, b, d]
+        z, y, *positives = pairs(lambda x: F.normalize(x, dim=2), views, labels, rng)
+        matching.update(*pairs.seen)
+        matching.solve()
         recorded.append(matching.centres.clone())
-        own, rows = matching.assignment[labels], torch.arange(2 * batch)
-        options = {"classes": classes, "temperature": 0.07, "targets": targets, "own": own}
-        parts = tsc.in_batch_loss(z, labels, rows, tsc.random_keys(2 * batch, 6, rng), **options)
+        positives = matching.add(z, y, *positives, 0.07)
+        parts = tsc.contrast(*positives, torch.ones(positives[1].shape[1]))
         optimizer.zero_grad(set_to_none=True)
-        (parts[0] + parts[1]).mean().backward()
+        parts.sum(1).mean().backward()
         optimizer.step()
     spent, skipped = [0.0, 0.0], 0
     for centres in recorded:
         matching.centres.copy_(centres)
         begin = time.perf_counter()
-        matching.propose()
-        _, skip = matching.decide()
+        matching.solve()
         middle = time.perf_counter()
-        best = tsc.best_matching(matching.centres @ targets.T)
+        cosine = matching.centres @ targets.T
+        best = tsc.best_matching(cosine)
         spent[0] += time.perf_counter() - middle
         spent[1] += middle - begin
-        skipped += int(skip)
-        total = [(matching.cosine[torch.arange(classes), p]).sum() for p in (best, matching.assignment)]
+        skipped += len(cosine.argmax(1).unique()) == classes
+        total = [cosine[torch.arange(classes), p].sum() for p in (best, matching.target_of)]
         torch.testing.assert_close(*total, rtol=1e-5, atol=1e-5)
     return {"ratio": spent[0] / spent[1], "value": skipped / steps, "unit": "share of steps", "target": "value"}
 
 
 def tsc_step_overhead() -> dict:
-    """A whole stage-2 step with queue (views, matching, loss, queue) / its networks alone on a fixed batch.
+    """A whole step of stage tsc with queue (views, matching, loss, queue) / its networks alone on a fixed batch.
 
     Networks alone: query and key encoder forward, query backward, momentum update, optimiser. ResNet-20, B = 128.
     """
     import tempfile
 
     dataset, folder = random_set(1280), tempfile.mkdtemp()
-    flags = "--dataset cifar10_lt --backend moco --backbone resnet20 --batch-size 128 --queue 512 --warmup-frac 0"
-    args = tsc.parse_args(
-        [*flags.split(), "--epochs", "3", "--device", "cpu", "--quiet", "--logger", "none", "--out", folder]
-    )
-    args.precision = "fp32"
+    flags = "--dataset cifar10_lt --contrast queue --backbone resnet20 --batch-size 128 --queue 512 --warmup 0"
+    flags += f" --epochs 3 --device cpu --precision fp32 --quiet --logger none --out {folder}"
+    args = commands.parse("tsc", flags.split())
+    data = Splits(dataset, dataset, None, dataset.info)
     run = common.Run(args, "tsc", "data")
-    state = tsc.Pretraining(run, args, 10)
-    floor = copy.deepcopy(state)
-    optimizer = torch.optim.SGD(floor.net.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
-    query, keys = tsc.Encoder(floor.net), tsc.Encoder(floor.key_net)
+    net = tsc.build(args)
+    floor, key_net = copy.deepcopy(net), copy.deepcopy(net).requires_grad_(False)
+    optimizer = common.sgd(floor.parameters(), 0.01, 1e-4)
+    query, keys = tsc.Encoder(floor, args), tsc.Encoder(key_net, args)
     fixed = torch.randn(2, 128, 3, 32, 32).to(memory_format=torch.preserve_format)
     weights, spent, ratios, seconds = torch.randn(128, 128), [0.0, 0.0], [], []
 
     def bare() -> None:
         z = query(fixed[:1])[0]
-        tsc.momentum_update(floor.key_net, floor.net, 0.999)
+        tsc.momentum_update(key_net, floor, 0.999)
         with torch.no_grad():
             key = keys(fixed[1:])[0]
         loss = (z * (weights + key)).sum(1).mean()
@@ -602,7 +605,7 @@ def tsc_step_overhead() -> dict:
 
     common.Stage.batches = in_turns
     try:
-        tsc.pretrain(run, args, "tsc", 3, state, dataset, dataset.counts(), (MEAN, STD), 32)
+        tsc.pretrain(run, args, "tsc", 3, data, net, tsc.carry(args, data, net))
     finally:
         common.Stage.batches = original
     speed = 3 * len(dataset) / sum(seconds)

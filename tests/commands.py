@@ -1,6 +1,7 @@
 """Running the scripts as a user does: `run("tsc.py", "--epochs", "1", out=tmp_path)`."""
 
 import argparse
+import importlib
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import common
 import data_lt
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,6 +35,15 @@ def load(**flags) -> data_lt.Splits:
     """`data_lt.load` for these flags, the others left alone."""
     usual = {"dataset": "glyphs_lt", "data_root": "data", "imb_ratio": None, "imb_type": "exp", "data_seed": 0}
     return data_lt.load(argparse.Namespace(**usual | {"image_size": None} | flags))
+
+
+def parse(script: str, words) -> argparse.Namespace:
+    """The arguments of a script, by its own parser or by its table of flags."""
+    module = importlib.import_module(script)
+    if hasattr(module, "parse_args"):
+        return module.parse_args(list(words))
+    table = module.FLAGS, module.METHODS, module.OTHER
+    return common.parse(module.__doc__, *table, data_lt.peek_image_size, list(words))
 
 
 def environment() -> dict[str, str]:

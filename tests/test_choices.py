@@ -1,7 +1,6 @@
 """Every value of every flag with choices, and every switch, of every script trains (`--slow`)."""
 
-import importlib
-
+import commands
 import pytest
 from test_faults import SMALL, Desk, tiny  # noqa: F401 (a fixture)
 
@@ -32,12 +31,9 @@ ALONG = {  # what a value needs beside it; flags later on the line win
     ),
     "toy_similarity --experiment verification": "--points 0.5",
     "toy_similarity --control": "--experiment verification --points 0.5",
-    "tsc --backend moco": "--queue 40",
-    "tsc --unbiased": "--method kcl",
-    "tsc --reweight cb": "--classifier ldam",
-    "tsc --reweight drw": "--classifier ldam",
-    "tsc --recipe released": "--targets paper",
-    "tsc --cifar-target repeat": "--target-repeat 2",
+    "tsc --contrast queue": "--queue 40",
+    "tsc --select val": "",
+    "tsc --save-features val": "--select val",
     "bns_ipdpp --bns-neg-reduction sum": "--bns-form paper",
     "bns_ipdpp --bns-neg-reduction mean": "--bns-form paper",
     "bns_ipdpp --probe-data balanced": "--stages pretrain,probe,finetune",
@@ -83,7 +79,6 @@ ELSEWHERE = {
     "ssp_pretrain --stage": "test_ssp.py",
     "ssp_pretrain --force-init": "test_ssp.py",
     "tailcalibx --stage": "test_tailcalibx.py",
-    "tsc --targets file": "test_tsc.py",
     "fsgl --acsl": "test_fsgl.py",
     "fsgl --recipe": "of CIFAR alone: test_fsgl.py",
 }
@@ -91,9 +86,9 @@ ELSEWHERE = {
 
 def actions(script: str, monkeypatch) -> list:
     """The flags of a script's parser."""
-    parsers, make = [], common.base_parser
-    monkeypatch.setattr(common, "base_parser", lambda doc: parsers.append(make(doc)) or parsers[-1])
-    importlib.import_module(script).parse_args(["--device", "cpu"])
+    parsers, make = [], common.Parser
+    monkeypatch.setattr(common, "Parser", lambda **kind: parsers.append(make(**kind)) or parsers[-1])
+    commands.parse(script, ["--device", "cpu"])
     return parsers[0]._actions
 
 

@@ -15,7 +15,7 @@ CASES = {
     "ssp_pretrain": ["", "--ssp moco --queue 40 --bn-splits 2",
                      "--two-stage --loss ldam --rule drw --classifier-epochs 2",
                      "--ssp none --unlabeled-source leftover --imb-ratio 2 --rule resample"],
-    "tsc": ["", "--backend moco --queue 40", "--method kcl --classifier ldam"],
+    "tsc": ["", "--contrast queue --queue 40", "--method kcl --classifier linear"],
     "bns_ipdpp": ["", "--stages pretrain,probe,finetune --probe-epochs 2 --bns-form paper --p-view augmented"],
     "fsgl": ["", "--variant ce", "--variant glmc_sam --sam-bn first"],
     "tailcalibx": ["", "--pipeline tailcalib", "--pipeline cbd_tailcalibx", "--pipeline modals", "--pipeline crt"],
@@ -25,9 +25,8 @@ WAITS = {  # where the host may wait for the GPU, and how often in an epoch (a r
     "common.py:look": 1,
     "common.py:evaluate": 2,
     "ssp_pretrain.py:__iter__": 1,  # a batch of the rotation test
-    "tsc.py:make_targets": 1,
-    "tsc.py:best_matching": 3,  # solved on the host, in steps where the centres call for it
-    "tsc.py:pretrain": 1,  # diagnostics
+    "tsc.py:solve": 2,  # every step of tsc asks whether each class has a target of its own
+    "tsc.py:best_matching": 2,  # solved on the host where that is not so
     "bns_ipdpp.py:collect": 1,  # p(i) of all images
     "tailcalibx.py:generate": 1,
     "tailcalibx.py:generate_lowrank": 2,

@@ -1,6 +1,5 @@
 """Every command of the README, run with settings of seconds; what needs a GPU or a large set is parsed, or refused."""
 
-import importlib
 import re
 import shlex
 import shutil
@@ -44,9 +43,7 @@ def test_the_readme_has_commands_and_says_nothing_else():
 @pytest.mark.parametrize("line", [line for line in METHODS if line not in OWN])
 def test_a_method_command_is_accepted(line):
     words = shlex.split(line)
-    module = importlib.import_module(method_of(words))
-    args = module.parse_args([*words[2:], *([] if "targets" in words else ["--device", "cpu"])])
-    assert args.out is not None
+    assert commands.parse(method_of(words), [*words[2:], "--device", "cpu"]).out is not None
 
 
 @pytest.mark.parametrize(
@@ -55,15 +52,8 @@ def test_a_method_command_is_accepted(line):
 def test_a_method_command_runs_on_letters(line, tiny, tmp_path):  # noqa: F811
     words = shlex.split(line)
     script, flags = method_of(words), words[2:]
-    trains = "targets" not in flags
-    if "toy" in flags:
-        short = {"tsc": ["--epochs", "2", "--batch-size", "256"]}.get(script, [])
-    else:
-        short = [*SHORT[script].split(), "--dataset", tiny, "--backbone", "resnet8"] if trains else []
-    desk = Desk(script, tmp_path, *flags, *short)
-    if "targets" in flags:  # trains nothing: it has flags of its own
-        desk.words = [*flags, "--out", str(tmp_path)]
-    desk.run()
+    short = [*SHORT[script].split(), "--dataset", tiny, "--backbone", "resnet8"]
+    Desk(script, tmp_path, *flags, *short).run()
 
 
 def test_the_worked_example_of_own_images_runs(tmp_path):
