@@ -214,6 +214,9 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf, open_low:
     return parse
 
 
+file_path = os.path.expanduser  # argparse type of a flag that names a file or folder
+
+
 # --- one table of flags ---------------------------------------------------------------------------------------------
 
 KINDS = ("letters", "small", "large")  # glyphs_lt; images up to 64 px; above
@@ -273,7 +276,7 @@ def reader(name: str, like, only: dict) -> dict:
         return {"choices": [choice for choice in like if choice != ""]}
     kind = like if isinstance(like, type) else type(like)
     if kind is str:
-        return {"type": os.path.expanduser}
+        return {"type": file_path}
     low, high = only.get("range", (1, math.inf) if kind is int else (0, math.inf))
     return {"type": number(kind, low, high, open_low="range" not in only and kind is float)}
 
@@ -369,10 +372,9 @@ def base_parser(doc: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add = parser.add_argument_group("data").add_argument
-    path = os.path.expanduser
     known = ", ".join(KNOWN_SETS)
-    add("--dataset", type=path, default="glyphs_lt", help=f"one of {known}, a folder of classes, or an .npz")
-    add("--data-root", type=path, default="data", help="folder of the data sets (default: data)")
+    add("--dataset", type=file_path, default="glyphs_lt", help=f"one of {known}, a folder of classes, or an .npz")
+    add("--data-root", type=file_path, default="data", help="folder of the data sets (default: data)")
     add("--imb-ratio", type=number(float, 1), help="largest / smallest class, >= 1 (default: by data set)")
     add("--imb-type", choices=("exp", "step"), default="exp", help="profile of the class counts (default: exp)")
     add("--data-seed", type=number(int, 0, 2**32 - 1), default=0, help="which images form the subset (default: 0)")
@@ -390,7 +392,7 @@ def base_parser(doc: str) -> argparse.ArgumentParser:
         default="default",
         help="released: the settings of the released run",
     )
-    add("--init-from", type=path, metavar="CKPT", help="checkpoint to start from (toy_similarity.py: to examine)")
+    add("--init-from", type=file_path, metavar="CKPT", help="checkpoint to start from (toy_similarity.py: to examine)")
     add("--eval-every", type=number(int, 1), help="epochs between evaluations, the last is always one (default: 1)")
     add(
         "--select", choices=("last", "val", "test"), default="last", help="headline: last epoch, or best on val or test"
@@ -403,9 +405,9 @@ def base_parser(doc: str) -> argparse.ArgumentParser:
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on GPUs that have it")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the network")
     add = parser.add_argument_group("run folder").add_argument
-    add("--out", type=path, default="runs", help="folder of all runs (default: runs)")
+    add("--out", type=file_path, default="runs", help="folder of all runs (default: runs)")
     add("--fresh", action="store_true", help="start over, dropping what the run folder holds")
-    add("--eval", type=path, metavar="CKPT", help="only evaluate this checkpoint")
+    add("--eval", type=file_path, metavar="CKPT", help="only evaluate this checkpoint")
     add("--save-features", choices=("train", "val", "test"), help="write features_<split>.npz at the end")
     add("--logger", choices=("tensorboard", "none"), default="tensorboard", help="event files beside metrics.jsonl")
     add("--quiet", action="store_true", help="print nothing but the result")
@@ -559,8 +561,8 @@ def _choose_device(args, under_torchrun: bool) -> None:
     if args.precision == "auto":
         capable = name.startswith("cuda") and torch.cuda.get_device_capability() >= (8, 0)
         args.precision = "bf16" if capable else "fp32"
-    tf32 = args.precision != "fp32"
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    # float32 means float32: losses are products of float32 matrices outside autocast
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
 def _start_ranks(count: int) -> int:
@@ -1034,6 +1036,14 @@ class Stage:
         save_checkpoint(run.folder / "last.pt", checkpoint)
 
 
+# What `--select` makes of a result, as it says itself.
+CHOSEN = {
+    "last": "last epoch",
+    "val": "epoch chosen on validation data",
+    "test": "epoch chosen on the test set",
+}
+
+
 class Judge:
     """Evaluates a network where `--eval-every` says so, and chooses the epoch by `--select`.
 
@@ -1075,6 +1085,7 @@ def outcome(run: Run, stage: str, figures: dict, classes: list[str], counts: lis
     return {key: figures.get(key) for key in long} | {
         "headline": {key: value for key, value in figures.items() if key not in long},
         "best_on_test": {"overall": best["test"]["overall"], "epoch": best["epoch"]},
+        "chosen": CHOSEN[run.args.select],
         "classes": classes,
         "counts": counts,
         "image_passes": run.passes,

@@ -287,8 +287,8 @@ class Splits:
     leftover: np.ndarray = field(default_factory=lambda: np.arange(0))
 
     name = property(lambda self: self.info.name)
-    mean = property(lambda self: self.info.mean)
-    std = property(lambda self: self.info.std)
+    mean = property(lambda self: self.info.mean, lambda self, x: setattr(self.info, "mean", x))
+    std = property(lambda self: self.info.std, lambda self, x: setattr(self.info, "std", x))
     counts = property(lambda self: self.train.counts())
     classes = property(lambda self: self.train.classes)
     num_classes = property(lambda self: len(self.train.classes))
@@ -1074,13 +1074,16 @@ class Augment:
         if n != len(table) or images.dtype != torch.uint8:
             found = f"{n} {images.dtype} images and draws for {len(table)}"
             raise ValueError(f"{found}: need uint8 and equal numbers")
+        busy = self.flip or max(self.jitter) or self.grey or self.blur_p or self.blur_floor
+        if self.crop == "none" and not busy:
+            return self._normalised(images)
         order = draws["hue_place"].argsort(stable=True)
         ends = torch.bincount(draws["hue_place"].long(), minlength=5).cumsum(0)[:4]
         table, sort = table[order], bool(ends[3])  # ends[p]: samples of place <= p
         there = to_device(torch.cat([table, order[:, None]], 1), device)
         order, self.statistics = there[:, -1].long(), self.statistics.to(device)
-        out = torch.empty(n, 3, self.size, self.size, device=device)
-        out = out.contiguous(memory_format=torch.channels_last)
+        layout = {"device": device, "memory_format": torch.channels_last}
+        out = torch.empty(n, 3, self.size, self.size, **layout)
         chunk = max(1, CPU_CHUNK // self.size**2 if device.type == "cpu" else n)
         for start in range(0, n, chunk):
             part = slice(start, start + chunk)
@@ -1089,6 +1092,16 @@ class Augment:
             inside = (ends - start).clamp(0, len(raw)).tolist()
             x = self._chain(raw, Draws(there[part]), inside, blurred)
             out[order[part] if sort else part] = x
+        return out
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        """All there is to do where nothing is drawn: evaluation, and images that are cut already."""
+        out = torch.empty(images.shape, device=images.device, memory_format=torch.channels_last)
+        mean, std = (part.repeat(self.size) for part in self.statistics.to(images.device))
+        raw, rows = (x.permute(0, 2, 3, 1).flatten(2) for x in (images, out))  # [n, S, 3 S]; a view
+        few = zip(raw.split(8), rows.split(8), strict=True)  # stay in the cache of a CPU
+        for x, y in few if images.device.type == "cpu" else [(raw, rows)]:
+            y.copy_(x).div_(255).sub_(mean).div_(std)
         return out
 
     def _chain(self, images: Tensor, draws: Draws, ends: list[int], blurred: Tensor) -> Tensor:
@@ -1215,7 +1228,19 @@ def sampler_order(sampler: str, labels, length: int, seed: int, epoch: int, **op
 # --- decoding ---------------------------------------------------------------------------------
 
 
-def cut(image: Image.Image | np.ndarray, window: Ints, size: int) -> np.ndarray:
+def crop_window(u: Sequence[float], height: int, width: int, scale, ratio) -> tuple:
+    """`crop_windows` for one image, ten times as fast: (top, left, height, width)."""
+    for share, place in zip(u[:10], u[10:20], strict=True):
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * share)
+        aspect = math.exp(math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * place)
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return math.floor((height - h + 1) * u[20]), math.floor((width - w + 1) * u[21]), h, w
+    h, w = min(height, round(width / ratio[0])), min(width, round(height * ratio[1]))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def cut(image: Image.Image | np.ndarray, window: Ints, size: int) -> Tensor:
     """The window (top, left, height, width) resized to uint8 [S, S, 3], bilinear, antialiased.
 
     As torchvision's on a Pillow image but for rounding (one of 255 levels), three times as fast.
@@ -1228,7 +1253,7 @@ def cut(image: Image.Image | np.ndarray, window: Ints, size: int) -> np.ndarray:
         part = np.array(part if part.mode == "RGB" else part.convert("RGB"))
     x = torch.from_numpy(part)[None].permute(0, 3, 1, 2)  # uint8 and channels-last: the fast path
     x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
-    return x[0].permute(1, 2, 0).numpy()
+    return x[0].permute(1, 2, 0)
 
 
 @dataclass
@@ -1249,30 +1274,30 @@ class Reader:
     def __getitem__(self, task: tuple) -> Tensor | tuple[int, str]:
         epoch, step, n, begin, end, rows = task
         u = uniforms(self.views * n, generator(self.seed, "augment", epoch, step))[:23]
-        u = u.view(23, self.views, n)[:, :, begin:end].numpy()  # [23, V, b]
+        u = u.view(23, self.views, n)[:, :, begin:end].permute(2, 1, 0).tolist()  # [b, V, 23]
         size = self.augment.size
         out = np.empty((self.views, len(rows), size, size, 3), np.uint8)
         for place, row in enumerate(rows.tolist()):
             try:
                 with self.source.open(row) as image:
-                    self.fill(out[:, place], image, u[:, :, place])
+                    self.fill(out[:, place], image, u[place])
             except MemoryError:
                 raise
             except Exception as error:  # Pillow's readers raise many kinds
                 return row, str(error).partition("\n")[0] or type(error).__name__
         return torch.from_numpy(out).flatten(0, 1)
 
-    def fill(self, out: np.ndarray, image: Image.Image | np.ndarray, u: np.ndarray) -> None:
-        """The views [V, S, S, 3] of one image from its uniform numbers [23, V]."""
+    def fill(self, out: np.ndarray, image: Image.Image | np.ndarray, u: list) -> None:
+        """The views [V, S, S, 3] of one image from its uniform numbers [V, 23]."""
         a, stored = self.augment, isinstance(image, np.ndarray)
         if self.resize:
             out[:] = centre(Image.fromarray(image) if stored else rgb(image), self.resize, a.size)
             return
         height, width = image.shape[:2] if stored else (image.height, image.width)
-        windows = crop_windows(u[:22], height, width, a.scale, a.ratio).astype(int).T.tolist()
-        for view, window, flip in zip(out, windows, u[22] < a.flip, strict=True):
+        for view, numbers in zip(out, u, strict=True):
+            window = crop_window(numbers, height, width, a.scale, a.ratio)
             pixels = cut(image, window, a.size)
-            view[:] = pixels[:, ::-1] if flip else pixels
+            view[:] = (pixels.flip(1) if numbers[22] < a.flip else pixels).numpy()
 
 
 def leave_signals(worker: int) -> None:
@@ -1362,7 +1387,7 @@ class Cache:
     def open(self, row: int) -> contextlib.nullcontext[np.ndarray]:
         if self.pixels is None:
             self.pixels = np.memmap(self.file, np.uint8, "c")  # private: nothing is ever written
-        offset, height, width = self.records[["offset", "height", "width"]][row].tolist()
+        offset, height, width, *_ = self.records[row].tolist()
         pixels = self.pixels[offset : offset + height * width * 3]
         return contextlib.nullcontext(pixels.reshape(height, width, 3))
 

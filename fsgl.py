@@ -691,7 +691,7 @@ def heads_table(figures: dict[str, dict]) -> list[dict]:
 def load_splits(args) -> data_lt.Splits:
     splits = data_lt.load(args)
     if args.dataset == "cifar10_lt":
-        splits.info.mean, splits.info.std = CIFAR10_STATISTICS
+        splits.mean, splits.std = CIFAR10_STATISTICS
     return splits
 
 

@@ -191,12 +191,12 @@ def parse_args(argv: list[str] | None = None):
     add("--flip", type=number(float, 0, 1), help="probability of a horizontal flip (default: 0.5, letters 0)")
     add("--jitter", type=number(float, 0, 1), help="colour jitter where not MoCo's (default: 0, files 0.4)")
     add = parser.add_argument_group("unlabelled images").add_argument
-    add("--unlabeled-source", metavar="{leftover,FILE.npz}",
+    add("--unlabeled-source", type=common.file_path, metavar="{leftover,FILE.npz}",
         help="training images outside the subset, or x (uint8 NHWC) and perhaps y, their hidden classes")  # fmt: skip
     add("--imb-ratio-unlabeled", type=number(float, 1), help="of the hidden classes (default: --imb-ratio where known)")
     add("--conf-threshold", type=number(float, 0, 1), help="drop pseudo-labels of less confidence (default: 0)")
     add("--unlabeled-weight", type=number(float, 0), help="of a pseudo-labelled image in the loss (default: 1)")
-    add("--pseudo-labels", metavar="FILE.npz", help="--stage semi: what --stage pseudo wrote")
+    add("--pseudo-labels", type=common.file_path, metavar="FILE.npz", help="--stage semi: what --stage pseudo wrote")
     args = parser.parse_args(argv)
     if args.stage == "eval":
         args.eval, args.init_from = args.eval or args.init_from, None
@@ -929,7 +929,7 @@ def arms_table(run, args, title: str, arms: dict[str, Outcome], passes: dict) ->
         own = [row for row in run.rows if row["stage"] == arm.stage and "test" in row]
         values.append(100 * max(row["test"]["overall"] for row in own))
         rows.append({"name": name, "values": values})
-    epoch = "last epoch" if args.select == "last" else "epoch chosen on validation data"
+    epoch = common.CHOSEN[args.select]
     note = f"{epoch}; image passes: " + ", ".join(f"{name} {n:,}" for name, n in passes.items())
     columns = [*COLUMNS_OF_ARMS, "best on test"]
     return {"title": title, "note": note, "row_header": "", "columns": columns, "rows": rows, "plot": None}

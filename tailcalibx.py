@@ -165,7 +165,13 @@ def parse_args(argv: list[str] | None = None):
     add = parser.add_argument_group("stages").add_argument
     add("--pipeline", choices=tuple(PIPELINES), help="a whole pipeline, from scratch (default: tailcalibx)")
     add("--stage", choices=STAGES, help="one stage alone, from --init-from or --teacher where it needs them")
-    add("--teacher", nargs="+", metavar="CKPT", help="teachers of cbd; several are concatenated (default: trains one)")
+    add(
+        "--teacher",
+        type=common.file_path,
+        nargs="+",
+        metavar="CKPT",
+        help="teachers of cbd; several are concatenated (default: trains one)",
+    )
     add("--teacher-seed", type=common.number(int, 0), help="seed of the teacher (default: 10 x seed, 1000 for seed 0)")
     add("--teacher-data-seed", type=common.number(int, 0, 2**32 - 1),
         help="which images the teacher sees (default: --data-seed, the student's)")  # fmt: skip

@@ -456,7 +456,7 @@ def tables(args, points: list[Point], rows: dict[str, dict], classes: list[str],
         lines = [{"name": name, "values": [figure(point) for point in chosen]} for name, figure in lines]
         plot = {"x": columns, "xlabel": xlabel, "ylabel": "recall (%)", "rows": draw}
         passes = [rows[point.name]["image_passes"] for point in chosen]
-        epoch = "last epoch" if args.select == "last" else "epoch chosen on validation data"
+        epoch = common.CHOSEN[args.select]
         note = f"{epoch}; image passes of each column: {', '.join(f'{n:,}' for n in passes)}"
         return {"title": title, "note": note, "row_header": xlabel, "columns": columns, "rows": lines, "plot": plot}
 

@@ -42,7 +42,6 @@ from __future__ import annotations
 
 import copy
 import math
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -68,12 +67,13 @@ FLAGS = (
     ("batch_size",           32,        1024,       256,        "images over all ranks"),
     ("lr",                   0.2,       0.5,        0.1,        "rate of kcl and tsc"),
     ("weight_decay",         1e-4,      "on all parameters",    {"range": FREE}),
-    ("k",                    1,         6,          6,          "positives drawn for an anchor, 0: all",
+    ("k",                    1,         6,          6,          "positives drawn, 0: all",
                              {"range": FREE}),
     ("temperature",          0.07,      "tau"),
     ("projection_dim",       128,       "length d of an embedding"),
-    ("queue",                384,       4096,       65536,      "keys in it", {"contrast": "queue"}),
-    ("key_momentum",         0.999,     "of the key encoder",   {"contrast": "queue", "range": (0, 1)}),
+    ("queue",                384,       4096,       65536,      "keys", {"contrast": "queue"}),
+    ("key_momentum",         0.999,     "of the key encoder",
+                             {"contrast": "queue", "range": (0, 1)}),
     ("bn_groups",            int,       "parts of the batch that batch norm sees apart (default: "
                              "one a rank); keys change theirs"),
     ("warmup",               0.5,       "share of the epochs that is kcl",
@@ -90,16 +90,15 @@ FLAGS = (
 )  # fmt: skip
 OTHER = {"inat18": {"classifier_lr": 30.0}}
 DROPS = {"letters": (28, 36, 38, 40), "small": (140, 180, 190, 200), "large": (20, 30, 40)}
-RESIZED = {"crop": "resized", "scale": (0.08, 1.0)}
-VIEWS = {  # of the contrastive stages
-    "letters": {"crop": "pad", "pad": 2, "jitter": (0.4, 0.4, 0.4, 0.5), "jitter_p": 0.8, "grey": 0.5},
-    "small": {"crop": "resized", "scale": (0.2, 1.0), "jitter": (0.4, 0.4, 0.4, 0.1), "jitter_p": 0.8, "grey": 0.2},
-    "large": RESIZED | {"jitter": (0.4, 0.4, 0.4, 0.0)}, "inat18": RESIZED,
-}  # fmt: skip
-PLAIN = VIEWS | {
-    "letters": {"crop": "pad", "pad": 2},
-    "small": {"crop": "pad", "pad": 4},
-}  # of the classifier
+LARGE = {"crop": "resized", "scale": (0.08, 1.0)}
+JITTER = {"jitter": (0.4, 0.4, 0.4, 0.1), "jitter_p": 0.8, "grey": 0.2}
+VIEWS = {  # of kcl and tsc
+    "letters": {"crop": "pad", "pad": 2} | JITTER | {"jitter": (0.4, 0.4, 0.4, 0.5), "grey": 0.5},
+    "small": {"crop": "resized", "scale": (0.2, 1.0)} | JITTER,
+    "large": LARGE | {"jitter": (0.4, 0.4, 0.4, 0.0)},
+    "inat18": LARGE,
+}
+PLAIN = {"letters": {"crop": "pad", "pad": 2}, "small": {"crop": "pad", "pad": 4}}  # of classifier
 
 
 # --- equations ------------------------------------------------------------------------------------
@@ -108,7 +107,7 @@ PLAIN = VIEWS | {
 
 
 def contrast(logits: Tensor, columns: Tensor, used: Tensor, weight: Tensor) -> Tensor:
-    """KCL and TSC: - weight log p of every positive over their number, [N, P]; a row's sum is a loss.
+    """KCL and TSC: - weight log p of every positive over their number, [N, P]; a row is a loss.
 
     logits [N, M]: products over tau; p is their softmax, positives included. columns, used [N, P]:
     which columns are positives, and which of these count. weight [P]. KCL (Kang et al., eq. 4): own
@@ -129,14 +128,16 @@ def draw(labels: Tensor, pool: Tensor, k: int, rng: torch.Generator) -> tuple[Te
     order = order[pool[order].argsort(stable=True)]
     first = torch.searchsorted(pool[order], labels)
     n = torch.searchsorted(pool[order], labels, right=True) - first
-    turn = data_lt.to_device(torch.rand(len(labels), generator=rng, dtype=torch.float64), pool.device)
+    turn = data_lt.to_device(
+        torch.rand(len(labels), generator=rng, dtype=torch.float64), pool.device
+    )
     step = torch.arange(k or int(n.max()), device=pool.device)
     place = ((turn * n).long()[:, None] + step) % n.clamp(min=1)[:, None]  # [N, k]
     return order[(first[:, None] + place).clamp(max=len(pool) - 1)], step < n[:, None]
 
 
 def simplex(classes: int, dim: int, rng: torch.Generator) -> Tensor:
-    """Vertices of a regular simplex, float64 [C, d], C <= d + 1, turned at random: cosines -1 / (C - 1)."""
+    """Vertices of a regular simplex, float64 [C, d], C <= d + 1, turned at random."""
     gram = math.sqrt(classes / (classes - 1)) * (
         torch.eye(classes, dtype=torch.float64) - 1 / classes
     )
@@ -173,7 +174,7 @@ def best_matching(cosine: Tensor) -> Tensor:
 
 
 def ldam_margins(counts, largest: float = 0.5) -> Tensor:
-    """Margins of LDAM (Cao et al. 2019), float32 [C]: proportional to n_c^(-1/4), the largest is 0.5."""
+    """Margins of LDAM (Cao et al. 2019), float32 [C]: as n_c^(-1/4), the largest is 0.5."""
     margins = torch.tensor(counts, dtype=torch.float64).pow(-0.25)
     return (largest * margins / margins.max()).float()
 
@@ -201,7 +202,7 @@ class Encoder(nn.Module):
 
 
 class Pairs(nn.Module):
-    """All pairs of the batch (SupCon): the other 2B - 1 embeddings are the columns. Small images."""
+    """All pairs of the batch (SupCon): the other 2B - 1 embeddings are columns. Small images."""
 
     passes, drop_last = 2, False  # how often an image goes forward and backward in a step
 
@@ -236,9 +237,8 @@ class Queue(nn.Module):
         self.k, self.temperature, self.momentum = args.k, args.temperature, args.key_momentum
         self.net = [net]  # in a list: it is no part of this module
         self.encode = Encoder(copy.deepcopy(net).requires_grad_(False), args)
-        keys = torch.randn(
-            args.queue, args.projection_dim, generator=common.generator(args.seed, "queue")
-        )
+        rng = common.generator(args.seed, "queue")
+        keys = torch.randn(args.queue, args.projection_dim, generator=rng)
         self.register_buffer("keys", F.normalize(keys, dim=1))
         self.register_buffer("labels", torch.full((args.queue,), -1))  # -1: not written yet
         self.register_buffer("pointer", torch.tensor(0))
@@ -249,8 +249,7 @@ class Queue(nn.Module):
         every = common.gather_with_gradient(labels)
         self.seen = common.gather_with_gradient(z.detach()), every
         self.fresh = self.encode_keys(views[1], rng)  # [B, d]
-        begin = common.rank() * len(z)
-        mine = slice(begin, begin + len(z))
+        mine = slice(common.rank() * len(z), (common.rank() + 1) * len(z))
         rows, used = (part[mine] for part in draw(every, self.labels, self.k, rng))
         own = (z * self.fresh[mine]).sum(1, keepdim=True)
         logits = torch.cat([own, z @ self.keys.T], 1) / self.temperature
@@ -258,7 +257,7 @@ class Queue(nn.Module):
 
     @torch.no_grad()
     def encode_keys(self, images: Tensor, rng) -> Tensor:
-        """Keys [B, d] of the global batch, dealt out anew: batch norm must not tell whose key it is."""
+        """Keys [B, d] of the global batch, dealt out anew: batch norm must not tell whose."""
         momentum_update(self.encode.net, self.net[0], self.momentum)
         world = common.world_size()
         if world * self.encode.groups == 1:
@@ -271,9 +270,8 @@ class Queue(nn.Module):
     @torch.no_grad()
     def remember(self) -> None:
         """Write the keys over the oldest; after backward, which still reads these."""
-        at = (self.pointer + torch.arange(len(self.fresh), device=self.keys.device)) % len(
-            self.keys
-        )
+        at = self.pointer + torch.arange(len(self.fresh), device=self.keys.device)
+        at = at % len(self.keys)
         self.keys[at], self.labels[at] = self.fresh.to(self.keys.dtype), self.seen[1]
         self.pointer.add_(len(self.fresh)).remainder_(len(self.keys))
 
@@ -299,7 +297,7 @@ class Matching(nn.Module):
 
     @torch.no_grad()
     def update(self, z: Tensor, labels: Tensor) -> None:
-        """M_c <- normalise(m M_c + (1 - m) a_c), a_c the normalised mean of the class in the batch."""
+        """M_c <- normalise(m M_c + (1 - m) a_c), a_c the normalised mean of c in the batch."""
         sums = torch.zeros_like(self.centres).index_add_(0, labels, z.to(self.centres.dtype))
         own = F.normalize(sums, dim=1, eps=1e-12)
         moved = self.momentum * self.centres + (1 - self.momentum) * own
@@ -322,7 +320,7 @@ class Matching(nn.Module):
         return changed.float()
 
     def add(self, z, labels, logits, columns, used, temperature: float):
-        """The targets as further columns, the own one as a further positive: logits, columns, used."""
+        """The targets as columns, too, the own one as a positive: logits, columns, used."""
         own = logits.shape[1] + self.target_of[labels][:, None]
         logits = torch.cat([logits, z @ self.targets.T / temperature], 1)
         return logits, torch.cat([columns, own], 1), F.pad(used, (0, 1), value=True)
@@ -341,15 +339,14 @@ def rate(args, name: str, epoch: float, epochs: int) -> float:
 
 
 def pretrain(run: common.Run, args, name: str, epochs: int, data, net, carried: dict) -> None:
-    """Stage kcl or tsc: batch -> unit embeddings -> positives (-> targets) -> loss -> step -> log."""
+    """Stage kcl or tsc: batch -> unit embeddings -> positives (-> targets) -> loss -> step."""
     pairs, matching, targeted = carried["contrast"], carried.get("matching"), name == "tsc"
     optimizer = common.sgd(net.parameters(), args.lr, args.weight_decay)
-    stage = run.stage(
-        name, epochs, {"counts": data.counts}, model=net, optimizer=optimizer, **carried
-    )
+    parts = {"model": net, "optimizer": optimizer} | carried
+    stage = run.stage(name, epochs, {"counts": data.counts}, **parts)
     augment = VIEWS.get(args.dataset, VIEWS[args.kind]) | {"flip": args.flip}
-    loader = data_lt.loader(args, data.train, args.batch_size, views=2, augment=augment,
-                            drop_last=pairs.drop_last, seed=(args.seed, name))  # fmt: skip
+    options = {"augment": augment, "views": 2, "drop_last": pairs.drop_last}
+    loader = data_lt.loader(args, data.train, args.batch_size, seed=(args.seed, name), **options)
     encode = common.replicate(args, Encoder(net, args))
     for epoch in stage.epochs():
         net.train()
@@ -365,14 +362,14 @@ def pretrain(run: common.Run, args, name: str, epochs: int, data, net, carried: 
                 logs["changes"] = matching.solve(stage.step)
                 positives = matching.add(z, y, *positives, args.temperature)
                 weight[-1] = args.target_weight
-            parts = contrast(*positives, weight)  # [N, P]
-            loss = parts.sum(1).mean()
+            losses = contrast(*positives, weight)  # [N, P]
+            loss = losses.sum(1).mean()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             stage.guard(loss)
             optimizer.step()
             pairs.remember()
-            stage.add(len(labels), loss=loss, loss_last=parts[:, -1].mean(), **logs)
+            stage.add(len(labels), loss=loss, loss_last=losses[:, -1].mean(), **logs)
         stage.end_epoch()
 
 
@@ -391,10 +388,10 @@ def train_classifier(run: common.Run, args, data, net: models.Net) -> None:
     optimizer = common.sgd(net.head.parameters(), args.classifier_lr)
     epochs, ldam = args.classifier_epochs, args.classifier == "ldam"
     stage = run.stage("classifier", epochs, {"counts": data.counts}, model=net, optimizer=optimizer)
-    augment = PLAIN.get(args.dataset, PLAIN[args.kind]) | {"flip": args.flip}
+    augment = PLAIN.get(args.kind) or VIEWS.get(args.dataset, VIEWS["large"])
     sampler = {} if ldam else {"sampler": "class_aware", "drop_last": True}
-    loader = data_lt.loader(args, data.train, args.classifier_batch_size, augment=augment,
-                            seed=(args.seed, "classifier"), **sampler)  # fmt: skip
+    options = {"augment": augment | {"flip": args.flip}, "seed": (args.seed, "classifier")}
+    loader = data_lt.loader(args, data.train, args.classifier_batch_size, **options, **sampler)
     margins = 30 * ldam * ldam_margins(data.counts).to(args.device)
     mass = torch.from_numpy(data_lt.effective_number_weights(data.counts)).float().to(args.device)
     mass = mass if ldam else torch.ones_like(mass)
@@ -427,16 +424,13 @@ def train_classifier(run: common.Run, args, data, net: models.Net) -> None:
 def read_targets(path: str, classes: int, dim: int) -> Tensor:
     """Unit rows [C, d] of an .npy; UserError unless it is C x d and finite."""
     try:
-        rows = np.load(Path(path).expanduser(), allow_pickle=False)
-        rows = torch.from_numpy(rows.astype(np.float64))
+        rows = torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float64))
     except (OSError, ValueError, EOFError, AttributeError) as error:
-        raise common.UserError(
-            f"--targets {path} is no .npy of numbers ({str(error)[:80]})"
-        ) from None
+        why = f"is no .npy of numbers ({str(error)[:80]})"
+        raise common.UserError(f"--targets {path} {why}") from None
     if rows.shape != (classes, dim):
-        raise common.UserError(
-            f"--targets {path} is {list(rows.shape)}, needed are [{classes}, {dim}]"
-        )
+        why = f"is {list(rows.shape)}, needed are [{classes}, {dim}]"
+        raise common.UserError(f"--targets {path} {why}")
     if not torch.isfinite(rows).all() or (rows.norm(dim=1) == 0).any():
         raise common.UserError(f"--targets {path} holds rows that are zero or not finite")
     return F.normalize(rows, dim=1)
@@ -444,25 +438,30 @@ def read_targets(path: str, classes: int, dim: int) -> Tensor:
 
 def check(args, data) -> None:
     """What only the data and the ranks can contradict, looked at before hours of training."""
-    world = common.world_size()
-    if args.batch_size % world or (args.bn_groups or world) % world:
-        raise common.UserError(f"--batch-size and --bn-groups must be multiples of the {world} ranks")
-    if args.batch_size < 2 * (args.bn_groups or 1):
-        raise common.UserError(f"--batch-size {args.batch_size}: at least two images a group")
-    if args.contrast == "queue" and args.queue % args.batch_size:
-        raise common.UserError(f"--queue {args.queue} must be a multiple of --batch-size {args.batch_size}")
-    if args.classifier_batch_size > len(data.train):
-        size = f"--classifier-batch-size {args.classifier_batch_size}"
-        raise common.UserError(f"{size} is more than the {len(data.train)} training images")
+    world, groups = common.world_size(), args.bn_groups or common.world_size()
+    images, batch = len(data.train), args.classifier_batch_size
+    queue = args.queue if args.contrast == "queue" else math.inf
+    for bad, why in (
+        (0 in data.counts, f"a class of {args.dataset} has no training image"),
+        (args.batch_size % world, f"--batch-size {args.batch_size}: no multiple of {world} ranks"),
+        (groups % world, f"--bn-groups {groups}: no multiple of {world} ranks"),
+        (
+            args.batch_size < 2 * groups,
+            f"--batch-size {args.batch_size}: two images a group, at least",
+        ),
+        (queue < args.batch_size, f"--queue {queue}: less than a batch"),
+        (batch > images, f"--classifier-batch-size {batch} is more than the {images} images"),
+    ):
+        if bad:
+            raise common.UserError(why)
 
 
 def carry(args, data, net: nn.Module) -> dict[str, nn.Module]:
     """What kcl and tsc pass on beside the network: pairs or queue, and for tsc the matching."""
     carried = {"contrast": (Queue if args.contrast == "queue" else Pairs)(net, args)}
     if args.method == "tsc":
-        make = make_targets if args.targets == "auto" else read_targets
-        source = {"seed": args.seed} if args.targets == "auto" else {"path": args.targets}
-        targets = make(classes=data.num_classes, dim=args.projection_dim, **source)
+        shape, auto = (data.num_classes, args.projection_dim), args.targets == "auto"
+        targets = make_targets(*shape, args.seed) if auto else read_targets(args.targets, *shape)
         steps = max(1, len(data.train) // args.batch_size)
         carried["matching"] = Matching(targets.float(), 1 if data.num_classes <= 1000 else steps)
     return {name: part.to(args.device) for name, part in carried.items()}

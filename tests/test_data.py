@@ -659,7 +659,7 @@ def test_the_loader_of_the_flags(glyphs):
         expected = lt.Loader(glyphs.train, 200, plain, seed=number, views=2, sampler="effective")
         assert same_batches(list(ours), list(expected))
     other = load()
-    other.info.mean, other.info.std = (0.1, 0.2, 0.3), (1.0, 2.0, 3.0)  # of all splits
+    other.mean, other.std = (0.1, 0.2, 0.3), (1.0, 2.0, 3.0)  # of all splits
     (views, *_), *_ = lt.evaluation_loader(args, other.test)
     expected = lt.Augment(16, (0.1, 0.2, 0.3), (1.0, 2.0, 3.0))
     assert views[0].equal(expected(other.test.images[:1000], expected.draw(1000, generator(0), 16, 16)))

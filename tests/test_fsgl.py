@@ -541,16 +541,14 @@ def test_only_cifar10_is_normalised_as_in_the_released_code(flags, monkeypatch):
     released = (0.49139968, 0.48215827, 0.44653124), (0.24703233, 0.24348505, 0.26158768)
     load, own = data_lt.load, (0.1, 0.2, 0.3)
 
-    def letters(args=None, **rest):
-        if args is None:  # what `load` calls itself with
-            return load(**rest)
-        splits = load(argparse.Namespace(**vars(args) | {"dataset": "glyphs_lt"}), **rest)
+    def letters(args):
+        splits = load(argparse.Namespace(**vars(args) | {"dataset": "glyphs_lt"}))
         splits.mean, splits.std = own, own
         return splits
 
     monkeypatch.setattr(data_lt, "load", letters)
     for name in ("cifar10_lt", "cifar100_lt", "svhn_lt", "glyphs_lt"):
-        splits = fsgl.load_splits(settings("--dataset", name, "--subset-rule", "common", *flags))
+        splits = fsgl.load_splits(settings("--dataset", name, *flags))
         assert (splits.mean, splits.std) == (released if name == "cifar10_lt" else (own, own)), name
         assert (splits.val is not None) == bool(flags)
 

@@ -11,6 +11,8 @@ INSIDE = (  # what is optional, slow to load or loads only where it is used
     "matplotlib",
     "tensorboard",
     "dppy",
+    "torchvision",  # takes as long as torch itself
+    "fcntl",  # not on every system
     "torch.utils.tensorboard",
     "torch.distributed.elastic",
     "torch.distributed.launcher",

@@ -670,4 +670,4 @@ def test_fsgl_scale_acts_in_training_outputs_only():
 def test_models_imports_no_helper():
     with open(models.__file__) as file:
         imported = re.findall(r"^\s*(?:from|import) (\w+)", file.read(), flags=re.MULTILINE)
-    assert set(imported) == {"re", "torch", "torchvision"}
+    assert set(imported) == {"argparse", "re", "torch", "torchvision"}

@@ -575,6 +575,29 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, flags, named):
     assert len(lines) == 1 and "error" in lines[0] and named in lines[0], done.stderr
 
 
+@pytest.mark.parametrize(("capability", "chosen"), [((7, 5), "fp32"), ((8, 0), "bf16"), ((12, 0), "bf16")])
+def test_auto_takes_bf16_where_the_gpu_has_it(monkeypatch, capability, chosen):
+    here = {"is_available": True, "device_count": 1, "set_device": None, "get_device_capability": capability}
+    for name, value in here.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    args = Namespace(device="auto", gpus=1, precision="auto")
+    kept = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    try:
+        common._choose_device(args, False)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = kept
+    assert (args.device, args.precision) == ("cuda:0", chosen)
+
+
+def test_a_home_in_a_path_is_the_home(tmp_path, monkeypatch):
+    """Quoted, or after an equals sign, the shell leaves `~` to the program."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = ["--out=~/a", "--data-root=~/b", "--dataset=~/c", "--eval=~/d.pt", "--init-from=~/e.pt"]
+    args = common.base_parser("A test").parse_args(words)
+    said = [args.out, args.data_root, args.dataset, args.eval, args.init_from]
+    assert said == [f"{tmp_path}/{name}" for name in ("a", "b", "c", "d.pt", "e.pt")]
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_progress_is_a_bar_on_a_terminal_and_a_line_an_epoch_elsewhere(tmp_path, capsys, monkeypatch, terminal):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)

@@ -629,9 +629,9 @@ def test_a_part_of_the_chain_goes_on_from_a_checkpoint(tmp_path):
     ("flags", "said"),
     [
         ("--method kcl --target-weight 0.3", "--target-weight belongs to --stages tsc"),
-        ("--bn-groups 22", "at least two images a group"), ("--batch-size 1", "at least two images"),
+        ("--bn-groups 22", "two images a group"), ("--batch-size 1", "two images a group"),
         ("--queue 84", "--queue belongs to --contrast queue"),
-        ("--contrast queue --queue 100", "--queue 100 must be a multiple of --batch-size 42"),
+        ("--contrast queue --queue 40", "--queue 40: less than a batch"),
         ("--save-features val", "--select val"),
         ("--warmup 1", "at most 0.999"),
         ("--imb-ratio 1000", "with 0 of its"),
@@ -649,6 +649,20 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, fl
         call(*flags.split(), out=tmp_path)
     shown = capsys.readouterr().err
     assert stopped.value.code == 2 and said in shown and shown.strip().count("\n") == 0, shown
+
+
+def test_a_class_without_images_is_refused(tmp_path, capsys, monkeypatch):
+    original = data_lt.load
+
+    def emptied(args):
+        data = original(args)
+        data.train = data.train.select(torch.where(data.train.labels != 4)[0])
+        return data
+
+    monkeypatch.setattr(data_lt, "load", emptied)
+    with pytest.raises(SystemExit) as stopped:
+        call("--epochs", "1", out=tmp_path)
+    assert stopped.value.code == 2 and "has no training image" in capsys.readouterr().err
 
 
 def test_a_target_file_of_another_shape_is_refused_and_a_fitting_one_is_used(tmp_path):
