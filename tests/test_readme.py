@@ -10,6 +10,8 @@ import commands
 import pytest
 from test_faults import SMALL, Desk, tiny  # noqa: F401 (a fixture)
 
+from tools import toys
+
 ROOT = commands.ROOT
 TEXT = (ROOT / "README.md").read_text()
 SHORT = SMALL | {"toy_similarity": "--epochs 2 --points 0.5"}
@@ -107,19 +109,22 @@ def test_the_other_commands(tmp_path):
     rest = [line for line in others if line not in run_all]
     # run by test_compare_export...; the suite itself; on ranks in test_ranks.py
     programs = {re.match(r"python -m [\w.]+|python [\w/]+\.py|bash [\w/]+\.sh|torchrun", line)[0] for line in rest}
-    tools = {f"python -m tools.{name}" for name in ("report", "figures", "toys")}
+    tools = {f"python -m tools.{name}" for name in ("report", "figures", "geometry", "toys")}
     assert programs <= tools | {"python tests/benchmarks.py", "bash tests/run.sh", "torchrun"}, rest
 
 
 def test_compare_export_and_the_figure_of_the_exported_file(tmp_path):
     for script, variant in ("fsgl", "glmc"), ("fsgl", "fsgl"), ("tsc", "tsc"):
         flags = ["--variant", variant, "--epochs", 1] if script == "fsgl" else SMALL[script].split()
+        flags += ["--save-features", "test"]
         commands.run(f"{script}.py", *flags, out=tmp_path / variant)
         named = tmp_path / "runs" / script / "glyphs_lt_ir100" / variant
         named.parent.mkdir(parents=True, exist_ok=True)
         shutil.move(commands.folder(tmp_path / variant).parent, named)
-    wanted = [line for line in lines() if line.startswith(("python -m tools.", "python tsc.py --eval"))]
-    wanted = [line for line in wanted if not line.startswith("python -m tools.report run")]
+    kinds = tuple(f"python -m tools.{name}" for name in ("report", "figures", "geometry", "toys"))
+    wanted = [line for line in lines() if line.startswith((*kinds, "python tsc.py --eval"))]
+    circle, *wanted = sorted(wanted, key=lambda line: "circle" not in line)  # it trains on CIFAR: read only
+    assert toys.circle_args(shlex.split(circle)[4:]).epochs == 200
     said = []
     for line in wanted:
         words = [str(ROOT / word) if word.startswith("results/") else word for word in shlex.split(line)[1:]]
@@ -127,12 +132,12 @@ def test_compare_export_and_the_figure_of_the_exported_file(tmp_path):
         done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=commands.environment())
         assert done.returncode == 0, done.stderr
         said.append(re.sub(r" +", " ", done.stdout))
-    assert [re.search(r"compare|export|figures|toys|--eval", line)[0] for line in wanted] == [
-        "compare", "export", "figures", "--eval", "--eval", "toys", "toys"
+    assert [re.search(r"features|targets|compare|export|figures|toys|--eval", line)[0] for line in wanted] == [
+        "features", "targets", "compare", "export", "figures", "--eval", "--eval", "toys", "toys"
     ]  # fmt: skip
-    assert "overall 78.68" in said[4]  # as the README says
-    assert "| overall |" in said[0] and "of this file" in said[1] and "wrote runs/tsc/" in said[2]
-    assert f"overall {re.search(r'([0-9.]+) % of this file', said[1])[1]}" in said[3]
+    assert "overall 78.68" in said[6]  # as the README says
+    assert "| overall |" in said[2] and "of this file" in said[3] and "wrote runs/tsc/" in said[4]
+    assert f"overall {re.search(r'([0-9.]+) % of this file', said[3])[1]}" in said[5]
 
 
 def test_files_and_folders_that_it_names_are_there():

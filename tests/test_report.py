@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import common
+import ssp_pretrain
 from tools import figures, report, results, toys
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -549,9 +550,10 @@ def test_every_line_of_run_all_is_accepted_by_its_script():
     text = (ROOT / "run_all.sh").read_text()
     cells = report.read_cells(text[text.index("<<'CELLS'") + 9 : text.rindex("CELLS")], 9)
     assert len(cells) > 500 and {cell.words[0] for cell in cells} == {path.name for path in METHODS}
-    modules, backbones = {path.name: importlib.import_module(path.stem) for path in METHODS}, {}
+    backbones = {}
     for cell in cells:
-        args = modules[cell.words[0]].parse_args([*cell.words[1:], "--seed", str(cell.seed), "--device", "cpu"])
+        script, *words = cell.words
+        args = commands.parse(script.removesuffix(".py"), [*words, "--seed", str(cell.seed), "--device", "cpu"])
         assert args.seed == cell.seed, cell
         if cell.table.startswith("comparison"):
             backbones.setdefault(args.dataset, set()).add(args.backbone)
@@ -680,12 +682,13 @@ def test_pictures_are_linked(tmp_path):
 def published_of(line: str) -> dict:
     """What stands beside a run of this command line: headline of paper and released code, rows of its first table."""
     script, *words = line.split()
-    module = importlib.import_module(script)
-    args = module.parse_args([*words, "--data-root", "x"])
+    words += ["--data-root", "x"]
+    args = toys.circle_args(words) if script == "toys" else commands.parse(script, words)
     method, names = {
         "toy_similarity": lambda: (args.experiment, ["truck (tail)", "rank-1"]),
-        "ssp_pretrain": lambda: (module.method_name(args), arms(module, args)),
-        "tsc": lambda: ("toy", ["KCL", "TSC"]) if args.command == "toy" else (args.method, []),
+        "ssp_pretrain": lambda: (ssp_pretrain.method_name(args), arms(args)),
+        "tsc": lambda: (args.method, []),
+        "toys": lambda: ("circle", ["KCL", "TSC"]),
         "bns_ipdpp": lambda: ("bns_ipdpp", args.stages.split(",")[1:]),
         "fsgl": lambda: (args.variant, []),
         "tailcalibx": lambda: (args.pipeline, []),
@@ -708,9 +711,10 @@ def published_of(line: str) -> dict:
     return found
 
 
-def arms(ssp, args) -> list[str]:
+def arms(args) -> list[str]:
     """The recipes of a run, as it names them; the last one has the headline."""
-    names = [ssp.recipe_name(args, False)] * args.compare + [ssp.recipe_name(args, args.ssp != "none")]
+    name = ssp_pretrain.recipe_name
+    names = [name(args, False)] * args.compare + [name(args, args.ssp != "none")]
     return names + ["with pseudo-labels"] * bool(args.unlabeled_source)
 
 
@@ -749,8 +753,10 @@ SEMI = f"ssp_pretrain {C10} --ssp none --imb-ratio 50 --unlabeled-source"
         (f"tsc {C10}", 79.7), (f"tsc {C10} --method kcl", 77.6), (f"tsc {C10} --imb-ratio 10", 88.7), ("tsc", None),
         (f"tsc {C10} --imb-ratio 50", None), (f"tsc {C10} --imb-type step", None), (f"tsc {C10} --epochs 500", None),
         (f"tsc {C10} --target-weight 0.5", 79.5), (f"tsc {C10} --target-weight 0.4", None),
-        (f"tsc {C10} --dim 3", 77.5), (f"tsc {C10} --dim 3 --method kcl", 72.3), (f"tsc {C10} --eval-every 5", 79.7),
-        (f"tsc {IMAGENET} --warmup-frac 0", 51.3), (f"tsc {IMAGENET} --method kcl --epochs 400", 51.6),
+        (f"tsc {C10} --projection-dim 3", 77.5), (f"tsc {C10} --projection-dim 3 --method kcl", 72.3),
+        (f"tsc {C10} --eval-every 5", 79.7),
+        (f"tsc {IMAGENET} --warmup 0", 51.3), (f"tsc {IMAGENET} --method kcl", 51.6),
+        (f"tsc {IMAGENET} --method kcl --epochs 200", 51.5), (f"tsc {IMAGENET} --epochs 200", 52.3),
         (f"tailcalibx {C100} --pipeline cbd_tailcalibx --imb-ratio 10", 61.13), (f"tailcalibx {C100}", None),
         (f"tailcalibx {C100} --pipeline cbd_tailcalibx --recipe released --seed 3", 46.59),
         (f"tailcalibx {C100} --pipeline cbd_tailcalibx --alpha 0.1", None),
@@ -766,15 +772,18 @@ def test_released_figures_and_rows_of_tables_stand_there_too():
         published_of(f"fsgl {C10} --variant glmc")["released"] == 88.5 and not published_of(f"fsgl {C10}")["released"]
     )
     assert published_of(f"tsc {IMAGENET}")["released"] == 52.44
+    kcl = f"tsc {IMAGENET} --method kcl"
+    assert published_of(f"{kcl} --epochs 200")["released"] == 51.36 and published_of(kcl)["released"] is None
     assert published_of(f"tailcalibx {C100} --pipeline cosine_ce --recipe released")["released"] == 40.4
     assert published_of(f"tailcalibx {C100} --pipeline cosine_ce")["released"] is None
     probe = published_of(f"bns_ipdpp {C10} --stages pretrain,probe,finetune")
     assert probe["probe"] == [68.2, 69.4, 66.0, 67.6] and probe["finetune"] == [76.4]
     pair = published_of(f"ssp_pretrain {C10} --compare")
     assert (pair["CE"], pair["CE+SSP"], pair["rotation accuracy, test set (%)"]) == ([71.3], [73.8], [83.8])
-    toy = published_of(f"tsc toy {C10}")
-    assert toy["KCL"] == [94.3, 83.2] and toy["TSC"] == [94.5, 87.4]
-    assert set(published_of(f"tsc toy {C10} --data-seed 1")) == {"paper", "released"}
+    circle = published_of(f"toys {C10}")
+    assert circle["KCL"] == [94.3, 83.2] and circle["TSC"] == [94.5, 87.4]
+    assert set(published_of(f"toys {C10} --data-seed 1")) == {"paper", "released"}
+    assert toys.published_circle()["TSC"] == {"1:1:1": "94.5", "10:1:1": "87.4", "100:1:1": "80.9"}
     sweep = published_of(f"toy_similarity {C10} --experiment sweep2 --points 5000,100")
     assert sweep["truck (tail)"] == [94.2, 43.7] and sweep["rank-1"] == [92.6, 89.3]
     assert published_of(f"toy_similarity {C10}")["truck (tail)"] == [32.8, 19.8]
@@ -790,7 +799,7 @@ def test_every_published_figure_has_a_source_and_an_epoch_rule():
     assert all(0 <= row["value"] <= 100 for row in rows if row["metric"] != "reasonability")
     key = ("script", "dataset", "ratio", "method", "flags", "metric", "source")
     assert len({tuple(row[name] for name in key) for row in rows}) == len(rows)
-    assert {row["script"] for row in rows} == {path.stem for path in METHODS}
+    assert {row["script"] for row in rows} == {path.stem for path in METHODS} | {"toys"}
     shots = {}
     for row in rows:  # a figure's groups recombine to its overall: 5, 2 and 3 classes of CIFAR-10
         if row["source"].startswith("Figure 1a"):
@@ -805,8 +814,8 @@ def test_every_published_figure_has_a_source_and_an_epoch_rule():
     [
         ("a,b,c", "needs script"), ("tsc,glyphs_lt,100,tsc,,overall,much,Table 1,unknown", "could not convert"),
         ("tsc,glyphs_lt,100,tsc,,overall,5,,unknown", "needs script"),
-        ("tsc,glyphs_lt,100,tsc,dim 3,overall,5,Table 1,unknown", "is no list of --flag VALUE"),
-        ("tsc,glyphs_lt,100,tsc,--dim (,overall,5,Table 1,unknown", "line 2"),
+        ("tsc,glyphs_lt,100,tsc,k 3,overall,5,Table 1,unknown", "is no list of --flag VALUE"),
+        ("tsc,glyphs_lt,100,tsc,--k (,overall,5,Table 1,unknown", "line 2"),
     ],
 )  # fmt: skip
 def test_a_bad_row_of_published_figures_is_one_line(tmp_path, row, said):
