@@ -12,7 +12,7 @@ import torch
 import models
 
 
-@pytest.mark.parametrize("name", ["SSP, MoCo", "GLMC", "TailCalibX"])
+@pytest.mark.parametrize("name", ["SSP, MoCo", "TSC", "GLMC", "TailCalibX"])
 def test_every_stage_that_trains_a_network_has_a_row(name, tmp_path):
     gpu_speed.cifar_like(tmp_path / "random.npz", n_max=100, n_test=2, side=16)
     with np.load(tmp_path / "random.npz") as file:
@@ -23,7 +23,7 @@ def test_every_stage_that_trains_a_network_has_a_row(name, tmp_path):
     words = gpu_speed.METHODS[name]
     rows = list(gpu_speed.measure(name, words, tmp_path / "random.npz", "cpu", 2, compiled=False, more=more))
     assert [row["stage"] for row in rows] == {
-        "SSP, MoCo": ["pretrain", "train"], "GLMC": ["train"], "TailCalibX": ["cosine_ce"],
+        "SSP, MoCo": ["pretrain", "train"], "TSC": ["kcl", "tsc"], "GLMC": ["train"], "TailCalibX": ["cosine_ce"],
     }[name]  # fmt: skip
     for row in rows:
         assert abs(row["batch"] - 40) <= 7 and row["backbone"] == "resnet8" and row["utilisation"] is None
