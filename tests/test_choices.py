@@ -95,7 +95,7 @@ def actions(script: str, monkeypatch) -> list:
 def values(script: str, monkeypatch) -> list[str]:
     found = []
     for action in actions(script, monkeypatch):
-        names = [text for text in action.option_strings if text.startswith("--")]  # --mlp, --no-mlp
+        names = [text for text in action.option_strings if text.startswith("--")]  # not the --no-... of a switch
         found += [f"{names[0]} {value}" for value in action.choices or ()] if names else []
         found += names if action.nargs == 0 and "--help" not in names else []
     return found

@@ -279,7 +279,7 @@ def draw_features(axes, path: Path, result: dict) -> None:
 
 
 def draw_circle(path: Path) -> Path:
-    """tsc.py's toy: test embeddings on the circle, a panel a method and ratio, targets as crosses.
+    """The circle of tools.toys: test embeddings, a panel a method and ratio, targets as crosses.
 
     The radius has noise, so that points do not cover each other.
     """

@@ -114,10 +114,7 @@ def label(seeds: list[dict]) -> str:
 
 COLUMNS = "script dataset ratio method flags metric value source epoch_rule".split()
 # Flags that change no published setting: a figure may stand beside a run with others of these.
-HARMLESS = set(
-    "recipe stages points compare eval_every diagnostics_every class_distances".split()
-    + "gpus compile precision cache".split()
-)
+HARMLESS = set("recipe stages points compare eval_every gpus compile precision cache".split())
 
 
 class Published:
