@@ -1095,7 +1095,7 @@ class Augment:
         return out
 
     def _normalised(self, images: Tensor) -> Tensor:
-        """All there is to do where nothing is drawn: evaluation, and images that are cut already."""
+        """All there is to do where nothing is drawn: evaluation, and images cut already."""
         out = torch.empty(images.shape, device=images.device, memory_format=torch.channels_last)
         mean, std = (part.repeat(self.size) for part in self.statistics.to(images.device))
         raw, rows = (x.permute(0, 2, 3, 1).flatten(2) for x in (images, out))  # [n, S, 3 S]; a view
