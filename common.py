@@ -1384,7 +1384,7 @@ def keep_features(run: Run, net: nn.Module, dataset, loader, suffix: str = "") -
 def save_features(scores: Scores, indices: Tensor, path: Path) -> None:
     """Write `features` [N, d] (float32, before the head), `labels` [N] and `indices` [N] of an evaluation as .npz.
 
-    indices: positions of the images in the source set (`ImageSet.indices`).
+    indices: positions of the images in the source set (`Set.indices`).
     """
     arrays = {"features": scores.features.numpy(), "labels": scores.labels.numpy(), "indices": indices.cpu().numpy()}
     if is_main():

@@ -39,7 +39,7 @@ def image_set(counts, names):
     labels = torch.tensor([c for c, n in enumerate(counts) for _ in range(n)])
     labels = labels[torch.randperm(len(labels), generator=common.generator(0))]
     images = torch.arange(len(labels), dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 1, 1)
-    kind = getattr(data_lt, "Set", None) or data_lt.ImageSet
+    kind = data_lt.Set
     return kind(images, labels, torch.arange(len(labels)), names)
 
 

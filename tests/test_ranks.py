@@ -146,7 +146,7 @@ def test_n_ranks_equal_one_in_loss_and_gradients(tmp_path, world, batch):
 
 def test_training_shares_are_equal_and_what_is_left_over_is_dropped():
     images = torch.zeros(40, 3, 4, 4, dtype=torch.uint8)
-    dataset = data_lt.ImageSet(images, torch.arange(40) % 10, torch.arange(40), list("abcdefghij"))
+    dataset = data_lt.Set(images, torch.arange(40) % 10, torch.arange(40), list("abcdefghij"))
     augment = data_lt.Augment(4, (0.5,) * 3, (0.2,) * 3)
     for batch, sizes in ((13, [4, 4, 4]), (12, [4, 4, 4, 1]), (18, [6, 6, 1])):
         shares = []
