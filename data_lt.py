@@ -1590,7 +1590,9 @@ def examine(args, net: nn.Module, data: Splits, stage: str, *names: str) -> None
     names = ("dataset", "backbone", *names)
     common.check_same(args.eval, checkpoint["args"], common.result_args(args), names)
     common.load_weights(net, checkpoint["state"]["model"], args.eval)
-    full = common.figures(args, net, evaluation_loader(args, data.test), checkpoint["info"]["counts"])
+    full = common.figures(
+        args, net, evaluation_loader(args, data.test), checkpoint["info"]["counts"]
+    )
     common.tell_figures(args, checkpoint, full)
 
 
@@ -1603,6 +1605,8 @@ def finish(run: common.Run, net: nn.Module, data: Splits, stage: str, **result) 
     if run.result:
         return run.show()
     if run.rows[-1]["stage"] != stage:  # --stages ended before it
-        return run.finish(classes=data.classes, counts=data.counts, image_passes=run.passes, **result)
+        return run.finish(
+            classes=data.classes, counts=data.counts, image_passes=run.passes, **result
+        )
     full = common.figures(args, net, evaluation_loader(args, data.test), data.counts)
     run.finish(**common.outcome(run, stage, full, data.classes, data.counts), **result)
