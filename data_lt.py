@@ -1581,7 +1581,7 @@ def judge(args, net: nn.Module, data: Splits) -> common.Judge:
 
 
 def examine(args, net: nn.Module, data: Splits, stage: str, *names: str) -> None:
-    """`--eval CKPT`: figures on the test set of a checkpoint of `stage`, made with the same flags `names`."""
+    """`--eval CKPT`: test figures of a checkpoint of `stage` made with the same `names`."""
     checkpoint = common.load_checkpoint(args.eval)
     script = Path(sys.argv[0]).stem
     if (checkpoint["script"], checkpoint["stage"]) != (script, stage):
@@ -1597,7 +1597,7 @@ def examine(args, net: nn.Module, data: Splits, stage: str, *names: str) -> None
 
 
 def finish(run: common.Run, net: nn.Module, data: Splits, stage: str, **result) -> None:
-    """`--save-features`, and result.json: the figures on the test set of what `stage` has trained."""
+    """`--save-features`, and result.json: figures on the test set of what `stage` has trained."""
     args = run.args
     if args.save_features:
         part = getattr(data, args.save_features)

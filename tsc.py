@@ -498,7 +498,7 @@ def main(args) -> None:
     if "classifier" in args.stages:
         net = build_classifier(args, net.backbone, data.num_classes)
         train_classifier(run, args, data, net)
-    data_lt.finish(run, net, data, "classifier")
+    data_lt.finish(run, net, data, "classifier", parameters=models.count_parameters(net))
 
 
 if __name__ == "__main__":
