@@ -173,7 +173,7 @@ def test_validation_images_are_held_out_before_anything_is_mixed():
 def test_the_class_order_of_the_set_decides_who_is_the_tail_and_which_images_are_drawn(monkeypatch):
     args, source = toy.parse_args([]), data_lt.load_pool("glyphs_lt", "data")
     order = (*range(1, 10), 0)
-    turned = source._replace(info=dataclasses.replace(source.info, class_order=order))
+    turned = dataclasses.replace(source, info=dataclasses.replace(source.info, class_order=order))
     points, head, tail = toy.plan(args, turned)
     assert (head, tail) == (1, 0) and points[0].counts[0] == min(points[0].counts)
     train, _ = toy.make_training_set(args, turned, points[0], head, tail)
