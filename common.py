@@ -1493,7 +1493,7 @@ def keep_examined(args, checkpoint: dict, result: dict) -> None:
         path, folder = Path(args.eval).resolve(), Path(args.out) / checkpoint["script"] / "examined"
         make_folder(folder)
         head = {"checkpoint": args.eval, "stage": checkpoint["stage"], "epoch": checkpoint["epoch"]}
-        write_json(folder / f"eval-{'-'.join([*path.parts[-4:-1], path.stem])}.json", head | result)
+        write_json(folder / f"eval-{'-'.join([*path.parts[1:-1][-3:], path.stem])}.json", head | result)
     barrier()
 
 

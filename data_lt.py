@@ -1602,6 +1602,7 @@ def finish(run: common.Run, net: nn.Module, data: Splits, stage: str, **result) 
     if args.save_features:
         part = getattr(data, args.save_features)
         common.keep_features(run, net, part, evaluation_loader(args, part))
+        run.say(f"wrote {common.features_path(run)}")
     if run.result:
         return run.show()
     if run.rows[-1]["stage"] != stage:  # --stages ended before it

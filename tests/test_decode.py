@@ -71,8 +71,17 @@ def same(ours: list, others: list) -> bool:
     return all(x.equal(y) for one, other in pairs for x, y in zip(one, other, strict=True))
 
 
+OTHERS = set()  # processes that earlier tests of this session left running
+
+
+@pytest.fixture(autouse=True)
+def only_own_processes():
+    OTHERS.clear()
+    OTHERS.update(process.pid for process in multiprocessing.active_children())
+
+
 def children() -> set[int]:
-    return {process.pid for process in multiprocessing.active_children()}
+    return {process.pid for process in multiprocessing.active_children()} - OTHERS
 
 
 def alive(pid: int) -> bool:

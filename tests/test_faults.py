@@ -323,6 +323,6 @@ def test_a_killed_decoding_worker_is_one_line(script, tree, tmp_path, pytestconf
     os.kill(worker, signal.SIGKILL)
     process.join(100)
     said = process.said.read_text().strip()
-    assert process.exitcode == 1 and f"decoding worker {worker} was killed by signal 9" in said, said
+    assert process.exitcode == 1 and "a decoding worker failed" in said and str(worker) in said, said
     assert "\n" not in said and "Traceback" not in said
     common.load_checkpoint(desk.folder / "last.pt")

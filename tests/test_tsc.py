@@ -620,6 +620,10 @@ def test_a_part_of_the_chain_goes_on_from_a_checkpoint(tmp_path):
     kcl = ["--init-from", whole["folder"] / "kcl.pt", "--epochs", "2", "--classifier-epochs", "1"]
     rest = call("--stages", "tsc,classifier", *kcl, out=tmp_path / "rest")
     assert [row["loss"] for row in rest["rows"]] == [row["loss"] for row in whole["rows"][1:]]
+    alone = call("--method", "kcl", "--epochs", "1", "--stages", "kcl", out=tmp_path / "alone")
+    with pytest.raises(SystemExit) as stopped:
+        call("--stages", "tsc", "--init-from", alone["folder"] / "kcl.pt", out=tmp_path / "none")
+    assert stopped.value.code == 2
     tsc_pt = ["--init-from", whole["folder"] / "tsc.pt", "--classifier-epochs", "1"]
     last = call("--stages", "classifier", *tsc_pt, out=tmp_path / "last")
     assert last["rows"][0]["loss"] == whole["rows"][2]["loss"]
@@ -638,7 +642,8 @@ def test_a_part_of_the_chain_goes_on_from_a_checkpoint(tmp_path):
         ("--targets none.npy", "none.npy is no .npy"),
         ("--classifier linear --classifier-batch-size 300", "300"),
         ("--backbone resnet9", "unknown backbone"),
-        ("--stages tsc,classifier", "leaves out kcl"),
+        ("--stages tsc,classifier", "leaves out kcl"), ("--stages kcl --epochs 1", "no epoch falls to it"),
+        ("--method kcl --targets x.npy", "--targets belongs to --method tsc"),
         ("--init-from none.pt", "none.pt"),
         ("--eval none.pt", "none.pt"),
     ],
@@ -730,7 +735,7 @@ def two_stages(folder: str, contrast: str) -> dict:
         tsc.pretrain(run, args, name, 1, data, net, carried)
     parts = {"net": net} | carried
     kept = {f"{part}/{k}": v for part, module in parts.items() for k, v in module.state_dict().items()}
-    keys = ("loss", "loss_last", "same_label", "other_label", "changes")
+    keys = ("loss", "same_label", "other_label", "changes", "centre_cosine")
     return {"kept": kept, "rows": [{key: row[key] for key in keys if key in row} for row in run.rows]}
 
 
