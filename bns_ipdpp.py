@@ -21,7 +21,7 @@ encoder of pretrain, not of probe). Each also alone: `--stages finetune --init-f
   python bns_ipdpp.py --dataset imagenet_lt --gpus 8             # settings of our own, nothing was released
   python bns_ipdpp.py --eval runs/.../finetune.pt
 
-What to expect: 75.8 +- 2.8 % overall on the letters (seeds 0 to 2, one CPU thread, 197,648 image passes, 126 s).
+What to expect: 76.9 +- 3.8 % overall on the letters (seeds 0 to 2, one CPU thread, 197,648 image passes; 126 s idle).
 That is the work of the fine-tuning: the loss of pre-training ended at 1.447 there, and a linear probe on it was at
 chance (9.9 +- 0.4). CIFAR-10-LT at ratio 100, shortened to 400 of the 1000 pre-training epochs: 69.6 (seed 0, last
 epoch, one H200, 11 min; published 76.4). At full length: not measured yet.
