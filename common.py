@@ -3,7 +3,7 @@ evaluation on a balanced test set.
 
 A script reads
 
-    args = parse_args()                                  # base_parser + its own flags, resolve() fills in the preset
+    args = common.parse(__doc__, FLAGS, METHODS, OTHER, side)  # older scripts: base_parser and resolve
     common.launch(main, args)                            # one process, --gpus N local ranks, or under torchrun
 
     run = common.Run(args, "tsc", fingerprint)           # folder, lock, logs, what was finished before
@@ -221,10 +221,10 @@ file_path = os.path.expanduser  # argparse type of a flag that names a file or f
 
 KINDS = ("letters", "small", "large")  # glyphs_lt; images up to 64 px; above
 LARGE_SETS = ("mini_imagenet_lt", "imagenet_lt", "inat18")
-# A row: name, its default (or the three of letters, small and large sets), what it is, and where needed a dictionary:
-# "range": lowest and highest value (without it whole numbers start at 1, others lie above 0), "bare": a switch, and
-# other flags with the values beside which alone it means something. A tuple lists choices, the default first; a type
-# stands for no default.
+# A row: name, its default (or the three of letters, small and large sets), what it is, and where
+# needed a dictionary: "range": lowest and highest value (without it whole numbers start at 1, other
+# ones lie above 0), "bare": a switch, and other flags with the values beside which alone it means
+# something. A tuple lists choices, the default first; a type stands for no default.
 SHARED = (
     ("dataset", "glyphs_lt", f"{', '.join(KNOWN_SETS)}, a folder of class folders, or an .npz"),
     ("data_root", "data", "folder of the data sets"),
@@ -241,7 +241,7 @@ SHARED = (
     ("init_from", str, "checkpoint to start from"),
     ("eval", str, "only evaluate this checkpoint"),
     ("eval_every", 1, "epochs between evaluations; the last is always one"),
-    ("select", ("last", "val", "test"), "headline: last epoch, best on validation data, or, as released, best on test"),
+    ("select", ("last", "val", "test"), "headline: last epoch, or best on validation or test data"),
     ("save_features", ("", "train", "val", "test"), "write features_<split>.npz at the end"),
     ("gpus", 1, "local ranks, one GPU each"),
     ("device", "auto", "auto, cpu, cuda, cuda:1 or mps"),
@@ -282,26 +282,42 @@ def reader(name: str, like, only: dict) -> dict:
 
 
 def default_of(value):
-    """What a flag is when nobody says it: the first of its choices, None where only a type is given."""
-    return value[0] or None if isinstance(value, tuple) else None if isinstance(value, type) else value
+    """What a flag is when nobody says it: the first of its choices; of a type None."""
+    if isinstance(value, tuple):
+        return value[0] or None
+    return None if isinstance(value, type) else value
 
 
-def parse(doc: str, flags, methods: dict[str, tuple[str, ...]], other: dict[str, dict], side, argv=None):
+def parse(
+    doc: str, flags, methods: dict[str, tuple[str, ...]], other: dict[str, dict], side, argv=None
+):
     """The arguments of a script, all decided here.
 
-    doc: the script's docstring. flags: its rows, laid over SHARED. methods: {name: chain of stages}, the default first.
-    other: {data set: {flag: default}}. side: (dataset, data_root, image_size) -> pixels, of a path. Sets `kind` (see
-    KINDS), `stages` (a tuple) and `changed`, the flags that differ from their defaults and change the result.
+    doc: the script's docstring. flags: its rows, laid over SHARED. methods: {name: its stages}, the
+    default first. other: {data set: {flag: default}}. side: (dataset, data_root, image_size) ->
+    pixels, of a path. Sets `kind` (see KINDS), `stages` (a tuple) and `changed`, the flags that
+    differ from their defaults and change the result.
     """
-    chains = {"method": (tuple(methods), "row of the paper's table"), "stages": (str, "part of its chain, as a,b")}
-    rows = [(name, *row) for name, row in chains.items()]
-    table = read_rows(SHARED) | read_rows(rows) | read_rows(flags)
-    parser = Parser(description=doc.split("\n\n")[0], allow_abbrev=False, fromfile_prefix_chars="@")
+    chain = ",".join(next(iter(methods.values())))
+    own = (
+        ("method", tuple(methods), "row of the paper's table"),
+        ("stages", str, f"part of {chain}"),
+    )
+    table = read_rows(SHARED) | read_rows(own) | read_rows(flags)
+    columns = "Three defaults are those of letters / images up to 64 px / larger ones."
+    parser = Parser(
+        description=f"{doc.partition('.')[0].strip()}. {columns}",
+        allow_abbrev=False,
+        fromfile_prefix_chars="@",
+    )
     for name, (defaults, text, only) in table.items():
-        shown = " / ".join(dict.fromkeys("-" if default_of(d) is None else f"{default_of(d)}" for d in defaults))
+        shown = ["-" if default_of(d) is None else f"{default_of(d)}" for d in defaults]
+        shown = shown[0] if len(set(shown)) == 1 else " / ".join(shown)
         like = next((d for d in defaults if not isinstance(d, type)), defaults[0])
         text = f"{text} (default: {shown})".replace("%", "%%")
-        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, help=text, **reader(name, like, only))
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", dest=name, help=text, **reader(name, like, only)
+        )
     args = parser.parse_args(argv)
     said = {name for name in table if getattr(args, name) is not None}
     args.dataset = args.dataset or "glyphs_lt"
@@ -320,7 +336,9 @@ def parse(doc: str, flags, methods: dict[str, tuple[str, ...]], other: dict[str,
     choose_stages(parser, args, methods)
     refuse(parser, args, table, said)
     neutral = NEUTRAL | {"dataset", "imb_ratio", "seed", "method", "stages"}
-    args.changed = {n: getattr(args, n) for n in table if n not in neutral and getattr(args, n) != standard[n]}
+    args.changed = {
+        n: getattr(args, n) for n in table if n not in neutral and getattr(args, n) != standard[n]
+    }
     if args.stages != methods[args.method]:
         args.changed = {"stages": "-".join(args.stages)} | args.changed
     args.preset = args.kind
@@ -333,18 +351,24 @@ def kind_of(args, side) -> str:
         return "letters"
     if args.dataset in LARGE_SETS:
         return "large"
-    pixels = args.image_size or (32 if args.dataset in KNOWN_SETS else side(args.dataset, args.data_root, None))
-    return "letters" if args.dataset == "glyphs_lt" and pixels <= 64 else "small" if pixels <= 64 else "large"
+    pixels = args.image_size or 32
+    if args.image_size is None and args.dataset not in KNOWN_SETS:
+        pixels = side(args.dataset, args.data_root, None)
+    if pixels > 64:
+        return "large"
+    return "letters" if args.dataset == "glyphs_lt" else "small"
 
 
 def choose_stages(parser, args, methods) -> None:
-    """args.stages as the tuple of stages to run; what is left out before them comes from --init-from."""
+    """args.stages as a tuple; what is left out before them comes from --init-from."""
     chain = methods[args.method]
     stages = tuple(args.stages.split(",")) if args.stages else chain
     if [stage for stage in chain if stage in stages] != list(stages):
-        parser.error(f"--stages {args.stages}: --method {args.method} has {', '.join(chain)}, in this order")
+        has = f"--method {args.method} has {', '.join(chain)}, in this order"
+        parser.error(f"--stages {args.stages}: {has}")
     if stages[0] != chain[0] and not (args.init_from or args.eval):
-        parser.error(f"--stages {args.stages} leaves out {chain[0]}: give its checkpoint with --init-from")
+        left = f"leaves out {chain[0]}: give its checkpoint with --init-from"
+        parser.error(f"--stages {args.stages} {left}")
     args.stages = stages
 
 
@@ -354,8 +378,10 @@ def refuse(parser, args, table, said) -> None:
         for needed, wanted in only.items():
             if name not in said or needed in ("range", "bare"):
                 continue
-            here, wanted = getattr(args, needed), (wanted,) if isinstance(wanted, str) else wanted
-            if not set(here if isinstance(here, tuple) else (here,)) & set(wanted):
+            here = getattr(args, needed)
+            here = here if isinstance(here, tuple) else (here,)
+            wanted = (wanted,) if isinstance(wanted, str) else wanted
+            if not set(here) & set(wanted):
                 flag, other = (word.replace("_", "-") for word in (name, needed))
                 parser.error(f"--{flag} belongs to --{other} {' or '.join(map(str, wanted))}")
     for one, two in (("eval", "fresh"), ("eval", "init_from"), ("eval", "save_features")):

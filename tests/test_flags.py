@@ -114,8 +114,8 @@ def test_help_shows_the_three_defaults(capsys):
     with pytest.raises(SystemExit) as stopped:
         parsed("--help")
     shown = " ".join(capsys.readouterr().out.split())
-    assert stopped.value.code == 0 and shown.count("What it does.") == 1 and "More." not in shown
-    for text in ("of first (default: 10 / 100 / 1000)", "rate (default: 0.1)", "(default: all / queue)",
+    assert stopped.value.code == 0 and shown.count("What it does. Three defaults") == 1 and "More." not in shown
+    for text in ("of first (default: 10 / 100 / 1000)", "rate (default: 0.1)", "(default: all / all / queue)",
                  "in percent of 100 % (default: 0.5)", "a file (default: -)"):  # fmt: skip
         assert text in shown, text
     for text in ("--method {two,one}", "--select {last,val,test}", "--logger {tensorboard,none}"):
