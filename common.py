@@ -288,9 +288,22 @@ def default_of(value):
     return None if isinstance(value, type) else value
 
 
-def parse(
-    doc: str, flags, methods: dict[str, tuple[str, ...]], other: dict[str, dict], side, argv=None
-):
+def make_parser(doc: str, table: dict) -> Parser:
+    """The parser of a table; a flag that nobody says is None."""
+    columns = "Three defaults are those of letters / images up to 64 px / larger ones."
+    about = f"{doc.partition('.')[0].strip()}. {columns}"
+    parser = Parser(description=about, allow_abbrev=False, fromfile_prefix_chars="@")
+    for name, (defaults, text, only) in table.items():
+        shown = ["-" if default_of(d) is None else f"{default_of(d)}" for d in defaults]
+        shown = shown[0] if len(set(shown)) == 1 else " / ".join(shown)
+        like = next((d for d in defaults if not isinstance(d, type)), defaults[0])
+        text = f"{text} (default: {shown})".replace("%", "%%")
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, dest=name, help=text, **reader(name, like, only))
+    return parser
+
+
+def parse(doc: str, flags, methods: dict[str, tuple[str, ...]], other: dict, side, argv=None):
     """The arguments of a script, all decided here.
 
     doc: the script's docstring. flags: its rows, laid over SHARED. methods: {name: its stages}, the
@@ -299,25 +312,10 @@ def parse(
     differ from their defaults and change the result.
     """
     chain = ",".join(next(iter(methods.values())))
-    own = (
-        ("method", tuple(methods), "row of the paper's table"),
-        ("stages", str, f"part of {chain}"),
-    )
-    table = read_rows(SHARED) | read_rows(own) | read_rows(flags)
-    columns = "Three defaults are those of letters / images up to 64 px / larger ones."
-    parser = Parser(
-        description=f"{doc.partition('.')[0].strip()}. {columns}",
-        allow_abbrev=False,
-        fromfile_prefix_chars="@",
-    )
-    for name, (defaults, text, only) in table.items():
-        shown = ["-" if default_of(d) is None else f"{default_of(d)}" for d in defaults]
-        shown = shown[0] if len(set(shown)) == 1 else " / ".join(shown)
-        like = next((d for d in defaults if not isinstance(d, type)), defaults[0])
-        text = f"{text} (default: {shown})".replace("%", "%%")
-        parser.add_argument(
-            f"--{name.replace('_', '-')}", dest=name, help=text, **reader(name, like, only)
-        )
+    method = ("method", tuple(methods), "row of the paper's table")
+    stages = ("stages", str, f"part of {chain}")
+    table = read_rows(SHARED) | read_rows((method, stages)) | read_rows(flags)
+    parser = make_parser(doc, table)
     args = parser.parse_args(argv)
     said = {name for name in table if getattr(args, name) is not None}
     args.dataset = args.dataset or "glyphs_lt"
@@ -335,13 +333,11 @@ def parse(
             setattr(args, name, standard[name])
     choose_stages(parser, args, methods)
     refuse(parser, args, table, said)
-    neutral = NEUTRAL | {"dataset", "imb_ratio", "seed", "method", "stages"}
-    args.changed = {
-        n: getattr(args, n) for n in table if n not in neutral and getattr(args, n) != standard[n]
-    }
+    same = NEUTRAL | {"dataset", "imb_ratio", "seed", "method", "stages"}
+    same |= {name for name in table if getattr(args, name) == standard[name]}
+    args.changed = {name: getattr(args, name) for name in table if name not in same}
     if args.stages != methods[args.method]:
         args.changed = {"stages": "-".join(args.stages)} | args.changed
-    args.preset = args.kind
     return args
 
 
