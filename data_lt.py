@@ -1306,6 +1306,19 @@ def leave_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+@contextlib.contextmanager
+def sigint_held():
+    """Ctrl-C waits until the workers stand, who must never hear it, not even in their first moment."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def as_it_is(batch):
     return batch
 
@@ -1323,7 +1336,8 @@ def decoded(reader: Reader, tasks: list[tuple], workers: int, pin: bool) -> Iter
         generator=torch.Generator(),  # or it would draw from the one of the network's dropout
     )  # fmt: skip
     try:
-        batches = iter(batches)
+        with sigint_held():
+            batches = iter(batches)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, on_child)  # a death is told when its batch is asked for
         while (batch := next(batches, None)) is not None:
