@@ -288,34 +288,38 @@ def default_of(value):
     return None if isinstance(value, type) else value
 
 
-def make_parser(doc: str, table: dict) -> Parser:
+def make_parser(doc: str, table: dict, named: str) -> Parser:
     """The parser of a table; a flag that nobody says is None."""
     columns = "Three defaults are those of letters / images up to 64 px / larger ones."
     about = f"{doc.partition('.')[0].strip()}. {columns}"
     parser = Parser(description=about, allow_abbrev=False, fromfile_prefix_chars="@")
+    parser.named = named
     for name, (defaults, text, only) in table.items():
         shown = ["-" if default_of(d) is None else f"{default_of(d)}" for d in defaults]
         shown = shown[0] if len(set(shown)) == 1 else " / ".join(shown)
         like = next((d for d in defaults if not isinstance(d, type)), defaults[0])
         text = f"{text} (default: {shown})".replace("%", "%%")
-        flag = f"--{name.replace('_', '-')}"
+        flag = f"--{named if name == 'method' else name.replace('_', '-')}"
         parser.add_argument(flag, dest=name, help=text, **reader(name, like, only))
     return parser
 
 
-def parse(doc: str, flags, methods: dict[str, tuple[str, ...]], other: dict, side, argv=None):
+def parse(doc: str, flags, methods: dict, other: dict, side, argv=None, named: str = "method"):
     """The arguments of a script, all decided here.
 
     doc: the script's docstring. flags: its rows, laid over SHARED. methods: {name: its stages}, the
-    default first. other: {data set: {flag: default}}. side: (dataset, data_root, image_size) ->
-    pixels, of a path. Sets `kind` (see KINDS), `stages` (a tuple) and `changed`, the flags that
-    differ from their defaults and change the result.
+    default first. other: {key: {flag: default}} lays other defaults over the table, in this order
+    where a key is the kind, the data set, the method, (method, kind) or (method, data set); of the
+    stages of a method it can take fewer ("stages": "a,b") as what is done unasked. side: (dataset,
+    data_root, image_size) -> pixels, of a path. named: the flag that chooses the method.
+    Sets `kind` (see KINDS), `stages` (a tuple) and `changed`, the flags that differ from their
+    defaults and change the result.
     """
     chain = ",".join(next(iter(methods.values())))
     method = ("method", tuple(methods), "row of the paper's table")
     stages = ("stages", str, f"part of {chain}")
     table = read_rows(SHARED) | read_rows((method, stages)) | read_rows(flags)
-    parser = make_parser(doc, table)
+    parser = make_parser(doc, table, named)
     args = parser.parse_args(argv)
     said = {name for name in table if getattr(args, name) is not None}
     args.dataset = args.dataset or "glyphs_lt"
@@ -327,7 +331,11 @@ def parse(doc: str, flags, methods: dict[str, tuple[str, ...]], other: dict, sid
     standard = {name: default_of(defaults[column]) for name, (defaults, *_) in table.items()}
     if args.dataset not in KNOWN_SETS:
         standard["imb_ratio"] = None  # a user's own images stay as they are
-    standard |= other.get(args.dataset, {})
+    for key in (args.kind, args.dataset):
+        standard |= other.get(key, {})
+    args.method = method = args.method or standard["method"]
+    for key in (method, (method, args.kind), (method, args.dataset)):
+        standard |= other.get(key, {})
     for name in table:
         if name not in said:
             setattr(args, name, standard[name])
@@ -336,7 +344,7 @@ def parse(doc: str, flags, methods: dict[str, tuple[str, ...]], other: dict, sid
     same = NEUTRAL | {"dataset", "imb_ratio", "seed", "method", "stages"}
     same |= {name for name in table if getattr(args, name) == standard[name]}
     args.changed = {name: getattr(args, name) for name in table if name not in same}
-    if args.stages != methods[args.method]:
+    if args.stages != tuple((standard["stages"] or ",".join(methods[method])).split(",")):
         args.changed = {"stages": "-".join(args.stages)} | args.changed
     return args
 
@@ -360,7 +368,7 @@ def choose_stages(parser, args, methods) -> None:
     chain = methods[args.method]
     stages = tuple(args.stages.split(",")) if args.stages else chain
     if [stage for stage in chain if stage in stages] != list(stages):
-        has = f"--method {args.method} has {', '.join(chain)}, in this order"
+        has = f"--{parser.named} {args.method} has {', '.join(chain)}, in this order"
         parser.error(f"--stages {args.stages}: {has}")
     if stages[0] != chain[0] and not (args.init_from or args.eval):
         left = f"leaves out {chain[0]}: give its checkpoint with --init-from"
@@ -378,6 +386,7 @@ def refuse(parser, args, table, said) -> None:
             here = here if isinstance(here, tuple) else (here,)
             wanted = (wanted,) if isinstance(wanted, str) else wanted
             if not set(here) & set(wanted):
+                needed = parser.named if needed == "method" else needed
                 flag, other = (word.replace("_", "-") for word in (name, needed))
                 parser.error(f"--{flag} belongs to --{other} {' or '.join(map(str, wanted))}")
     for one, two in (("eval", "fresh"), ("eval", "init_from"), ("eval", "save_features")):

@@ -96,6 +96,16 @@ def effective_number_weights(counts: Ints, beta: float = 0.9999) -> np.ndarray:
     return weights / weights[seen].mean() if seen.any() else weights
 
 
+def ldam_margins(counts: Ints, largest: float = 0.5) -> Tensor:
+    """Margins of LDAM (Cao et al. 2019), float32 [C]: as n_c^(-1/4).
+
+    The smallest class has `largest`, and so has an empty one.
+    """
+    n = torch.as_tensor(counts, dtype=torch.float64)
+    smallest = n[n > 0].min() if (n > 0).any() else 1.0
+    return (largest * (n.clamp(min=smallest) / smallest).pow(-0.25)).float()
+
+
 def class_positions(labels: np.ndarray, num_classes: int) -> list[np.ndarray]:
     """For each class 0..C-1 the ascending positions of its items (int64, own memory)."""
     labels = np.asarray(labels)
@@ -1308,7 +1318,7 @@ def leave_signals(worker: int) -> None:
 
 @contextlib.contextmanager
 def sigint_held():
-    """Ctrl-C waits until the workers stand, who must never hear it, not even in their first moment."""
+    """Ctrl-C waits until the workers stand: they must not hear it in their first moment either."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return

@@ -87,6 +87,38 @@ def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+class GroupedBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm over consecutive parts of the batch, each with statistics of its own, as replicas on so many devices.
+
+    Running statistics take the mean over the parts.
+    """
+
+    groups = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [part for part in x.tensor_split(self.groups) if len(part)]
+        if not self.training or len(parts) == 1:
+            return super().forward(x)
+        momentum = self.momentum if self.track_running_stats else 0.0
+        mean, var = self.running_mean.repeat(len(parts), 1), self.running_var.repeat(len(parts), 1)
+        done = [
+            F.batch_norm(part, mean[g], var[g], self.weight, self.bias, True, momentum, self.eps)
+            for g, part in enumerate(parts)
+        ]
+        self.running_mean.copy_(mean.mean(0))
+        self.running_var.copy_(var.mean(0))
+        self.num_batches_tracked.add_(1)
+        return torch.cat(done)
+
+
+def group_batch_norm(net: nn.Module, groups: int) -> nn.Module:
+    """Turn every batch norm of a network into a grouped one, in place; names and values of its tensors stay."""
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d) and groups > 1:
+            module.__class__, module.groups = GroupedBatchNorm2d, groups
+    return net
+
+
 # The slim CIFAR networks: depth 6n + 2, three stages, no parameter in a shortcut
 
 

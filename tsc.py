@@ -180,12 +180,6 @@ def best_matching(cosine: Tensor) -> Tensor:
     return torch.from_numpy(linear_sum_assignment(matrix, maximize=True)[1])
 
 
-def ldam_margins(counts, largest: float = 0.5) -> Tensor:
-    """Margins of LDAM (Cao et al. 2019), float32 [C]: as n_c^(-1/4), the largest is 0.5."""
-    margins = torch.tensor(counts, dtype=torch.float64).pow(-0.25)
-    return (largest * margins / margins.max()).float()
-
-
 # --- what the stages carry ------------------------------------------------------------------------
 
 
@@ -404,7 +398,7 @@ def train_classifier(run: common.Run, args, data, net: models.Net) -> None:
     sampler = {} if ldam else {"sampler": "class_aware", "drop_last": True}
     options = {"augment": augment | {"flip": args.flip}, "seed": (args.seed, "classifier")}
     loader = data_lt.loader(args, data.train, args.classifier_batch_size, **options, **sampler)
-    margins = 30 * ldam_margins(data.counts).to(args.device)
+    margins = 30 * data_lt.ldam_margins(data.counts).to(args.device)
     mass = torch.from_numpy(data_lt.effective_number_weights(data.counts)).float().to(args.device)
     if not ldam:
         margins, mass = torch.zeros_like(margins), torch.ones_like(mass)

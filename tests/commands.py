@@ -43,7 +43,8 @@ def parse(script: str, words) -> argparse.Namespace:
     if hasattr(module, "parse_args"):
         return module.parse_args(list(words))
     table = module.FLAGS, module.METHODS, module.OTHER
-    return common.parse(module.__doc__, *table, data_lt.peek_image_size, list(words))
+    named = getattr(module, "NAMED", "method")
+    return common.parse(module.__doc__, *table, data_lt.peek_image_size, list(words), named)
 
 
 def environment() -> dict[str, str]:

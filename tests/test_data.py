@@ -212,6 +212,11 @@ def test_semi_supervised_subsets_share_one_generator():
     assert np.bincount(hidden[extra], minlength=4).tolist() == [(hidden == 0).sum(), 0, 1, 1]
 
 
+def test_ldam_margins():
+    torch.testing.assert_close(lt.ldam_margins([16, 1, 81]), torch.tensor([0.25, 0.5, 0.5 / 3]))
+    torch.testing.assert_close(lt.ldam_margins([16, 0, 1], 0.4), torch.tensor([0.2, 0.4, 0.4]))
+
+
 def test_effective_number_weights():
     counts = [5000, 70, 3, 1]
     naive = np.array([(1 - 0.9999) / (1 - 0.9999**n) for n in counts])

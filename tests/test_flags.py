@@ -17,11 +17,34 @@ FLAGS = (
     ("decay", 1e-4, "may be 0", {"range": (0, math.inf)}),
     ("table", str, "a file"),
 )
-OTHER = {"cifar100_lt": {"lr": 0.3}}
+OTHER = {
+    "cifar100_lt": {"lr": 0.3},
+    "inat18": {"method": "one"},
+    "one": {"decay": 1e-3},
+    ("one", "small"): {"decay": 1e-2, "stages": "first"},
+    ("one", "cifar100_lt"): {"lr": 0.4},
+}
 
 
-def parsed(*flags, side=lambda *rest: 48):
-    return common.parse("What it does.\n\nMore.", FLAGS, METHODS, OTHER, side, [*map(str, flags)])
+def parsed(*flags, side=lambda *rest: 48, **more):
+    words = [*map(str, flags)]
+    return common.parse("What it does.\n\nMore.", FLAGS, METHODS, OTHER, side, words, **more)
+
+
+def test_methods_and_kinds_may_have_defaults_of_their_own():
+    assert parsed("--method", "one").decay == 1e-3 and parsed().decay == 1e-4
+    args = parsed("--method", "one", "--dataset", "cifar10_lt")
+    assert (args.decay, args.lr, args.stages, args.changed) == (1e-2, 0.1, ("first",), {})
+    args = parsed("--method", "one", "--dataset", "cifar100_lt", "--stages", "first,probe")
+    assert args.lr == 0.4 and args.changed == {"stages": "first-probe"}
+    assert parsed("--dataset", "inat18").method == "one"
+
+
+def test_the_method_may_be_chosen_by_another_flag(capsys):
+    assert parsed("--ssp", "one", named="ssp").method == "one"
+    assert "--ssp one has first, probe" in refused(
+        capsys, "--ssp", "one", "--stages", "second", named="ssp"
+    )
 
 
 def refused(capsys, *flags, **options) -> str:

@@ -433,10 +433,6 @@ def test_centres_of_absent_classes_and_zero_means_stay():
     torch.testing.assert_close(matching.centres[1], unit(torch.tensor([0, 0.1, 0.9, 0])))
 
 
-def test_ldam_margins_by_hand():
-    torch.testing.assert_close(tsc.ldam_margins([16, 1, 81]), torch.tensor([0.25, 0.5, 0.5 / 3]))
-
-
 def test_cosines_of_pairs_against_a_double_loop():
     z, labels = (
         unit(torch.randn(7, 3, generator=common.generator(0))),
