@@ -422,28 +422,35 @@ def fsm_gather_vs_loop() -> dict:
 
 def sam_step_overhead() -> dict:
     """FSGL's whole training step / two passes of the same two views and one SGD step, ResNet-20, 64 images of 32 px."""
-    args = fsgl.parse_args(["--dataset", "cifar10_lt", "--device", "cpu", "--precision", "fp32"])
+    args = commands.parse("fsgl", ["--dataset", "cifar10_lt", "--device", "cpu", "--precision", "fp32"])
     rng = torch.Generator().manual_seed(0)
     images = [x.to(memory_format=torch.channels_last) for x in torch.randn(2, 64, 3, 32, 32, generator=rng)]
     a, b = torch.randint(0, 10, (2, 64), generator=rng)
-    scale, weights = torch.ones(64), torch.ones(10)
-    batch = fsgl.Batch(images, a, b, (0.3, 0.3), (scale, scale))
+    scale, mixed = torch.ones(64), (a, b, 0.3, torch.ones(10), 0.5)
     torch.manual_seed(0)
     net = Net(backbone("resnet20"), FSGLHeads(64, 10)).to(memory_format=torch.channels_last)
     nets = net, copy.deepcopy(net)
     optimisers = [torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-3) for net in nets]
-    views = [fsgl.TwoViews(net) for net in nets]
-    sam = fsgl.SAM(nets[0].parameters(), args.rho)
+    views = [fsgl.TwoViews(net, args) for net in nets]
+    supervised = torch.nn.ModuleList([nets[0].backbone, nets[0].head.fc, nets[0].head.fc_cb])
+    sam = fsgl.SAM(supervised.parameters(), args.rho)
+
+    def one_pass(which: int, eta: float) -> None:
+        parts = fsgl.objective(views[which](images, scale), *mixed, eta)
+        optimisers[which].zero_grad(set_to_none=True)
+        parts["loss"].mean().backward()
 
     def ours() -> None:
-        fsgl.training_step(args, views[0], optimisers[0], sam, batch, 0.5, weights, lambda *_: None)
+        one_pass(0, 0.0)
+        sam.climb()
+        one_pass(0, args.contrast_weight)
+        sam.back()
+        optimisers[0].step()
 
     def bare(rho: float = 0.0) -> None:
-        for full in (False, True):
-            parts = fsgl.losses_of(args, views[1], batch, 0.5, weights, full)
-            optimisers[1].zero_grad(set_to_none=True)
-            parts["loss"].mean().backward()
-            if rho and not full:  # what makes it SAM, to see that both sides compute the same
+        for eta in (0.0, args.contrast_weight):
+            one_pass(1, eta)
+            if rho and not eta:  # what makes it SAM, to see that both sides compute the same
                 before = [p.detach().clone() for p in nets[1].parameters()]
                 norm = sum(p.grad.square().sum() for p in nets[1].parameters() if p.grad is not None).sqrt()
                 for p in nets[1].parameters():

@@ -41,8 +41,8 @@ METHODS = {  # the epochs are settled by `short`
     "KCL": "tsc.py --method kcl --epochs {e} --classifier-epochs {e}",
     "TSC": "tsc.py --method tsc --epochs {e} --classifier-epochs {e}",
     "BNS+IP-DPP": "bns_ipdpp.py --epochs {e} --finetune-epochs {e}",
-    "GLMC": "fsgl.py --variant glmc --epochs {e}",
-    "FSGL": "fsgl.py --variant fsgl --epochs {e}",
+    "GLMC": "fsgl.py --method glmc --epochs {e}",
+    "FSGL": "fsgl.py --method fsgl --epochs {e}",
     "TailCalibX": "tailcalibx.py --epochs {e} --clf-epochs {e}",
 }
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # operations a second, dense bfloat16, from the data sheets

@@ -40,19 +40,18 @@ ALONG = {  # what a value needs beside it; flags later on the line win
     "bns_ipdpp --probe-data all": "--stages pretrain,probe,finetune",
     "bns_ipdpp --probe-bn eval": "--stages pretrain,probe,finetune",
     "bns_ipdpp --probe-bn train": "--stages pretrain,probe,finetune",
-    "fsgl --lr-timing legacy": "--schedule warmup",
-    "fsgl --stem imagenet": "--backbone resnet10",
+    "fsgl --select val": "",
+    "fsgl --save-features val": "--select val",
     "tailcalibx --cbd-schedule cosine": "--pipeline cbd_tailcalibx",
     "tailcalibx --cbd-schedule constant": "--pipeline cbd_tailcalibx",
     "tailcalibx --frozen-bn-train": "--pipeline crt",
-    "fsgl --concat-views": "--variant glmc",
 }
 DROPPED = {  # flags of the micro settings that the value has no use for
     "ssp_pretrain --ssp none": ("--epochs", "--batch-size"),
     "tailcalibx --pipeline ce": ("--clf-epochs",),
     "tailcalibx --pipeline cosine_ce": ("--clf-epochs",),
     "tailcalibx --pipeline cbd": ("--clf-epochs",),
-    "fsgl --variant ce": ("--projection-dim",),
+    "fsgl --method ce": ("--projection-dim",),
     **dict.fromkeys(
         (
             f"toy_similarity {flag}"
@@ -79,8 +78,6 @@ ELSEWHERE = {
     "ssp_pretrain --stage": "test_ssp.py",
     "ssp_pretrain --force-init": "test_ssp.py",
     "tailcalibx --stage": "test_tailcalibx.py",
-    "fsgl --acsl": "test_fsgl.py",
-    "fsgl --recipe": "of CIFAR alone: test_fsgl.py",
 }
 
 

@@ -44,7 +44,7 @@ LARGE = {
     "tsc": "--method kcl --epochs 1 --batch-size 8 --queue 16 --projection-dim 8 --classifier-epochs 1 "
     "--classifier-batch-size 8",
     "bns_ipdpp": "--stages pretrain --epochs 1 --batch-size 8 --projection 8 --projection-hidden 8",
-    "fsgl": "--variant ce --epochs 1 --batch-size 8",
+    "fsgl": "--method ce --epochs 1 --batch-size 8",
     "tailcalibx": "--pipeline ce --epochs 1 --batch-size 8 --accumulate 1",
 }
 SERVER = multiprocessing.get_context("forkserver")

@@ -17,7 +17,7 @@ CASES = {
                      "--ssp none --unlabeled-source leftover --imb-ratio 2 --rule resample"],
     "tsc": ["", "--contrast queue --queue 40", "--method kcl --classifier linear"],
     "bns_ipdpp": ["", "--stages pretrain,probe,finetune --probe-epochs 2 --bns-form paper --p-view augmented"],
-    "fsgl": ["", "--variant ce", "--variant glmc_sam --sam-bn first"],
+    "fsgl": ["", "--method ce", "--method glmc"],
     "tailcalibx": ["", "--pipeline tailcalib", "--pipeline cbd_tailcalibx", "--pipeline modals", "--pipeline crt"],
 }  # fmt: skip
 WAITS = {  # where the host may wait for the GPU, and how often in an epoch (a row of metrics.jsonl)
@@ -52,7 +52,7 @@ def stopped_with_a_gpu() -> None:
 
 
 def words_of(script: str, flags: str) -> list[str]:
-    left_out = {"--variant ce": "--projection-dim", "--ssp none": "--epochs --batch-size"}
+    left_out = {"--method ce": "--projection-dim", "--ssp none": "--epochs --batch-size"}
     drop = {word for key, words in left_out.items() if key in flags for word in words.split()}
     micro = SMALL[script].split()
     pairs = [pair for pair in zip(micro[::2], micro[1::2], strict=True) if pair[0] not in drop]

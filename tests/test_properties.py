@@ -112,12 +112,13 @@ def test_kdpp_tables_and_draws_agree_with_enumeration(kernel, seed):
 # --- gains and mixing -----------------------------------------------------------------------------------------------
 
 
-@given(COUNTS, st.floats(0, 3), st.sampled_from(["linear", "same", "half"]), st.sampled_from(["rank", "index"]))
-def test_gains_lie_between_one_and_one_plus_gamma_and_fall(counts, gamma, mode, order):
-    gains = fsgl.class_gains(counts, gamma, mode, order, None)
-    assert all(1 - 1e-12 <= gain <= 1 + gamma + 1e-12 for gain in gains)
-    place = np.argsort(-np.asarray(counts), kind="stable") if order == "rank" else np.arange(len(counts))
-    assert (np.diff(np.array(gains)[place]) <= 1e-12).all() and gains[place[0]] == pytest.approx(1 + gamma)
+@given(COUNTS, st.floats(0, 3), st.sampled_from(["linear", "same", "half"]))
+def test_gains_lie_between_one_and_one_plus_gamma_and_fall(counts, gamma, mode):
+    gains, rounded = fsgl.class_gains(counts, gamma, mode), 0.005 + 1e-12
+    assert all(1 - 1e-12 <= gain <= 1 + gamma + rounded for gain in gains)
+    place = np.argsort(-np.asarray(counts), kind="stable")
+    assert (np.diff(np.array(gains)[place]) <= 1e-12).all()
+    assert gains[place[0]] == pytest.approx(1 + gamma, abs=rounded)
 
 
 @given(st.integers(1, 64), st.integers(1, 64), st.floats(0, 1), st.floats(0, 0.999), st.floats(0, 0.999))

@@ -115,7 +115,7 @@ def test_the_other_commands(tmp_path):
 
 def test_compare_export_and_the_figure_of_the_exported_file(tmp_path):
     for script, variant in ("fsgl", "glmc"), ("fsgl", "fsgl"), ("tsc", "tsc"):
-        flags = ["--variant", variant, "--epochs", 1] if script == "fsgl" else SMALL[script].split()
+        flags = ["--method", variant, "--epochs", 1] if script == "fsgl" else SMALL[script].split()
         flags += ["--save-features", "test"]
         commands.run(f"{script}.py", *flags, out=tmp_path / variant)
         named = tmp_path / "runs" / script / "glyphs_lt_ir100" / variant

@@ -618,7 +618,7 @@ def test_two_runs_are_compared_seed_by_seed(tmp_path, capsys):
 
 def test_exported_weights_give_the_figure_again(tmp_path, capsys):
     script = [sys.executable, str(common.ROOT / "fsgl.py")]
-    flags = ["--variant", "ce", "--epochs", "2", "--device", "cpu", "--logger", "none", "--quiet", "--seed", "3"]
+    flags = ["--method", "ce", "--epochs", "2", "--device", "cpu", "--logger", "none", "--quiet", "--seed", "3"]
     subprocess.run([*script, *flags, "--out", str(tmp_path)], check=True, capture_output=True)
     folder, out = tmp_path / "fsgl" / "glyphs_lt_ir100" / "ce_epochs2" / "seed3", tmp_path / "ce.pt"
     whole = json.loads((folder / "result.json").read_text())["headline"]["overall"]
@@ -632,7 +632,7 @@ def test_exported_weights_give_the_figure_again(tmp_path, capsys):
     assert out.stat().st_size < 0.6 * (folder / "train.pt").stat().st_size
     assert saved["exported"]["full"] == whole and abs(saved["exported"]["half"] - whole) < 0.02
     command = said[-1].split()[1:]
-    assert command[:3] == ["fsgl.py", "--variant", "ce"] and "--eval" in command and "--out" not in command
+    assert command[:3] == ["fsgl.py", "--method", "ce"] and "--eval" in command and "--out" not in command
     again = subprocess.run([*script, *command[1:], "--logger", "none"], capture_output=True, text=True, cwd=tmp_path)
     assert again.returncode == 0 and f"overall {100 * saved['exported']['half']:.2f}%" in again.stdout, again.stderr
     assert report.main(["export", str(folder), "--out", str(out)]) == 2 and "exists" in capsys.readouterr().err
@@ -690,7 +690,7 @@ def published_of(line: str) -> dict:
         "tsc": lambda: (args.method, []),
         "toys": lambda: ("circle", ["KCL", "TSC"]),
         "bns_ipdpp": lambda: ("bns_ipdpp", args.stages.split(",")[1:]),
-        "fsgl": lambda: (args.variant, []),
+        "fsgl": lambda: (args.method, []),
         "tailcalibx": lambda: (args.pipeline, []),
     }[script]()
     header, columns = "", ["overall", "many", "medium", "few", "1:1:1", "10:1:1", "last epoch"]
@@ -725,11 +725,11 @@ SEMI = f"ssp_pretrain {C10} --ssp none --imb-ratio 50 --unlabeled-source"
 @pytest.mark.parametrize(
     "line, figure",
     [
-        (f"fsgl {C10}", 89.3), (f"fsgl {C10} --imb-ratio 50", 92.2), (f"fsgl {IMAGENET}", 57.2),
-        (f"fsgl {C100} --variant glmc_sam", 59.01), (f"fsgl {C10} --recipe released", 89.3),
-        (f"fsgl {C10} --variant glmc --rho -1", 87.75), (f"fsgl {C10} --precision fp32 --gpus 2", 89.3),
+        (f"fsgl {C10}", 89.3), (f"fsgl {C10} --imb-ratio 50 --fcc 0.5", 92.2), (f"fsgl {IMAGENET}", 57.2),
+        (f"fsgl {C100} --method glmc_sam", 59.01), (f"fsgl {C10} --imb-ratio 50", None),
+        (f"fsgl {C10} --method glmc", 87.75), (f"fsgl {C10} --precision fp32 --gpus 2", 89.3),
         *((f"fsgl {C10} {flags}", None) for flags in (
-            "--imb-ratio 10", "--imb-type step", "--fcc 0.2", "--epochs 3", "--variant ce", "--backbone resnet32")),
+            "--imb-ratio 10", "--imb-type step", "--fcc 0.2", "--epochs 3", "--method ce", "--backbone resnet32")),
         ("fsgl", None), (f"bns_ipdpp {C10}", 76.4), (f"bns_ipdpp {C100} --imb-ratio 200", 46.7),
         (f"bns_ipdpp {C10} --stages pretrain,probe", 68.2), (f"bns_ipdpp {C10} --recipe released", 76.4),
         (f"bns_ipdpp {C10} --stages pretrain,probe,finetune", 76.4), (f"bns_ipdpp {IMAGENET}", None),
@@ -769,7 +769,7 @@ def test_published_figures_stand_only_beside_the_published_settings(line, figure
 
 def test_released_figures_and_rows_of_tables_stand_there_too():
     assert (
-        published_of(f"fsgl {C10} --variant glmc")["released"] == 88.5 and not published_of(f"fsgl {C10}")["released"]
+        published_of(f"fsgl {C10} --method glmc")["released"] == 88.5 and not published_of(f"fsgl {C10}")["released"]
     )
     assert published_of(f"tsc {IMAGENET}")["released"] == 52.44
     kcl = f"tsc {IMAGENET} --method kcl"
