@@ -278,15 +278,14 @@ def means(losses: dict[str, Tensor], z: Tensor, labels: Tensor) -> dict[str, Ten
     return {name: values.mean() for name, values in losses.items()} | cosines
 
 
-def both_heads(args, net: models.Net, data) -> dict[str, dict]:
-    """Test figures of fc_cb, and as `plain` of fc."""
-    heads = {"test": net, "plain": models.Net(net.backbone, net.head.fc)}
-    loader = data_lt.evaluation_loader(args, data.test)
-    return {name: common.figures(args, head, loader, data.counts) for name, head in heads.items()}
+def plain_figures(net: models.Net, judge: common.Judge) -> dict:
+    """Test figures of fc; those of fc_cb are the headline."""
+    fc = models.Net(net.backbone, net.head.fc)
+    return common.logged(common.figures(judge.args, fc, judge.test, judge.counts))
 
 
-def train(run: common.Run, args, data, net: models.Net) -> None:
-    """Stage train: two batches -> two mixed views -> (climb ->) both heads -> loss -> step."""
+def train(run: common.Run, args, data, net: models.Net) -> dict:
+    """Stage train: two batches -> two views -> (climb ->) heads -> loss -> step; figures of fc."""
     optimizer = common.sgd(net.parameters(), args.lr, args.weight_decay)
     stage = run.stage("train", args.epochs, {"counts": data.counts}, model=net, optimizer=optimizer)
     options = {"augment": VIEWS[args.kind] | {"flip": args.flip}, "views": 2}
@@ -298,7 +297,8 @@ def train(run: common.Run, args, data, net: models.Net) -> None:
     supervised = nn.ModuleList([net.backbone, net.head.fc, net.head.fc_cb])
     sam = SAM(supervised.parameters(), args.rho) if args.rho else None
     judge, replica = data_lt.judge(args, net, data), common.replicate(args, TwoViews(net, args))
-    judge.examine = lambda: both_heads(args, net, data)
+    usual = judge.examine
+    judge.examine = lambda: usual() | {"plain": plain_figures(net, judge)}
     for epoch in stage.epochs():
         common.set_lr(optimizer, rate(args, epoch))
         alpha = cumulative_weight(epoch, args.epochs)
@@ -325,6 +325,7 @@ def train(run: common.Run, args, data, net: models.Net) -> None:
             stage.add(len(labels), **logs)
         stage.end_epoch(judge)
     judge.chosen(stage)
+    return plain_figures(net, judge)
 
 
 def train_ce(run: common.Run, args, data, net: models.Net) -> None:
@@ -391,8 +392,7 @@ def main(args) -> None:
     if args.method == "ce":
         train_ce(run, args, data, net)
     else:
-        train(run, args, data, net)
-        result["plain"] = common.logged(both_heads(args, net, data)["plain"])
+        result["plain"] = train(run, args, data, net)
     data_lt.finish(run, net, data, "train", **result)
 
 

@@ -64,6 +64,10 @@ class Stage:
         self.judge = judge
 
 
+def no_judge(*rest):
+    return SimpleNamespace(chosen=lambda stage: None, examine=dict)
+
+
 # --- equations ------------------------------------------------------------------------------------
 
 
@@ -348,7 +352,8 @@ def test_training_steps(golden, monkeypatch):
         (fsgl, "mixing_draw", draw),
         (fsgl.SAM, "climb", watched),
         (data_lt, "loader", loader),
-        (data_lt, "judge", lambda *rest: SimpleNamespace(chosen=lambda stage: None)),
+        (data_lt, "judge", no_judge),
+        (fsgl, "plain_figures", lambda *rest: {}),
     ):
         monkeypatch.setattr(module, name, stand_in)
     for args.rho, momentum in ((golden.scalar("rho"), "momentum"), (0.0, "sgd_momentum")):
@@ -599,7 +604,8 @@ def epoch_of_a_rank(path: str) -> dict:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fsgl, "mixed_batches", doubled)
-        patch.setattr(data_lt, "judge", lambda *rest: SimpleNamespace(chosen=lambda stage: None))
+        patch.setattr(data_lt, "judge", no_judge)
+        patch.setattr(fsgl, "plain_figures", lambda *rest: {})
         stage = Stage(1, lambda logs: told.append(logs["loss"].detach()))
         fsgl.train(SimpleNamespace(stage=lambda *rest, **parts: stage), args, data, net)
     losses = torch.stack(told) / common.world_size()
