@@ -3,6 +3,7 @@
 import functools
 import math
 import sys
+from collections import OrderedDict
 from types import SimpleNamespace
 
 import commands
@@ -284,17 +285,6 @@ def test_sam_on_a_quadratic(golden):
     assert sam.climb() == 0 and torch.equal(torch.cat(weights), before), "no gradient, no move"
 
 
-class FlatEncoder(nn.Module):
-    """ReLU(W x + b) on flattened images."""
-
-    def __init__(self, inputs: int, width: int):
-        super().__init__()
-        self.enc = nn.Linear(inputs, width)
-
-    def forward(self, x):
-        return self.enc(x.flatten(1)).relu()
-
-
 @pytest.fixture
 def float64():
     torch.set_default_dtype(torch.float64)
@@ -311,7 +301,9 @@ def test_training_steps(golden, monkeypatch):
     names = {f"{layers[k]}.{kind}": f"{k}_{kind}" for k in layers for kind in ("weight", "bias")}
     counts, width = golden["counts"].tolist(), len(golden["init_enc_bias"])
     heads = models.FSGLHeads(width, len(counts), len(golden["init_proj_bias"]))
-    net = models.Net(FlatEncoder(golden["init_enc_weight"].shape[1], width), heads)
+    layer = nn.Linear(golden["init_enc_weight"].shape[1], width)
+    encoder = OrderedDict(flat=nn.Flatten(), enc=layer, relu=nn.ReLU())
+    net = models.Net(nn.Sequential(encoder), heads)
     own, climbed, climb = dict(net.named_parameters()), [], fsgl.SAM.climb
     assert own.keys() == names.keys()
 
