@@ -15,33 +15,29 @@ that images the network is unsure of are kept more often.
   probe       (--method bns) a linear classifier on the frozen encoder: how good are the features?
 
   python bns_ipdpp.py                                   # letters: 76.9 +- 3.8 %, 126 s
-  python bns_ipdpp.py --method bns                      # letters: 9.9 +- 0.4 %, which is chance
+  python bns_ipdpp.py --method bns                      # letters: 9.9 +- 0.4 %: chance, loss 1.447
   python bns_ipdpp.py --dataset cifar10_lt --epochs 400 # 69.6 (seed 0, one H200, 11 min)
   python bns_ipdpp.py --dataset cifar10_lt              # published 76.4, not measured here
   python bns_ipdpp.py --stages finetune --init-from runs/.../pretrain.pt --subset-mode uniform
 
-On letters fine-tuning does the work: pre-training ends at a loss of 1.447 and finds no labels.
-
 Where this differs from the paper and the released code:
- 1. The subset is a true k-DPP draw with fresh randomness each time. The code draws every period
-    with a generator seeded anew, hence the same uniform subset each time, whatever the network
-    says (--subset-mode legacy); uniform is the fair control, all leaves nothing out.
- 2. Kernel scale N as in the paper; the code has N^2 (--dpp-scale n2), with which the exact process
-    cannot be told apart from uniform draws. The paper's Algorithm 1 is no k-DPP sampler.
+ 1. The subset is a true k-DPP draw, anew each time. The code draws every period with a generator
+    seeded anew, hence the same uniform subset whatever the network says (--subset-mode legacy);
+    uniform is the fair control, all leaves nothing out. The paper's Algorithm 1 is no k-DPP.
+ 2. Kernel scale N as in the paper; the code's N^2 (--dpp-scale n2) is uniform in practice.
  3. p(i) comes from the image itself; the code takes one random view of it.
  4. The loss is that of the code: sigmoids of MEANS OF EXPONENTIALS, hence at least ln 2. Equation
     12 of the paper has sigmoids of cosines, summed over the negatives: not offered.
- 5. Batches are shuffled anew every epoch; the code sees one permutation for ever. Several ranks
-    gather their embeddings; in the code each has a loss of its own.
- 6. The probe's images are those of the code, not the whole set: at most 100 of a class (CIFAR-100:
-    50). On letters that is not balanced: 40 to 4, small classes have no more. Its encoder keeps
-    its batch statistics; in the code they drift (--frozen-bn train).
+ 5. Batches are shuffled every epoch; the code sees one permutation for ever. Ranks gather their
+    embeddings; in the code each has a loss of its own.
+ 6. The probe has at most 100 images of a class (CIFAR-100: 50) as in the code, not the whole set;
+    letters: 40 to 4, small classes have no more. Its encoder keeps its batch statistics; in the
+    code they drift (--frozen-bn train).
  7. Fine-tuning trains the whole network as the code does; the article speaks of the classifier.
- 8. An encoder of other images is refused: the README's command would leak images of the tail.
- 9. Warm-ups and the period of the draws are shares of --..-epochs, exact at the published length.
-10. CIFAR-10's groups in the paper are above 500 and below 200 images: `own_groups` of the result.
-11. Settings of the letters and of large images are our own; nothing was released for these.
-12. The headline is the last epoch; what the published figures are of is not said.
+ 8. An encoder of other images is refused: the released command would leak images of the tail.
+ 9. Warm-ups and the period of the draws are shares of the epochs, exact at the published length.
+10. Settings of letters and large images are our own. The headline is the last epoch; what the
+    published figures are of is not said. CIFAR-10's groups there: above 500, below 200 images.
 """
 
 from __future__ import annotations
@@ -62,8 +58,7 @@ import models
 
 METHODS = {"bns_ipdpp": ("pretrain", "finetune"), "bns": ("pretrain", "probe")}
 FREE, JITTER, SHARE = {"range": (0, math.inf)}, {"range": (0, 2.5)}, {"range": (0, 1)}
-PRETRAIN = {"stages": "pretrain"}
-PROBE = {"method": "bns", "stages": "probe"}
+PRETRAIN, PROBE = {"stages": "pretrain"}, {"method": "bns", "stages": "probe"}
 FINETUNE = {"method": "bns_ipdpp", "stages": "finetune"}
 FLAGS = (
     # name                   letters    small       large       what it is
@@ -73,22 +68,22 @@ FLAGS = (
     ("lr",                   5e-3,      2e-3,       2e-3,       "peak rate of pretrain", PRETRAIN),
     ("weight_decay",         0.05,      "of AdamW, on all but biases and batch norm", FREE),
     ("temperature",          0.5,       "tau",      PRETRAIN | {"range": (0.0115, math.inf)}),
-    ("projection_dim",       64,        128,        128,        "length of an embedding", PRETRAIN),
-    ("jitter",               1.0,       2.0,        1.0,        "strength s", PRETRAIN | JITTER),
+    ("projection_dim",       64,        128,        128,        "length of embeddings", PRETRAIN),
+    ("jitter",               1.0,       2.0,        1.0,        "of colours", PRETRAIN | JITTER),
     ("grey",                 0.2,       "share of grey views",  PRETRAIN | SHARE),
     ("probe_epochs",         100,       "of probe",             PROBE),
     ("probe_batch_size",     64,        64,         256,        "images over all ranks", PROBE),
     ("probe_lr",             2e-3,      2.5e-4,     1e-3,       "peak rate of probe", PROBE),
-    ("probe_jitter",         2.0,       2.0,        1.0,        "strength s", PROBE | JITTER),
+    ("probe_jitter",         2.0,       2.0,        1.0,        "of colours", PROBE | JITTER),
     ("probe_grey",           0.2,       "share of grey images", PROBE | SHARE),
     ("frozen_bn",            ("eval", "train"), "batch norm of the frozen encoder", PROBE),
     ("finetune_epochs",      592,       100,        50,         "of finetune", FINETUNE),
     ("finetune_batch_size",  32,        64,         256,        "images over all ranks", FINETUNE),
     ("finetune_lr",          5e-3,      2.5e-4,     1e-3,       "peak rate of finetune", FINETUNE),
-    ("finetune_jitter",      0.25,      1.0,        1.0,        "strength s", FINETUNE | JITTER),
+    ("finetune_jitter",      0.25,      1.0,        1.0,        "of colours", FINETUNE | JITTER),
     ("finetune_grey",        0.2,       "share of grey images", FINETUNE | SHARE),
-    ("subset_mode",          ("kdpp", "uniform", "legacy", "all"), "the subset", FINETUNE),
-    ("dpp_scale",            ("n", "n2"), "kernel scale",       FINETUNE | {"subset_mode": "kdpp"}),
+    ("subset_mode",          ("kdpp", "uniform", "legacy", "all"), "what it holds", FINETUNE),
+    ("dpp_scale",            ("n", "n2"), "c of the kernel",    FINETUNE | {"subset_mode": "kdpp"}),
     ("num_samples",          40,        int,        int,        "k; else a tenth of the largest "
                              "class", FINETUNE | {"subset_mode": ("kdpp", "uniform", "legacy")}),
     ("resample_every",       int,       "epochs between draws, 0: one draw; else a tenth of all",
@@ -141,10 +136,10 @@ def kernel_parts(log_p: Tensor, scale: str = "n") -> tuple[Tensor, Tensor]:
     """d and u [N] of S = diag(d) + u u': u_i = p_i / sqrt(c), d_i = 1 - p_i sum(p) / c.
 
     c is N ("n", equation 16) or N^2 ("n2"); written with 1 - p at scale n, so that nothing cancels
-    where p is nearly 1. log_p [N]: float64, -inf for p = 0; ValueError unless numbers up to 0.
+    where p is nearly 1. log_p [N]: float64, -inf for p = 0; RunError unless all are at most 0.
     """
     if not (log_p <= 0).all():
-        raise ValueError("log p must be numbers of at most 0")
+        raise common.RunError("p(i) is no probability: the network has diverged")
     n, p, q = len(log_p), log_p.exp(), -log_p.expm1()
     if scale == "n":
         return q + p * q.mean(), p / math.sqrt(n)
@@ -192,9 +187,8 @@ def sample_kdpp(log_p: Tensor, k: int, generator, scale: str = "n", tries: int =
 def legacy_subset(counts: list[int], sizes: list[int]) -> list[np.ndarray]:
     """What the released code keeps of each class: positions in the class, in its order.
 
-    counts, sizes [C]: images there, and to keep. It asks dppy for a chain of ten states and takes
-    the first, a uniform subset; its generator, seeded 42 at every call, walks on over the other
-    nine, last class first.
+    counts, sizes [C]: images there, and to keep. The first of ten states of dppy's chain, a uniform
+    subset; its generator, seeded 42 at every call, walks on over the others, last class first.
     """
     rng, kept = np.random.RandomState(42), [np.arange(n) for n in counts]
     for c in reversed(range(len(counts))):
@@ -230,87 +224,81 @@ class Encoder(nn.Module):
 
 
 class Subset(nn.Module):
-    """The images of the probe, or of a period of finetune: positions in the training set.
+    """Positions in the training set: the images of the probe, or of a period of finetune.
 
     Of every class with more than k images k are kept, of the others all; classes in order.
     """
 
     def __init__(self, args, name: str, data: data_lt.Splits):
         super().__init__()
-        self.args, self.images, self.mode = args, data.train, args.subset_mode
-        self.k = args.num_samples or max(1, max(data.counts) // 10)
-        if name == "probe":
-            self.mode = "probe"
-            self.k = PROBE_IMAGES.get(args.dataset, PROBE_IMAGES[args.kind])
-        elif self.mode == "all":
-            self.k = max(data.counts)
-        tenth = max(1, round(PERIOD.get(args.dataset, 0.1) * args.finetune_epochs))
-        self.every = tenth if args.resample_every is None else args.resample_every
+        self.args, self.images, largest = args, data.train, max(data.counts)
+        self.mode = "probe" if name == "probe" else args.subset_mode
+        most = PROBE_IMAGES.get(args.dataset, PROBE_IMAGES[args.kind])
+        self.k = args.num_samples or max(1, largest // 10)
+        self.k = {"probe": most, "all": largest}.get(self.mode, self.k)
+        period = max(1, round(PERIOD.get(args.dataset, 0.1) * args.finetune_epochs))
+        self.period = period if args.resample_every is None else args.resample_every
         self.pools = data_lt.class_positions(data.train.labels.numpy(), data.num_classes)
         kept = sum(min(n, self.k) for n in data.counts)
         self.register_buffer("positions", torch.zeros(kept, dtype=torch.int64))
 
     def due(self, epoch: int) -> bool:
         """Before the first epoch, and before e with (e + 1) mod f = 0, but not before the last."""
-        if epoch == 0 or self.mode not in ("kdpp", "uniform") or not self.every:
+        if epoch == 0 or self.mode not in ("kdpp", "uniform") or not self.period:
             return epoch == 0
-        return (epoch + 1) % self.every == 0 and epoch + 1 < self.args.finetune_epochs
+        return (epoch + 1) % self.period == 0 and epoch + 1 < self.args.finetune_epochs
 
     def draw(self, net: nn.Module, epoch: int) -> dict[str, float]:
-        """Choose anew, from the whole classes; what there is to log of it."""
-        counts, seed, logs = [len(pool) for pool in self.pools], self.args.seed, {}
-        sizes = [min(n, self.k) for n in counts]
+        """Choose from the whole classes; k-DPP: mean p(i) of uniform draws, and of what is kept."""
+        seed, k, counts, logs = self.args.seed, self.k, [len(pool) for pool in self.pools], {}
         rngs = [common.generator(seed, "subset", epoch, c) for c in range(len(counts))]
-        if self.mode == "legacy":
-            within = legacy_subset(counts, sizes)
+        if self.mode == "kdpp":
+            loader = data_lt.evaluation_loader(self.args, self.images)
+            scores = common.evaluate(net, loader, features=net)  # logits [N, C], no autocast
+            log_p, scale = true_log_p(scores.features, scores.labels), self.args.dpp_scale
+            classes = zip(self.pools, rngs, strict=True)
+            within = [sample_kdpp(log_p[pool], k, rng, scale) for pool, rng in classes]
+        elif self.mode == "legacy":
+            within = legacy_subset(counts, [k] * len(counts))
         elif self.mode == "probe":
             rng = np.random.default_rng(common.derive_seed(seed, "probe-data"))
-            within = [np.sort(rng.permutation(n)[: self.k]) for n in counts]
-        elif self.mode == "kdpp":
-            log_p, k, scale = self.log_p(net), self.k, self.args.dpp_scale
-            drawn = zip(self.pools, rngs, strict=True)
-            within = [sample_kdpp(log_p[pool], k, rng, scale).numpy() for pool, rng in drawn]
+            within = [np.sort(rng.permutation(n)[:k]) for n in counts]
         else:
-            orders = [torch.randperm(n, generator=g) for n, g in zip(counts, rngs, strict=True)]
-            within = [order[: self.k].sort().values.numpy() for order in orders]
-        parts = [pool[rows] for pool, rows in zip(self.pools, within, strict=True)]
+            orders = (torch.randperm(n, generator=rng) for n, rng in zip(counts, rngs, strict=True))
+            within = [order[:k].sort().values for order in orders]
+        parts = [pool[np.asarray(at)] for pool, at in zip(self.pools, within, strict=True)]
         self.positions.copy_(torch.from_numpy(np.concatenate(parts)))
         if self.mode == "kdpp":
-            p = log_p.exp()
-            logs = {"p": p.mean().item(), "p_kept": p[self.positions].mean().item()}
+            p, chance = log_p.exp(), (k / torch.tensor(counts)[self.images.labels]).clamp(max=1)
+            logs["p_uniform"] = ((chance * p).sum() / chance.sum()).item()
+            logs["p_kept"] = p[self.positions].mean().item()
         return logs
-
-    def log_p(self, net: nn.Module) -> Tensor:
-        """log p(i) of the training images as they are, float32 [N]; RunError if not numbers."""
-        loader = data_lt.evaluation_loader(self.args, self.images)
-        scores = common.evaluate(net, loader, features=net)  # logits [N, C], no autocast
-        log_p = true_log_p(scores.features, scores.labels)
-        if log_p.isnan().any():
-            what = "the network has diverged: p(i) is not a number"
-            raise common.RunError(f"{what}; a smaller --finetune-lr may help")
-        return log_p
 
 
 # --- stages ---------------------------------------------------------------------------------------
 
 
-def of(args, name: str, key: str):
+def setting(args, name: str, key: str):
     """What a stage is trained with: --lr of pretrain, --probe-lr of probe."""
     return getattr(args, key if name == "pretrain" else f"{name}_{key}")
 
 
 def rate(args, name: str, epoch: float) -> float:
     """A linear rise, then half a cosine to 0, step by step; `epoch` with its fraction."""
-    epochs, share = of(args, name, "epochs"), WARMUP.get((name, args.dataset), WARMUP[name])
-    return common.warmup_cosine_lr(of(args, name, "lr"), epoch, epochs, share * epochs)
+    epochs, share = setting(args, name, "epochs"), WARMUP.get((name, args.dataset), WARMUP[name])
+    return common.warmup_cosine_lr(setting(args, name, "lr"), epoch, epochs, share * epochs)
 
 
-def views_of(args, name: str, size: int) -> dict:
+def views_of(args, name: str, data) -> dict:
     """The released augmentation: jitter of strength s, and a blur that is always there."""
-    s, grey = of(args, name, "jitter"), of(args, name, "grey")
+    s, grey = setting(args, name, "jitter"), setting(args, name, "grey")
     chain = {"crop": "resized", "scale": CROP[args.kind], "flip": args.flip, "grey": grey}
     chain |= {"jitter": (0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s), "jitter_p": 0.8}
-    return chain | {"blur_p": 1.0, "blur_kernel": max(3, size // 10 | 1), "blur_floor": True}
+    return chain | {
+        "blur_p": 1.0,
+        "blur_kernel": max(3, data.image_size // 10 | 1),
+        "blur_floor": True,
+    }
 
 
 def adamw(args, net: nn.Module, name: str) -> torch.optim.AdamW:
@@ -321,7 +309,7 @@ def adamw(args, net: nn.Module, name: str) -> torch.optim.AdamW:
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     fused = args.device.startswith("cuda")
-    return torch.optim.AdamW(groups, of(args, name, "lr"), betas=(0.9, 0.95), fused=fused)
+    return torch.optim.AdamW(groups, setting(args, name, "lr"), betas=(0.9, 0.95), fused=fused)
 
 
 def pretrain(run: common.Run, args, data, net: models.Net) -> None:
@@ -329,8 +317,7 @@ def pretrain(run: common.Run, args, data, net: models.Net) -> None:
     optimizer = adamw(args, net, "pretrain")
     parts = {"model": net, "optimizer": optimizer}
     stage = run.stage("pretrain", args.epochs, {"counts": data.counts}, **parts)
-    augment = views_of(args, "pretrain", data.image_size)
-    options = {"augment": augment, "views": 2, "drop_last": True}
+    options = {"augment": views_of(args, "pretrain", data), "views": 2, "drop_last": True}
     loader = data_lt.loader(args, data.train, args.batch_size, **options)
     encode = common.replicate(args, Encoder(net, args))
     for epoch in stage.epochs():
@@ -361,11 +348,11 @@ def build_classifier(args, name: str, backbone: nn.Module, classes: int) -> mode
 def train_classifier(run: common.Run, args, name: str, data, net: models.Net) -> None:
     """Stage probe or finetune: batch of the subset -> logits -> cross-entropy -> step."""
     optimizer, subset = adamw(args, net, name), Subset(args, name, data)
-    epochs, size, frozen = of(args, name, "epochs"), of(args, name, "batch_size"), name == "probe"
-    parts = {"model": net, "optimizer": optimizer, "subset": subset}
+    epochs, size = (setting(args, name, key) for key in ("epochs", "batch_size"))
+    frozen, parts = name == "probe", {"model": net, "optimizer": optimizer, "subset": subset}
     stage = run.stage(name, epochs, {"counts": data.counts}, **parts)
     run.say(f"{name}: {len(subset.positions)} of {len(data.train)} images an epoch")
-    options = {"augment": views_of(args, name, data.image_size), "seed": (args.seed, name)}
+    options = {"augment": views_of(args, name, data), "seed": (args.seed, name)}
     judge, replica = data_lt.judge(args, net, data), common.replicate(args, net)
     for epoch in stage.epochs():
         logs = subset.draw(net, epoch) if subset.due(epoch) else {}
@@ -396,7 +383,7 @@ def check(args, data) -> None:
     world = common.world_size()
     for bad, why in (
         (data.num_classes < 2, f"{args.dataset} has one class; contrast needs two"),
-        (data.image_size < 2, f"{args.dataset} has images of one pixel, which cannot be blurred"),
+        (data.image_size < 2, f"{args.dataset} has images of one pixel: they cannot be blurred"),
         (args.batch_size % world, f"--batch-size {args.batch_size}: no multiple of {world} ranks"),
     ):
         if bad:
@@ -412,17 +399,9 @@ def build(args) -> models.Net:
     return net.to(args.device, memory_format=torch.channels_last)
 
 
-def own_groups(args, net: nn.Module, data) -> dict:
-    """Figures of the groups in which the paper counts, where these are not the shared ones."""
-    if args.dataset not in GROUPS:
-        return {}
-    loader = data_lt.evaluation_loader(args, data.test)
-    full = common.figures(args, net, loader, data.counts, **GROUPS[args.dataset])
-    return {"own_groups": {name: full[name] for name in common.GROUPS}}
-
-
 def main(args) -> None:
-    data, last = data_lt.load(args), METHODS[args.method][-1]
+    data = data_lt.load(args)
+    last, groups = METHODS[args.method][-1], GROUPS.get(args.dataset)
     data.mean = data.std = None  # the network sees pixels in [0, 1]
     if args.eval:
         net = build_classifier(args, last, build(args).backbone, data.num_classes)
@@ -441,7 +420,10 @@ def main(args) -> None:
     more = {"parameters": models.count_parameters(net)}
     if last in args.stages:
         train_classifier(run, args, last, data, net)
-        more |= own_groups(args, net, data)
+    if last in args.stages and groups:
+        test = data_lt.evaluation_loader(args, data.test)
+        full = common.figures(args, net, test, data.counts, **groups)
+        more["own_groups"] = {name: full[name] for name in common.GROUPS}
     data_lt.finish(run, net, data, last, **more)
 
 
