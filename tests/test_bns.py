@@ -348,15 +348,24 @@ def call(*flags, out) -> dict:
     return found | {"folder": commands.folder(out)}
 
 
-def state_of(run: dict, stage: str) -> dict:
-    return common.load_checkpoint(run["folder"] / f"{stage}.pt")["state"]
+def state_of(run: dict, stage: str) -> dict[str, torch.Tensor]:
+    """All tensors of a stage's checkpoint, such as model.head.bias and optimizer.state.0.step."""
+    found = {}
+
+    def walk(value, path):
+        if isinstance(value, torch.Tensor):
+            found[".".join(path)] = value
+        for key, part in value.items() if isinstance(value, dict) else ():
+            walk(part, [*path, str(key)])
+
+    walk(common.load_checkpoint(run["folder"] / f"{stage}.pt")["state"], [])
+    return found
 
 
-def assert_equal_states(one: dict, other: dict) -> None:
-    assert str(one["optimizer"]) == str(other["optimizer"])
-    for part in one.keys() - {"optimizer"}:
-        assert one[part].keys() == other[part].keys()
-        assert all(torch.equal(value, other[part][name]) for name, value in one[part].items())
+def assert_same_end(one: dict, other: dict, *stages: str) -> None:
+    for ours, theirs in ((state_of(one, stage), state_of(other, stage)) for stage in stages):
+        assert ours.keys() == theirs.keys() and len(ours) > 20
+        assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
 @pytest.fixture(scope="module")
@@ -386,34 +395,14 @@ def test_stages_end_to_end_and_begun_again_in_each(tmp_path, monkeypatch, method
     monkeypatch.setattr(common.Stage, "guard", guard)
     again = call(*flags, out=tmp_path / "b")
     assert again["rows"] == straight["rows"] and again["result"] == straight["result"]
-    for stage in ("pretrain", last):
-        assert_equal_states(state_of(again, stage), state_of(straight, stage))
+    assert_same_end(again, straight, "pretrain", last)
     rows, result = straight["rows"], straight["result"]
     assert {"loss", "same_label", "other_label"} <= set(rows[0]) and rows[0]["stage"] == "pretrain"
     assert result["headline"]["overall"] == pytest.approx(np.mean(result["per_class"]))
     assert rows[1]["passes"] == 2 * 2 * 16 * rows[0]["steps"], "two epochs of two views"
     assert (rows[-1]["passes"] == 0) == (last == "probe"), "frozen: nothing goes backward"
-    begin = tmp_path / "b" / "bns_ipdpp"
-    alone = ["--stages", last, "--init-from", next(begin.glob("*/*/seed0/pretrain.pt"))]
-    alone = call(*flags, *alone, out=tmp_path / "c")
-    assert_equal_states(state_of(alone, last), state_of(straight, last))
-
-
-@pytest.fixture(scope="module")
-def losses(tmp_path_factory, encoder):
-    """Losses of short runs by flags, each run once; those of the last stages from one encoder."""
-    known = {}
-
-    def run(flags: str) -> list[float]:
-        if flags not in known:
-            start = [] if "--stages pretrain" in flags else encoder
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(sys, "argv", ["bns_ipdpp.py"])
-                rows = call(*flags.split(), *start, out=tmp_path_factory.mktemp("flag"))["rows"]
-            known[flags] = [row["loss"] for row in rows]
-        return known[flags]
-
-    return run
+    start = ["--stages", last, "--init-from", again["folder"] / "pretrain.pt"]
+    assert_same_end(call(*flags, *start, out=tmp_path / "c"), straight, last)
 
 
 FLAGS = {
@@ -428,19 +417,22 @@ FLAGS = {
 
 
 @pytest.mark.parametrize("stage", FLAGS)
-def test_every_flag_changes_what_it_says(losses, stage):
-    seen = {flags: tuple(losses(f"{stage} {flags}")) for flags in ("", *FLAGS[stage].split(", "))}
-    assert len(set(seen.values())) == len(seen), "two settings gave the same losses"
+def test_every_flag_changes_what_it_says(tmp_path, encoder, stage):
+    seen, start = set(), [] if "pretrain" in stage else encoder
+    for flags in ("", *FLAGS[stage].split(", ")):
+        run = call(*stage.split(), *flags.split(), *start, out=tmp_path / flags.replace(" ", ""))
+        seen.add(tuple(row["loss"] for row in run["rows"]))
+        assert len(seen) == len(list(tmp_path.iterdir())), f"{flags}: losses as with other flags"
 
 
 @pytest.fixture
-def drawn(monkeypatch):
-    """What is drawn: (epoch, positions, what is logged), and the calls of the k-DPP."""
+def draws(monkeypatch):
+    """What is drawn: (epoch, positions), and the calls of the k-DPP."""
     found, calls, draw, sample = [], [], bns.Subset.draw, bns.sample_kdpp
 
     def noted(subset, net, epoch):
         logs = draw(subset, net, epoch)
-        found.append((epoch, subset.positions.clone(), logs))
+        found.append((epoch, subset.positions.clone()))
         return logs
 
     monkeypatch.setattr(bns.Subset, "draw", noted)
@@ -448,51 +440,45 @@ def drawn(monkeypatch):
     return found, calls
 
 
-@pytest.mark.parametrize("mode", ["kdpp", "kdpp n2", "uniform", "legacy", "all"])
-def test_subsets_of_every_mode_from_one_encoder(tmp_path, encoder, drawn, mode):
+@pytest.mark.parametrize("mode", ["kdpp n", "kdpp n2", "uniform", "legacy", "all"])
+def test_subsets_of_every_mode_from_one_encoder(tmp_path, encoder, draws, mode):
     name, _, scale = mode.partition(" ")
-    flags = {"all": [], "legacy": KDPP[:2]}.get(name, KDPP)
-    flags = ["--stages", "finetune", "--subset-mode", name, *flags]
-    run = call(*flags, *(["--dpp-scale", scale] if scale else []), *encoder, out=tmp_path)
-    found, calls = drawn
-    assert run["result"]["counts"] == COUNTS
-    most = 99 if name == "all" else 8
-    labels = np.repeat(np.arange(10), COUNTS)
-    for _, positions, _ in found:
+    flags = {"all": [], "legacy": KDPP[:2]}.get(name, KDPP) + ["--subset-mode", name]
+    flags += ["--dpp-scale", scale] if scale else []
+    run = call("--stages", "finetune", *flags, *encoder, out=tmp_path)
+    (epochs, subsets), calls = zip(*draws[0], strict=True), draws[1]
+    labels, most = np.repeat(np.arange(10), COUNTS), 99 if name == "all" else 8
+    for positions in subsets:
         assert np.bincount(labels[positions]).tolist() == [min(n, most) for n in COUNTS]
         assert len(set(positions.tolist())) == len(positions)
     again = name in ("kdpp", "uniform")
-    assert [epoch for epoch, *_ in found] == ([0, 1] if again else [0]), "before e + 1 = 2, not 3"
-    if again:
-        assert not torch.equal(found[0][1], found[1][1]), "fresh randomness at each draw"
+    assert epochs == ((0, 1) if again else (0,)), "before e with e + 1 = 2, not before the last"
+    assert not again or not torch.equal(*subsets), "fresh randomness at each draw"
     if name == "legacy":
-        pools = np.split(np.arange(sum(COUNTS)), np.cumsum(COUNTS)[:-1])
+        first = np.cumsum([0, *COUNTS])
         within = bns.legacy_subset(COUNTS, [8] * 10)
-        expected = [pool[rows] for pool, rows in zip(pools, within, strict=True)]
-        assert np.array_equal(found[0][1], np.concatenate(expected))
-    assert len(calls) == (20 if name == "kdpp" else 0)
-    assert {call[3] for call in calls} <= {scale or "n"}
-    assert torch.equal(state_of(run, "finetune")["subset"]["positions"], found[-1][1])
-    assert run["rows"][0]["passes"] == len(found[0][1])
+        assert np.array_equal(
+            subsets[0], np.concatenate([a + b for a, b in zip(first, within, strict=False)])
+        )
+    assert [call[3] for call in calls] == [scale] * 20 * (name == "kdpp")
+    assert torch.equal(state_of(run, "finetune")["subset.positions"], subsets[-1])
+    assert run["rows"][0]["passes"] == len(subsets[0]) and run["result"]["counts"] == COUNTS
     logged = ["p_kept" in row for row in run["rows"]]
     assert logged == ([True, True, False] if name == "kdpp" else [False] * 3)
 
 
-def test_the_kdpp_sees_p_of_the_network_and_logs_what_it_kept(encoder, drawn):
-    args = parsed("--stages", "finetune", *KDPP, *encoder)
-    common._choose_device(args, False)
+def test_the_kdpp_sees_p_of_the_network_and_logs_what_it_kept(draws):
+    args = parsed(*KDPP)
     data = data_lt.load(args)
     net = bns.build_classifier(args, "finetune", bns.build(args).backbone, 10).eval()
     subset = bns.Subset(args, "finetune", data)
     logs = subset.draw(net, 0)
-    loader = data_lt.loader(args, data.train, len(data.train), sampler="sequential")
-    views, labels, _ = next(iter(loader))
+    views, labels, _ = next(iter(data_lt.evaluation_loader(args, data.train)))
     with torch.no_grad():
-        p = net(views[0]).softmax(1)[torch.arange(len(labels)), labels]
-    ours = torch.cat([log_p for log_p, *_ in drawn[1]]).exp()
+        p = net(views[0]).softmax(1).gather(1, labels[:, None])[:, 0]
+    ours = torch.cat([log_p for log_p, *_ in draws[1]]).exp()
     torch.testing.assert_close(ours, p, rtol=1e-4, atol=1e-6)
-    parts = p.split(COUNTS)
-    uniform = sum(min(len(part), 8) * float(part.mean()) for part in parts)
+    uniform = sum(min(len(part), 8) * float(part.mean()) for part in p.split(COUNTS))
     assert logs["p_uniform"] == pytest.approx(uniform / len(subset.positions), rel=1e-4)
     assert logs["p_kept"] == pytest.approx(float(p[subset.positions].mean()), rel=1e-4)
 
@@ -515,12 +501,11 @@ def test_the_probe_leaves_the_encoder_alone_and_takes_few_of_a_class(tmp_path, e
     for mode in ("eval", "train"):
         flags = ["--method", "bns", "--stages", "probe", "--frozen-bn", mode, *encoder]
         run = call(*flags, out=tmp_path / mode)
-        for name, value in state_of(run, "probe")["model"].items():
-            if name.startswith("backbone."):
-                drifts = name.endswith(("mean", "var", "tracked")) and mode == "train"
-                assert torch.equal(value, start[name]) != drifts, (mode, name)
-        positions = state_of(run, "probe")["subset"]["positions"]
-        kept = np.bincount(np.repeat(np.arange(10), COUNTS)[positions])
+        state = state_of(run, "probe")
+        for name in start.keys() - {key for key in start if key.startswith("head")}:
+            drifts = name.endswith(("mean", "var", "tracked")) and mode == "train"
+            assert torch.equal(state[f"model.{name}"], start[name]) != drifts, (mode, name)
+        kept = np.bincount(np.repeat(np.arange(10), COUNTS)[state["subset.positions"]])
         assert kept.tolist() == [min(n, 6) for n in COUNTS]
         assert run["rows"][0]["steps"] == -(-sum(kept) // 16)
 
