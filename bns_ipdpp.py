@@ -47,6 +47,7 @@ import warnings
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -70,18 +71,18 @@ FLAGS = (
     ("temperature",          0.5,       "tau",      PRETRAIN | {"range": (0.0115, math.inf)}),
     ("projection_dim",       64,        128,        128,        "length of embeddings", PRETRAIN),
     ("jitter",               1.0,       2.0,        1.0,        "strength s", PRETRAIN | JITTER),
-    ("grey",                 0.2,       "share of grey views",  PRETRAIN | SHARE),
+    ("grey",                 0.2,       0.2,        0.2,        "share", PRETRAIN | SHARE),
     ("probe_epochs",         100,       "of probe",             PROBE),
     ("probe_batch_size",     64,        64,         256,        "images over all ranks", PROBE),
     ("probe_lr",             2e-3,      2.5e-4,     1e-3,       "peak rate of probe", PROBE),
     ("probe_jitter",         2.0,       2.0,        1.0,        "strength s", PROBE | JITTER),
-    ("probe_grey",           0.2,       "share of grey images", PROBE | SHARE),
+    ("probe_grey",           0.2,       0.2,        0.2,        "share", PROBE | SHARE),
     ("frozen_bn",            ("eval", "train"), "batch norm of the frozen encoder", PROBE),
     ("finetune_epochs",      592,       100,        50,         "of finetune", FINETUNE),
     ("finetune_batch_size",  32,        64,         256,        "images over all ranks", FINETUNE),
     ("finetune_lr",          5e-3,      2.5e-4,     1e-3,       "peak rate of finetune", FINETUNE),
     ("finetune_jitter",      0.25,      1.0,        1.0,        "strength s", FINETUNE | JITTER),
-    ("finetune_grey",        0.2,       "share of grey images", FINETUNE | SHARE),
+    ("finetune_grey",        0.2,       0.2,        0.2,        "share", FINETUNE | SHARE),
     ("subset_mode",          ("kdpp", "uniform", "legacy", "all"), "who is kept", FINETUNE),
     ("dpp_scale",            ("n", "n2"), "c of the kernel",    FINETUNE | {"subset_mode": "kdpp"}),
     ("num_samples",          40,        int,        int,        "k; else a tenth of the largest "
@@ -223,6 +224,21 @@ class Encoder(nn.Module):
         return F.normalize(z.float() if z.dtype == torch.bfloat16 else z, dim=2, eps=1e-12)
 
 
+def log_p_of(args, net: nn.Module, images: data_lt.Set) -> Tensor:
+    """log p(i) of the images as they are, float32 [N] on the CPU; no autocast."""
+    loader, ranks = data_lt.evaluation_loader(args, images), common.world_size()
+    log_p = torch.zeros(len(images), device=args.device)
+    net.eval()
+    for buffer in net.buffers() if ranks > 1 else ():
+        dist.broadcast(buffer, 0)  # batch norm: what rank 0 and checkpoints have
+    with torch.inference_mode():
+        for views, labels, rows in loader:
+            log_p[rows] = true_log_p(net(views[0]).float(), labels)
+    if ranks > 1:
+        dist.all_reduce(log_p)  # an image is of one rank
+    return log_p.cpu()
+
+
 class Subset(nn.Module):
     """Positions in the training set: the images of the probe, or of a period of finetune.
 
@@ -253,9 +269,7 @@ class Subset(nn.Module):
         seed, k, counts, logs = self.args.seed, self.k, [len(pool) for pool in self.pools], {}
         rngs = [common.generator(seed, "subset", epoch, c) for c in range(len(counts))]
         if self.mode == "kdpp":
-            loader = data_lt.evaluation_loader(self.args, self.images)
-            scores = common.evaluate(net, loader, features=net)  # logits [N, C], no autocast
-            log_p, scale = true_log_p(scores.features, scores.labels), self.args.dpp_scale
+            log_p, scale = log_p_of(self.args, net, self.images), self.args.dpp_scale
             classes = zip(self.pools, rngs, strict=True)
             within = [sample_kdpp(log_p[pool], k, rng, scale) for pool, rng in classes]
         elif self.mode == "legacy":
@@ -304,12 +318,10 @@ def views_of(args, name: str, data) -> dict:
 def adamw(args, net: nn.Module, name: str) -> torch.optim.AdamW:
     """AdamW with decay on tensors of two dimensions or more: not on biases, not on batch norm."""
     trained = [p for p in net.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": args.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    fused = args.device.startswith("cuda")
-    return torch.optim.AdamW(groups, setting(args, name, "lr"), betas=(0.9, 0.95), fused=fused)
+    some = {"params": [p for p in trained if p.ndim >= 2], "weight_decay": args.weight_decay}
+    rest = {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}
+    options = {"betas": (0.9, 0.95), "fused": args.device.startswith("cuda")}
+    return torch.optim.AdamW([some, rest], setting(args, name, "lr"), **options)
 
 
 def pretrain(run: common.Run, args, data, net: models.Net) -> None:

@@ -27,6 +27,7 @@ WAITS = {  # where the host may wait for the GPU, and how often in an epoch (a r
     "ssp_pretrain.py:__iter__": 1,  # a batch of the rotation test
     "tsc.py:solve": 1,  # has each class a nearest target of its own? Rank 0 asks at each of the four steps of tsc
     "tsc.py:best_matching": 1,  # where not, the matching is solved on the host
+    "bns_ipdpp.py:log_p_of": 1,  # p(i) of all images
     "tailcalibx.py:generate": 1,
     "tailcalibx.py:generate_lowrank": 2,
     "tailcalibx.py:balanced": 2,
