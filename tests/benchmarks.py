@@ -731,17 +731,21 @@ def moco_queue_clone_mb() -> dict:
     return {"ratio": memory.bytes / naive.bytes, "value": value, "unit": "MB", "target": "value <= 1"}
 
 
-def bns_problem(b: int, dim: int = 128) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Projections [b, dim] of two views, and labels of a long-tailed batch of ten classes."""
+def bns_problem(b: int, dim: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
+    """Projections [2b, dim] of two views, and labels [2b] of a long-tailed batch of ten classes."""
     rng = torch.Generator().manual_seed(0)
-    z1, z2 = torch.randn(2, b, dim, generator=rng).unbind()
+    z = torch.randn(2 * b, dim, generator=rng)
     shares = torch.tensor(long_tail_counts(5000, 10, 100), dtype=torch.float)
-    return z1.requires_grad_(), z2.requires_grad_(), torch.multinomial(shares, b, True, generator=rng)
+    return z.requires_grad_(), torch.multinomial(shares, b, True, generator=rng).repeat(2)
 
 
-def bns_loss_broadcast(z1, z2, labels, temperature=0.5) -> torch.Tensor:
+def bns_loss(z, labels) -> torch.Tensor:
+    """That of the script, of projections as they come: [2b]."""
+    return bns_ipdpp.bns_loss(F.normalize(z, dim=1), labels, 0.5)
+
+
+def bns_loss_broadcast(z, y, temperature=0.5) -> torch.Tensor:
     """The balanced-negative loss over cosines of broadcast rows: temporaries of [2b, 2b, D]."""
-    z, y = torch.cat([z1, z2]), torch.cat([labels, labels])
     e = torch.exp(F.cosine_similarity(z[:, None], z[None], dim=2) / temperature)
     same = (y[:, None] == y).float()
     positive = same - torch.eye(len(z))
@@ -751,15 +755,15 @@ def bns_loss_broadcast(z1, z2, labels, temperature=0.5) -> torch.Tensor:
 
 def bns_loss_vs_broadcast() -> dict:
     """Balanced-negative loss and its gradients at B = D = 128: cosines by broadcasting, as released / one product."""
-    z1, z2, labels = bns_problem(128)
+    z, labels = bns_problem(128)
 
     def run(loss: Callable) -> tuple:
-        value = loss(z1, z2, labels).mean()
-        return value.detach(), *torch.autograd.grad(value, (z1, z2))
+        value = loss(z, labels).mean()
+        return value.detach(), *torch.autograd.grad(value, z)
 
-    for ours, theirs in zip(run(bns_ipdpp.bns_loss), run(bns_loss_broadcast), strict=True):
+    for ours, theirs in zip(run(bns_loss), run(bns_loss_broadcast), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-7)
-    naive, own = medians(lambda: run(bns_loss_broadcast), lambda: run(bns_ipdpp.bns_loss), repeats=7)
+    naive, own = medians(lambda: run(bns_loss_broadcast), lambda: run(bns_loss), repeats=7)
     return {"ratio": naive / own, "value": 1e3 * own, "unit": "ms", "target": ">= 50"}
 
 
@@ -769,14 +773,14 @@ def bns_loss_memory() -> dict:
     if "--child" not in sys.argv:
         line = [sys.executable, __file__, "--only", "bns_loss_memory", "--child"]
         return json.loads(subprocess.run(line, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
-    bns_ipdpp.bns_loss(*bns_problem(8)).mean().backward()  # threads, libraries
-    z1, z2, labels = bns_problem(1024)
+    bns_loss(*bns_problem(8)).mean().backward()  # threads, libraries
+    z, labels = bns_problem(1024)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = memory_in_use()
-    loss = bns_ipdpp.bns_loss(z1, z2, labels).mean()
+    loss = bns_loss(z, labels).mean()
     loss.backward()
     matrices = (memory_in_use("VmHWM") - before) / (4 * 2048**2 / 2**20)
-    assert bool(loss.isfinite()) and bool(z1.grad.any())
+    assert bool(loss.isfinite()) and bool(z.grad.any())
     row = {"ratio": matrices / 128, "value": matrices, "unit": "matrices of 2B x 2B", "target": "value <= 8"}
     print(json.dumps(row))
     return row

@@ -1,7 +1,7 @@
 """What only tests use: slow exact forms of what the scripts do, to hold their results against.
 
-The k-DPP of bns_ipdpp.py by tables in O(N k): probabilities, normalisers, inclusion probabilities, a
-second sampler; and dppy's. d and u are float64 numpy arrays [N] of S = diag(d) + u u'; normalisers are
+Equation 12, the loss that bns_ipdpp.py does not offer; its k-DPP by tables in O(N k): probabilities,
+normalisers, inclusion probabilities, a second sampler; and dppy's. d and u are float64 numpy arrays [N] of S = diag(d) + u u'; normalisers are
 natural logarithms.
 """
 
@@ -10,9 +10,24 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy.special import expit, log_expit, logsumexp
 
 import bns_ipdpp
+
+
+def bns_loss_paper(z1, z2, labels, temperature: float, reduction: str) -> torch.Tensor:
+    """Equation 12 of Lin and Yuan 2025 over a batch of two views [B, d], one number.
+
+    Of every anchor: the mean over rows of its label of -log sigmoid(cosine / tau), and of each of these
+    rows the sum or mean over columns of other labels of -log sigmoid(-cosine / tau).
+    """
+    g = F.normalize(z1, dim=1) @ F.normalize(z2, dim=1).T / temperature  # [B, B]
+    same = labels[:, None] == labels
+    pos = -F.logsigmoid(g).masked_fill(~same, 0).sum(1) / same.sum(1)
+    neg = -F.logsigmoid(-g).masked_fill(same, 0).sum(1)
+    divisor = (~same).sum(1).clamp(min=1) if reduction == "mean" else 1
+    return (pos + neg / divisor).mean()
 
 
 def kernel_parts(log_p: np.ndarray, scale: str = "n") -> tuple[np.ndarray, np.ndarray]:

@@ -34,24 +34,24 @@ ALONG = {  # what a value needs beside it; flags later on the line win
     "tsc --contrast queue": "--queue 40",
     "tsc --select val": "",
     "tsc --save-features val": "--select val",
-    "bns_ipdpp --bns-neg-reduction sum": "--bns-form paper",
-    "bns_ipdpp --bns-neg-reduction mean": "--bns-form paper",
-    "bns_ipdpp --probe-data balanced": "--stages pretrain,probe,finetune",
-    "bns_ipdpp --probe-data all": "--stages pretrain,probe,finetune",
-    "bns_ipdpp --probe-bn eval": "--stages pretrain,probe,finetune",
-    "bns_ipdpp --probe-bn train": "--stages pretrain,probe,finetune",
-    "fsgl --select val": "",
-    "fsgl --save-features val": "--select val",
+    "bns_ipdpp --method bns": "--probe-epochs 2",
+    "bns_ipdpp --frozen-bn eval": "--method bns --probe-epochs 2",
+    "bns_ipdpp --frozen-bn train": "--method bns --probe-epochs 2",
+    "bns_ipdpp --select val": "",
+    "bns_ipdpp --save-features val": "--select val",
+    "fsgl --lr-timing legacy": "--schedule warmup",
+    "fsgl --stem imagenet": "--backbone resnet10",
     "tailcalibx --cbd-schedule cosine": "--pipeline cbd_tailcalibx",
     "tailcalibx --cbd-schedule constant": "--pipeline cbd_tailcalibx",
     "tailcalibx --frozen-bn-train": "--pipeline crt",
+    "fsgl --concat-views": "--variant glmc",
 }
 DROPPED = {  # flags of the micro settings that the value has no use for
     "ssp_pretrain --ssp none": ("--epochs", "--batch-size"),
     "tailcalibx --pipeline ce": ("--clf-epochs",),
     "tailcalibx --pipeline cosine_ce": ("--clf-epochs",),
     "tailcalibx --pipeline cbd": ("--clf-epochs",),
-    "fsgl --method ce": ("--projection-dim",),
+    "fsgl --variant ce": ("--projection-dim",),
     **dict.fromkeys(
         (
             f"toy_similarity {flag}"
@@ -65,7 +65,10 @@ DROPPED = {  # flags of the micro settings that the value has no use for
         ),
         ("--experiment", "--points"),
     ),
-    "bns_ipdpp --recipe released": ("--resample-every",),
+    **dict.fromkeys(
+        (f"bns_ipdpp {flag}" for flag in ("--method bns", "--frozen-bn eval", "--frozen-bn train")),
+        ("--finetune-epochs", "--finetune-batch-size", "--num-samples", "--resample-every"),
+    ),
     "bns_ipdpp --subset-mode legacy": ("--resample-every",),
     "bns_ipdpp --subset-mode all": ("--resample-every", "--num-samples"),
     **{f"ssp_pretrain --depth {depth}": ("--backbone",) for depth in (20, 32, 44, 56, 110)},
@@ -78,6 +81,8 @@ ELSEWHERE = {
     "ssp_pretrain --stage": "test_ssp.py",
     "ssp_pretrain --force-init": "test_ssp.py",
     "tailcalibx --stage": "test_tailcalibx.py",
+    "fsgl --acsl": "test_fsgl.py",
+    "fsgl --recipe": "of CIFAR alone: test_fsgl.py",
 }
 
 

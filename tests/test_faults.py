@@ -34,7 +34,7 @@ SMALL = {
     "toy_similarity": "--experiment sweep2 --epochs 3 --batch-size 16 --points 2",
     "ssp_pretrain": "--epochs 1 --batch-size 20 --train-epochs 2 --train-batch-size 20",
     "tsc": "--epochs 2 --batch-size 20 --projection-dim 8 --classifier-epochs 1 --classifier-batch-size 20",
-    "bns_ipdpp": "--epochs 1 --batch-size 20 --projection 8 --projection-hidden 8 --finetune-epochs 2 "
+    "bns_ipdpp": "--epochs 1 --batch-size 20 --projection-dim 8 --finetune-epochs 2 "
     "--finetune-batch-size 20 --num-samples 5 --resample-every 1",
     "fsgl": "--epochs 3 --batch-size 20 --projection-dim 8",
     "tailcalibx": "--epochs 2 --batch-size 20 --clf-epochs 2",
@@ -43,7 +43,7 @@ LARGE = {
     "ssp_pretrain": "--ssp none --train-epochs 1 --train-batch-size 8",
     "tsc": "--method kcl --epochs 1 --batch-size 8 --queue 16 --projection-dim 8 --classifier-epochs 1 "
     "--classifier-batch-size 8",
-    "bns_ipdpp": "--stages pretrain --epochs 1 --batch-size 8 --projection 8 --projection-hidden 8",
+    "bns_ipdpp": "--stages pretrain --epochs 1 --batch-size 8 --projection-dim 8",
     "fsgl": "--method ce --epochs 1 --batch-size 8",
     "tailcalibx": "--pipeline ce --epochs 1 --batch-size 8 --accumulate 1",
 }

@@ -16,8 +16,8 @@ CASES = {
                      "--two-stage --loss ldam --rule drw --classifier-epochs 2",
                      "--ssp none --unlabeled-source leftover --imb-ratio 2 --rule resample"],
     "tsc": ["", "--contrast queue --queue 40", "--method kcl --classifier linear"],
-    "bns_ipdpp": ["", "--stages pretrain,probe,finetune --probe-epochs 2 --bns-form paper --p-view augmented"],
-    "fsgl": ["", "--method ce", "--method glmc"],
+    "bns_ipdpp": ["", "--method bns --probe-epochs 2"],
+    "fsgl": ["", "--variant ce", "--variant glmc_sam --sam-bn first"],
     "tailcalibx": ["", "--pipeline tailcalib", "--pipeline cbd_tailcalibx", "--pipeline modals", "--pipeline crt"],
 }  # fmt: skip
 WAITS = {  # where the host may wait for the GPU, and how often in an epoch (a row of metrics.jsonl)
@@ -27,7 +27,7 @@ WAITS = {  # where the host may wait for the GPU, and how often in an epoch (a r
     "ssp_pretrain.py:__iter__": 1,  # a batch of the rotation test
     "tsc.py:solve": 1,  # has each class a nearest target of its own? Rank 0 asks at each of the four steps of tsc
     "tsc.py:best_matching": 1,  # where not, the matching is solved on the host
-    "bns_ipdpp.py:collect": 1,  # p(i) of all images
+    "bns_ipdpp.py:log_p_of": 1,  # p(i) of all images
     "tailcalibx.py:generate": 1,
     "tailcalibx.py:generate_lowrank": 2,
     "tailcalibx.py:balanced": 2,
@@ -52,7 +52,8 @@ def stopped_with_a_gpu() -> None:
 
 
 def words_of(script: str, flags: str) -> list[str]:
-    left_out = {"--method ce": "--projection-dim", "--ssp none": "--epochs --batch-size"}
+    left_out = {"--variant ce": "--projection-dim", "--ssp none": "--epochs --batch-size"}
+    left_out["--method bns"] = "--finetune-epochs --finetune-batch-size --num-samples --resample-every"
     drop = {word for key, words in left_out.items() if key in flags for word in words.split()}
     micro = SMALL[script].split()
     pairs = [pair for pair in zip(micro[::2], micro[1::2], strict=True) if pair[0] not in drop]
