@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.special import logsumexp, ndtr
 from torch import Tensor, nn
 
 import common
@@ -25,7 +26,6 @@ import tsc
 from tailcalibx import tailcalib
 from tools.figures import draw_circle, pyplot, save_figure
 from tools.geometry import class_centres
-from toy_similarity import theory
 
 # --- TailCalib on two blobs -----------------------------------------------------------------------
 
@@ -137,6 +137,75 @@ def draw_blobs(fitted: list, accuracy: dict, test: tuple, real: int, path: Path)
 
 
 # --- similarity or sample number: the closed form -------------------------------------------------
+# Consistent with the abstract of Liu and Liu; the text of their theorem is no longer public.
+
+
+@dataclasses.dataclass
+class Theory:
+    """Two classes on a line; a share p of the head's samples is w h + (1 - w) t, labelled head.
+
+    nearest mean: mean and variance of the threshold, accuracies at its mean. prior-weighted (Bayes)
+    rule of the training mixture: the first crossing from head to tail (nan: the tail is never
+    chosen; -inf: it is from minus infinity on) and its accuracies.
+    """
+
+    theta_mean: float
+    theta_var: float
+    acc_tail_mean: float
+    acc_head_mean: float
+    theta_bayes: float
+    acc_tail_bayes: float
+    acc_head_bayes: float
+
+
+def log_density(x: np.ndarray, mean: float, sd: float) -> np.ndarray:
+    """Log density of a normal law."""
+    return -0.5 * ((x - mean) / sd) ** 2 - math.log(sd * math.sqrt(2 * math.pi))
+
+
+def crossings(positive, low: float, high: float) -> list[float]:
+    """Ends of the intervals in low..high where `positive(x)`, in pairs; +-inf where it stays so."""
+    grid = np.linspace(low, high, 20_001)
+    chosen = positive(grid)
+    at = np.flatnonzero(chosen[1:] != chosen[:-1])
+    low, high = grid[at], grid[at + 1]
+    for _ in range(60):  # bisection of all crossings at once
+        middle = (low + high) / 2
+        left = positive(middle) == chosen[at]
+        low, high = np.where(left, middle, low), np.where(left, high, middle)
+    return [-math.inf] * chosen[0] + low.tolist() + [math.inf] * chosen[-1]
+
+
+def theory(mu_head, mu_tail, sigma, p, lam_head, n_head, n_tail) -> Theory:
+    """The bias that similar samples put on the boundary; means, s.d. and counts are numbers."""
+    lam_tail, gap = 1 - lam_head, mu_tail - mu_head
+    mean_head = mu_head + p * lam_tail * gap
+    narrow = sigma * math.hypot(lam_head, lam_tail)
+    var_head = (1 - p) * sigma**2 + p * narrow**2 + p * (1 - p) * (lam_tail * gap) ** 2
+    with np.errstate(divide="ignore"):
+        weights = np.log([[1 - p], [p]])
+
+    def tail_wins(x: np.ndarray) -> np.ndarray:  # n_t f_T(x) > n_h f_H(x)
+        pure = log_density(x, mu_head, sigma)
+        mixed = log_density(x, mu_head + lam_tail * gap, narrow)
+        head = np.log(n_head) + logsumexp(np.stack([pure, mixed]) + weights, axis=0)
+        return np.log(n_tail) + log_density(x, mu_tail, sigma) > head
+
+    edges = crossings(tail_wins, mu_head - 12 * sigma, mu_tail + 12 * sigma)
+
+    def called_tail(mu: float) -> float:
+        z = ndtr((np.array(edges) - mu) / sigma)
+        return float((z[1::2] - z[0::2]).sum())
+
+    return Theory(
+        theta_mean=(mean_head + mu_tail) / 2,
+        theta_var=(var_head / n_head + sigma**2 / n_tail) / 4,
+        acc_tail_mean=float(ndtr(gap * (1 - p * lam_tail) / (2 * sigma))),
+        acc_head_mean=float(ndtr(gap * (1 + p * lam_tail) / (2 * sigma))),
+        theta_bayes=edges[0] if edges else math.nan,
+        acc_tail_bayes=called_tail(mu_tail),
+        acc_head_bayes=1 - called_tail(mu_head),
+    )
 
 
 def show_theory(args) -> None:
