@@ -1,6 +1,7 @@
 """Every script trains, continues and evaluates on a GPU that is none (see pretend_gpu.py), and does not wait for it."""
 
 import atexit
+import importlib
 import json
 import re
 
@@ -8,18 +9,9 @@ import commands
 import pretend_gpu
 import pytest
 import torch
+from test_choices import SCRIPTS, choices, line, rows_of
 from test_faults import LARGE, SMALL, Desk, on_tree, same_end, stopped_late, tiny, tree  # noqa: F401 (fixtures)
 
-CASES = {
-    "toy_similarity": [""],
-    "ssp_pretrain": ["", "--ssp moco --queue 40 --bn-splits 2",
-                     "--two-stage --loss ldam --rule drw --classifier-epochs 2",
-                     "--ssp none --unlabeled-source leftover --imb-ratio 2 --rule resample"],
-    "tsc": ["", "--contrast queue --queue 40", "--method kcl --classifier linear"],
-    "bns_ipdpp": ["", "--stages pretrain,probe,finetune --probe-epochs 2 --bns-form paper --p-view augmented"],
-    "fsgl": ["", "--variant ce", "--variant glmc_sam --sam-bn first"],
-    "tailcalibx": ["", "--pipeline tailcalib", "--pipeline cbd_tailcalibx", "--pipeline modals", "--pipeline crt"],
-}  # fmt: skip
 WAITS = {  # where the host may wait for the GPU, and how often in an epoch (a row of metrics.jsonl)
     "common.py:means_over_ranks": 1,
     "common.py:look": 1,
@@ -51,12 +43,18 @@ def stopped_with_a_gpu() -> None:
     stopped_late()
 
 
-def words_of(script: str, flags: str) -> list[str]:
-    left_out = {"--variant ce": "--projection-dim", "--ssp none": "--epochs --batch-size"}
-    drop = {word for key, words in left_out.items() if key in flags for word in words.split()}
-    micro = SMALL[script].split()
-    pairs = [pair for pair in zip(micro[::2], micro[1::2], strict=True) if pair[0] not in drop]
-    return [*(word for pair in pairs for word in pair), *flags.split()]
+def cases() -> list[tuple[str, str, str]]:
+    """(script, flag, value): every method, the default first, and every choice of a script's own flags."""
+    found = []
+    for script in SCRIPTS:
+        rows = rows_of(script)
+        own = {"method", *(row[0] for row in importlib.import_module(script).FLAGS)}
+        pairs = [(name, value) for name, value in choices(rows) if name in own]
+        found += [(script, *pair) for pair in sorted(pairs, key=lambda pair: pair[0] != "method")]
+    return found
+
+
+CASES = cases()
 
 
 @pytest.fixture
@@ -65,14 +63,15 @@ def slow(pytestconfig):
         pytest.skip("with --slow")
 
 
-@pytest.mark.parametrize(("script", "flags"), [(script, flags) for script in SMALL for flags in CASES[script]])
-def test_a_gpu_gives_the_rows_of_the_cpu_and_no_step_waits_for_it(script, flags, tiny, tmp_path, pytestconfig):  # noqa: F811
-    if flags and not pytestconfig.getoption("--slow"):
+@pytest.mark.parametrize(("script", "flag", "value"), CASES)
+def test_a_gpu_gives_the_rows_of_the_cpu_and_no_step_waits_for_it(
+    script, flag, value, tiny, tmp_path, pytestconfig  # noqa: F811
+):
+    first = next(case for case in CASES if case[0] == script)
+    if (script, flag, value) != first and not pytestconfig.getoption("--slow"):
         pytest.skip("with --slow")
-    gpu, cpu = (
-        Desk(script, tmp_path / name, "--dataset", tiny, "--backbone", "resnet8", *words_of(script, flags))
-        for name in ("gpu", "cpu")
-    )
+    words = line(script, flag, value, tiny)
+    gpu, cpu = (Desk(script, tmp_path / name, *words) for name in ("gpu", "cpu"))
     said = gpu.run("--device", "cuda", "--precision", "fp32", prepare=with_a_gpu)
     cpu.run("--precision", "fp32")
     ours, theirs = commands.rows(gpu.out), commands.rows(cpu.out)
@@ -91,7 +90,7 @@ def test_a_gpu_gives_the_rows_of_the_cpu_and_no_step_waits_for_it(script, flags,
 def test_stopped_on_a_gpu_it_continues_to_the_same(script, slow, tiny, tmp_path):  # noqa: F811
     """In bfloat16, what a GPU that has it takes."""
     whole, desk = (
-        Desk(script, tmp_path / name, "--dataset", tiny, "--backbone", "resnet8", *words_of(script, ""))
+        Desk(script, tmp_path / name, "--dataset", tiny, "--backbone", "resnet8", *SMALL[script].split())
         for name in ("whole", "desk")
     )
     whole.run("--device", "cuda", prepare=with_a_gpu)
