@@ -5,8 +5,7 @@ arXiv:2107.03758, 2021 (withdrawn by the authors in 2022).
 
 The idea. A tail class is recognised badly for two reasons, not one: it has few images, and images
 of other classes look like it. One is held fixed while the other changes. Every point of an
-experiment is a plain cross-entropy training from scratch; what counts is the tail's recall on the
-balanced test set.
+experiment is a plain training from scratch; what counts is the tail's recall.
 
   verification  counts stay; a share p of the head's images become mixtures of head and tail that
                 keep the head's label ("similar samples")            -> falls with p
@@ -18,7 +17,6 @@ Verification is confounded by design: its mixtures also take clean head images a
 tail's own pixels under a wrong label. The control takes as many away and leaves the tail alone.
 
   python toy_similarity.py                             # letters, 157 s on one CPU thread
-  python toy_similarity.py --method sweep2
   python toy_similarity.py --dataset cifar10_lt        # 16 min for three p on one H200
   python toy_similarity.py --eval CKPT                 # of any script: are its classes alike?
   python toy_similarity.py --init-from CKPT            # every point from the backbone of any script
@@ -29,14 +27,13 @@ truck with 50 beside 5,000 of airplane, seed 0: 37.0, 22.3, 18.2 at p = 0, 0.2, 
 32.8, 24.3, 19.8). The closed form, without training: python -m tools.toys theory.
 
 Where this differs from the paper and its code:
- 1. Epochs: 200; the published loops run 201, sweep 1 as shipped 2. Sweep 1 of the letters gives
-    every point as many steps: few images in equal epochs are too few steps.
+ 1. Epochs: 200; the published loops run 201, sweep 1 as shipped 2. Points, counts and steps of the
+    letters are our own: sweep 1 gives every point as many steps, equal epochs are too few.
  2. Only the points that the paper prints are trained; --points all trains those of its curves.
  3. The axis of sweep 2 is the true tail count; the paper prints 5,100 minus it.
  4. --head-weight is the head's (code: 0.2), as in Table 6; the lambda of Table 7 is the tail's.
  5. There are trunc(p n_head) mixtures, safe against float error (the code: 2,849 for p = 0.57).
  6. The best test epoch of each point chooses nothing; the code carries it from point to point.
- 7. Points, counts and steps of the letters are our own, chosen for 400 images a class.
 """
 
 from __future__ import annotations
@@ -162,13 +159,11 @@ class Point:
 
 def read_points(args, size: int) -> tuple[list, list]:
     """--points: the values of p or the counts, and the head weights of the second table."""
-    shares, known = args.method in MIXED, args.points in ("table", "all")
-    if known and shares:
-        values, weights = TABLE[args.kind] if args.points == "table" else CURVES
-        return values, weights if args.method == "verification" else []
-    if known:
+    shares, every = args.method in MIXED, args.points == "all"
+    if every or args.points == "table":
         fifty = sweep_points(args.method, size)
-        return fifty if args.points == "all" else [fifty[0], *fifty[9::5]], []
+        counts = fifty if every else [fifty[0], *fifty[9::5]]
+        return (CURVES if every else TABLE[args.kind]) if shares else (counts, [])
     try:
         values = [float(text) for text in args.points.split(",")]
     except ValueError:
@@ -189,8 +184,9 @@ def plan(args, data) -> list[Point]:
     if args.imb_ratio is not None:
         counts = data_lt.profile(data, args.imb_ratio, args.imb_type)
     head, *others, tail = sorted(range(len(counts)), key=lambda c: -counts[c])
-    partner = others[(len(others) - 1) // 2] if args.method == "control" else tail
-    (values, weights), points = read_points(args, size), []
+    (values, weights), partner, points = read_points(args, size), tail, []
+    if args.method == "control":
+        weights, partner = [], others[(len(others) - 1) // 2]  # of median size
     if args.method in MIXED:
         pairs = [(p, args.head_weight) for p in values] + [(args.mix_ratio, w) for w in weights]
         for p, w in pairs:
@@ -338,12 +334,13 @@ def examine(args, data, net: models.Net) -> None:
     """--eval, a checkpoint of any script: similarity; figures, where its head fits the classes."""
     checkpoint = common.load_backbone(net.backbone, args.eval, args)
     info, state = checkpoint["info"], checkpoint["state"]["model"]
+    counts = info.get("counts", data.counts)
     mine, theirs = ({k: x.shape for k, x in part.items()} for part in (net.state_dict(), state))
     if mine == theirs:
         net.load_state_dict(state)
     scores, alike = look(args, data, net)
     if mine == theirs:
-        common.tell_figures(args, checkpoint, scores.report(info["counts"]), **alike)
+        common.tell_figures(args, checkpoint, scores.report(counts), **alike)
     else:
         common.keep_examined(args, checkpoint, alike)
     tail = info.get("tail", plan(args, data)[0].tail)

@@ -213,24 +213,6 @@ def test_an_experiment_end_to_end(tmp_path, method):
     assert call(*flags, "--epochs", 1, out=tmp_path) == result
 
 
-def test_begun_again_it_ends_as_it_would_have(tmp_path, monkeypatch):
-    flags, guard = "--method sweep2 --points 8,3 --epochs 2".split(), common.Stage.guard
-    straight = call(*flags, out=tmp_path / "a")
-
-    def stopping(stage, loss):
-        if (stage.name, stage.epoch) == ("sweep2_3", 1):
-            raise KeyboardInterrupt
-        guard(stage, loss)
-
-    monkeypatch.setattr(common.Stage, "guard", stopping)
-    monkeypatch.setattr(common, "lock", lambda path: None)
-    with pytest.raises(KeyboardInterrupt):
-        call(*flags, out=tmp_path / "b")
-    monkeypatch.setattr(common.Stage, "guard", guard)
-    assert call(*flags, out=tmp_path / "b") == straight
-    assert commands.rows(tmp_path / "b") == commands.rows(tmp_path / "a")
-
-
 def test_without_epochs_every_point_of_sweep1_has_as_many_steps(tmp_path, monkeypatch):
     monkeypatch.setattr(toy, "STEPS", 12)
     words = ["--method", "sweep1", "--out", str(tmp_path), *FAST[2:], "--batch-size", "64"]
