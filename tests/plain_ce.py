@@ -1,6 +1,7 @@
-"""Cross-entropy on any data set: the shortest script that uses lists, decoding, cache, ranks and run folder.
+"""Cross-entropy on any data set: the shortest script that uses lists, decoding, cache, ranks.
 
-The tests run it where a method would only add time: `python tests/plain_ce.py --dataset imagenet_lt --data-root DIR`.
+The tests run it where a method would only add time: `python tests/plain_ce.py --dataset imagenet_lt
+--data-root DIR`.
 """
 
 import sys
@@ -15,36 +16,27 @@ import common  # noqa: E402
 import data_lt  # noqa: E402
 import models  # noqa: E402
 
-SMALL = {"backbone": "resnet8", "batch_size": 16, "lr": 0.05, "epochs": 2, "imb_ratio": 100.0, "crop": "pad"}
-LARGE = SMALL | {"backbone": "resnet10", "imb_ratio": None, "image_size": 64, "crop": "resized"}
-DEFAULTS = {"small": SMALL, "large": LARGE, "imagenet_lt": LARGE, "mini_imagenet_lt": LARGE | {"imb_ratio": 100.0}}
+METHODS = {"ce": ("train",)}
+FLAGS = (
+    ("backbone", "resnet8", "resnet8", "resnet10", "network"),
+    ("epochs", 2, "of training"),
+    ("batch_size", 16, "images over all ranks"),
+    ("lr", 0.05, "rate"),
+    ("image_size", int, int, 64, "side in pixels"),
+    ("crop", ("pad", "resized"), ("pad", "resized"), ("resized", "pad"), "training crop"),
+    ("sampler", data_lt.SAMPLERS, "who is drawn"),
+)
+OTHER = {"mini_imagenet_lt": {"imb_ratio": 100.0}}
 
 
-def parse_args():
-    parser = common.base_parser(__doc__)
-    parser.add_argument("--crop", choices=("pad", "resized"), help="training crop (default: by image size)")
-    parser.add_argument("--sampler", choices=data_lt.SAMPLERS, default="instance", help="who is drawn")
-    args = parser.parse_args()
-    return common.resolve(
-        parser, args, DEFAULTS, lambda: data_lt.peek_image_size(args.dataset, args.data_root, args.image_size)
-    )
-
-
-def main(args) -> None:
-    splits = data_lt.load(args)
-    run = common.Run(args, "ce", splits.train.fingerprint())
-    if run.result:
-        return run.show()
-    net = models.Net(models.backbone(args.backbone), None)
-    net.head = models.linear_head(net.backbone.feature_dim, splits.num_classes)
-    net.to(args.device, memory_format=torch.channels_last)
+def train(run: common.Run, args, data, net: models.Net) -> None:
+    """Batch -> logits -> loss -> step."""
     optimizer = common.sgd(net.parameters(), args.lr)
-    augment = {"crop": args.crop, "flip": 0.5}
-    loader = data_lt.loader(args, splits.train, args.batch_size, augment=augment, sampler=args.sampler)
-    test = data_lt.evaluation_loader(args, splits.test)
-    stage = run.stage("train", args.epochs, {"counts": splits.counts}, model=net, optimizer=optimizer)
-    replica = common.replicate(args, net)
-    judge = common.Judge(args, net, splits.counts, test)
+    stage = run.stage("train", args.epochs, {"counts": data.counts}, model=net, optimizer=optimizer)
+    augment = {"crop": args.crop, "flip": args.flip}
+    options = {"augment": augment, "sampler": args.sampler}
+    loader = data_lt.loader(args, data.train, args.batch_size, **options)
+    judge, replica = data_lt.judge(args, net, data), common.replicate(args, net)
     for _ in stage.epochs():
         net.train()
         for views, labels, _ in stage.batches(loader):
@@ -55,9 +47,20 @@ def main(args) -> None:
             optimizer.step()
             stage.add(len(labels), loss=loss)
         stage.end_epoch(judge)
-    full = common.figures(args, net, test, splits.counts)
-    run.finish(**common.outcome(run, "train", full, splits.train.classes, splits.counts))
+    judge.chosen(stage)
+
+
+def main(args) -> None:
+    data = data_lt.load(args)
+    run = common.Run(args, args.method, data.train.fingerprint())
+    if run.complete():
+        return run.show()
+    backbone = models.backbone(args.backbone)
+    net = models.Net(backbone, models.linear_head(backbone.feature_dim, data.num_classes))
+    net.to(args.device, memory_format=torch.channels_last)
+    train(run, args, data, net)
+    data_lt.finish(run, net, data, "train")
 
 
 if __name__ == "__main__":
-    common.launch(main, parse_args())
+    common.launch(main, common.parse(__doc__, FLAGS, METHODS, OTHER, data_lt.peek_image_size))

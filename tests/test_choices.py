@@ -1,4 +1,6 @@
-"""Every value of every flag with choices, and every switch, of every script trains (`--slow`)."""
+"""Every choice of every flag, and every switch, of every script trains (`--slow`)."""
+
+import importlib
 
 import commands
 import pytest
@@ -6,121 +8,109 @@ from test_faults import SMALL, Desk, tiny  # noqa: F401 (a fixture)
 
 import common
 
-ALONG = {  # what a value needs beside it; flags later on the line win
-    "--imb-type step": "--imb-ratio 2",
-    "--imb-type exp": "--imb-ratio 2",
-    "--val-from train": "--select val",
-    "--val-from test": "--select val",
-    "--select val": "--val-from train",
-    "--save-features val": "--select val --val-from train",
-    "ssp_pretrain --moco-version 1": "--ssp moco --queue 40 --bn-splits 2",
-    "ssp_pretrain --moco-version 2": "--ssp moco --queue 40 --bn-splits 2",
-    "ssp_pretrain --ssp moco": "--queue 40 --bn-splits 2",
-    "ssp_pretrain --classifier-rule none": "--two-stage",
-    "ssp_pretrain --classifier-rule resample": "--two-stage",
-    "ssp_pretrain --classifier-rule reweight": "--two-stage",
-    "ssp_pretrain --bn-train": "--two-stage",
-    "ssp_pretrain --equal-passes": "--compare",
-    "ssp_pretrain --focal-exact": "--loss focal --rule reweight",
-    "ssp_pretrain --rs-exact": "--rule resample",
-    "ssp_pretrain --cos-shift": "--train-schedule cosine",
-    "toy_similarity --experiment sweep1": "--points 4 --tail-count 2",
-    **dict.fromkeys(
-        (f"toy_similarity {flag}" for flag in ("--imb-type step", "--imb-type exp")),
-        "--experiment verification --points 0.5 --imb-ratio 2",
-    ),
-    "toy_similarity --experiment verification": "--points 0.5",
-    "toy_similarity --control": "--experiment verification --points 0.5",
-    "tsc --contrast queue": "--queue 40",
-    "tsc --select val": "",
-    "tsc --save-features val": "--select val",
-    "bns_ipdpp --method bns": "--probe-epochs 2",
-    "bns_ipdpp --frozen-bn eval": "--method bns --probe-epochs 2",
-    "bns_ipdpp --frozen-bn train": "--method bns --probe-epochs 2",
-    "bns_ipdpp --select val": "",
-    "bns_ipdpp --save-features val": "--select val",
-    "fsgl --lr-timing legacy": "--schedule warmup",
-    "fsgl --stem imagenet": "--backbone resnet10",
-    "tailcalibx --cbd-schedule cosine": "--pipeline cbd_tailcalibx",
-    "tailcalibx --cbd-schedule constant": "--pipeline cbd_tailcalibx",
-    "tailcalibx --frozen-bn-train": "--pipeline crt",
-    "fsgl --concat-views": "--variant glmc",
-}
-DROPPED = {  # flags of the micro settings that the value has no use for
-    "ssp_pretrain --ssp none": ("--epochs", "--batch-size"),
-    "tailcalibx --pipeline ce": ("--clf-epochs",),
-    "tailcalibx --pipeline cosine_ce": ("--clf-epochs",),
-    "tailcalibx --pipeline cbd": ("--clf-epochs",),
-    "fsgl --variant ce": ("--projection-dim",),
-    **dict.fromkeys(
-        (
-            f"toy_similarity {flag}"
-            for flag in (
-                "--experiment sweep1",
-                "--experiment verification",
-                "--control",
-                "--imb-type step",
-                "--imb-type exp",
-            )
-        ),
-        ("--experiment", "--points"),
-    ),
-    **dict.fromkeys(
-        (f"bns_ipdpp {flag}" for flag in ("--method bns", "--frozen-bn eval", "--frozen-bn train")),
-        ("--finetune-epochs", "--finetune-batch-size", "--num-samples", "--resample-every"),
-    ),
-    "bns_ipdpp --subset-mode legacy": ("--resample-every",),
-    "bns_ipdpp --subset-mode all": ("--resample-every", "--num-samples"),
-    **{f"ssp_pretrain --depth {depth}": ("--backbone",) for depth in (20, 32, 44, 56, 110)},
+SHORT = {"epochs": 2, "batch_size": 20, "projection_dim": 8, "queue": 40, "bn_groups": 2}
+ALONG = {  # what a value needs beside it that no table of flags can say
+    "imb_type": "--imb-ratio 2",
+    "save_features val": "--select val",
+    "toy_similarity": "--points 0.5",
+    "toy_similarity method sweep1": "--points 4 --tail-count 2",
+    "toy_similarity method sweep2": "--points 4",
 }
 ELSEWHERE = {
-    "--fresh": "test_run.py",
-    "--compile": "takes minutes on a CPU; the scripts' own tests stand in for torch.compile",
-    "--quiet": "on every line here",
-    "--logger tensorboard": "test_run.py",
-    "ssp_pretrain --stage": "test_ssp.py",
-    "ssp_pretrain --force-init": "test_ssp.py",
-    "tailcalibx --stage": "test_tailcalibx.py",
-    "fsgl --acsl": "test_fsgl.py",
-    "fsgl --recipe": "of CIFAR alone: test_fsgl.py",
+    "fresh": "test_run.py",
+    "compile": "takes minutes on a CPU; the scripts' own tests stand in for torch.compile",
+    "quiet": "on every line here",
+    "logger": "test_run.py",
 }
+SCRIPTS = [script for script in SMALL if hasattr(importlib.import_module(script), "FLAGS")]
 
 
-def actions(script: str, monkeypatch) -> list:
-    """The flags of a script's parser."""
-    parsers, make = [], common.Parser
-    monkeypatch.setattr(common, "Parser", lambda **kind: parsers.append(make(**kind)) or parsers[-1])
-    commands.parse(script, ["--device", "cpu"])
-    return parsers[0]._actions
+def rows_of(script: str) -> dict:
+    """The table of a script's flags, methods included."""
+    module = importlib.import_module(script)
+    rows = common.read_rows(common.SHARED) | common.read_rows(module.FLAGS)
+    return rows | common.read_rows([("method", tuple(module.METHODS), "row of the table")])
 
 
-def values(script: str, monkeypatch) -> list[str]:
+def choices(rows: dict) -> list[tuple[str, str]]:
+    """(flag, value) of all that have choices, (switch, "")."""
     found = []
-    for action in actions(script, monkeypatch):
-        names = [text for text in action.option_strings if text.startswith("--")]  # not the --no-... of a switch
-        found += [f"{names[0]} {value}" for value in action.choices or ()] if names else []
-        found += names if action.nargs == 0 and "--help" not in names else []
+    for name, (defaults, _, only) in rows.items():
+        values = (
+            [""] if "bare" in only else [c for d in defaults if isinstance(d, tuple) for c in d]
+        )
+        found += [(name, value) for value in dict.fromkeys(values) if value or "bare" in only]
+    return [pair for pair in found if pair[0] not in ELSEWHERE]
+
+
+def conditions(only: dict) -> dict[str, tuple]:
+    """{flag: its values beside which alone another one means something}."""
+    kept = {key: value for key, value in only.items() if key not in ("range", "bare")}
+    return {key: (value,) if isinstance(value, str) else value for key, value in kept.items()}
+
+
+def spelled(script: str, name: str, value) -> list[str]:
+    named = getattr(importlib.import_module(script), "NAMED", "method")
+    flag = named if name == "method" else name.replace("_", "-")
+    return [f"--{flag}", *([str(value)] if value != "" else [])]
+
+
+def beside(script: str, only: dict) -> list[str]:
+    """The words that a flag needs on the line: method, its stages up to there, other flags."""
+    wanted, words = conditions(only), []
+    stages, methods = wanted.pop("stages", ()), wanted.pop("method", ())
+    for method, chain in importlib.import_module(script).METHODS.items():
+        at = [k for k, stage in enumerate(chain) if stage in stages]
+        if (stages or methods) and (at or not stages) and (method in methods or not methods):
+            words = spelled(script, "method", method)
+            words += ["--stages", ",".join(chain[: at[0] + 1])] if at else []
+            break
+    for key, values in wanted.items():
+        words += spelled(script, key, values[0]) if isinstance(values[0], str) else []
+    return words
+
+
+def short(script: str, rows: dict, words: list[str]) -> list[str]:
+    """Few epochs of small batches, as far as they mean something beside these words."""
+    args, found = commands.parse(script, words), ["--backbone", "resnet8"]
+    for name, (_, _, only) in rows.items():
+        sizes = [size for end, size in SHORT.items() if name == end or name.endswith(f"_{end}")]
+        here = {key: getattr(args, key) for key in conditions(only)}
+        here = {key: value if isinstance(value, tuple) else (value,) for key, value in here.items()}
+        if sizes and all(set(here[key]) & set(values) for key, values in conditions(only).items()):
+            found += spelled(script, name, sizes[0])
     return found
 
 
-@pytest.mark.parametrize("script", SMALL)
-def test_every_value_of_every_flag_trains(script, tiny, tmp_path, monkeypatch, pytestconfig):  # noqa: F811
+def line(script: str, name: str, value: str, dataset: str) -> list[str]:
+    """The command line on which a value is tried."""
+    rows = rows_of(script)
+    words = beside(script, rows[name][2]) + spelled(script, name, value)
+    for key in (script, name, f"{name} {value}", f"{script} {name} {value}"):
+        words += ALONG.get(key, "").split()
+    words = ["--dataset", str(dataset), *words]
+    return short(script, rows, words) + words
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_choice_has_a_line_that_is_accepted(script, tiny):  # noqa: F811
+    rows = rows_of(script)
+    assert len(choices(rows)) > 12
+    for name, value in choices(rows):
+        args = commands.parse(script, line(script, name, value, tiny))
+        assert str(getattr(args, name)) == (value or "True"), (name, value)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_choice_trains(script, tiny, tmp_path, pytestconfig):  # noqa: F811
     if not pytestconfig.getoption("--slow"):
         pytest.skip("with --slow")
-    failed, ran = [], 0
-    for value in values(script, monkeypatch):
-        known = [f"{script} {value}", f"{script} {value.split()[0]}", value, value.split()[0]]
-        if any(name in ELSEWHERE for name in known):
-            continue
-        micro = ["--backbone", "resnet8", *SMALL[script].split()]
-        micro = [word for pair in zip(micro[::2], micro[1::2], strict=True)
-                 if pair[0] not in DROPPED.get(f"{script} {value}", ()) for word in pair]  # fmt: skip
-        along = ALONG.get(f"{script} {value}", ALONG.get(value, "")).split()
-        desk = Desk(script, tmp_path / str(ran), "--dataset", tiny, *micro, *value.split(), *along)
+    failed = []
+    for name, value in choices(rows_of(script)):
+        desk = Desk(script, tmp_path / f"{name}{value}", *line(script, name, value, tiny))
         process = desk.start()
         process.join(200)
-        ran += 1
         if process.exitcode != 0 or desk.rows() < 1:
-            failed.append(f"{value}: {process.exitcode} {process.said.read_text().strip()[-300:]}")
+            said = process.said.read_text().strip()[-300:]
+            failed.append(f"{name} {value}: {process.exitcode} {said}")
     assert not failed, "\n".join(failed)
-    assert ran > 12

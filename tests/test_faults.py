@@ -31,7 +31,7 @@ import common
 import data_lt
 
 SMALL = {
-    "toy_similarity": "--experiment sweep2 --epochs 3 --batch-size 16 --points 2",
+    "toy_similarity": "--method sweep2 --epochs 3 --batch-size 16 --points 2",
     "ssp_pretrain": "--epochs 1 --batch-size 20 --train-epochs 2 --train-batch-size 20",
     "tsc": "--epochs 2 --batch-size 20 --projection-dim 8 --classifier-epochs 1 --classifier-batch-size 20",
     "bns_ipdpp": "--epochs 1 --batch-size 20 --projection-dim 8 --finetune-epochs 2 "

@@ -5,6 +5,7 @@ import signal
 import sys
 from pathlib import Path
 
+import commands
 import fake_tree
 import plain_ce
 import pytest
@@ -31,7 +32,7 @@ def call(monkeypatch, capsys, tmp_path):
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         code = 0
         try:
-            common.launch(plain_ce.main, plain_ce.parse_args())
+            common.launch(plain_ce.main, commands.parse("plain_ce", sys.argv[1:]))
         except SystemExit as stopped:
             code = stopped.code
         finally:

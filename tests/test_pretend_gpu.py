@@ -1,6 +1,8 @@
 """Every script trains, continues and evaluates on a GPU that is none (see pretend_gpu.py), and does not wait for it."""
 
 import atexit
+import collections
+import importlib
 import json
 import re
 
@@ -8,42 +10,34 @@ import commands
 import pretend_gpu
 import pytest
 import torch
+from test_choices import SCRIPTS, choices, line, rows_of
 from test_faults import LARGE, SMALL, Desk, on_tree, same_end, stopped_late, tiny, tree  # noqa: F401 (fixtures)
 
-CASES = {
-    "toy_similarity": [""],
-    "ssp_pretrain": ["", "--ssp moco --queue 40 --bn-splits 2",
-                     "--two-stage --loss ldam --rule drw --classifier-epochs 2",
-                     "--ssp none --unlabeled-source leftover --imb-ratio 2 --rule resample"],
-    "tsc": ["", "--contrast queue --queue 40", "--method kcl --classifier linear"],
-    "bns_ipdpp": ["", "--method bns --probe-epochs 2"],
-    "fsgl": ["", "--variant ce", "--variant glmc_sam --sam-bn first"],
-    "tailcalibx": ["", "--pipeline tailcalib", "--pipeline cbd_tailcalibx", "--pipeline modals", "--pipeline crt"],
-}  # fmt: skip
-WAITS = {  # where the host may wait for the GPU, and how often in an epoch (a row of metrics.jsonl)
-    "common.py:means_over_ranks": 1,
-    "common.py:look": 1,
-    "common.py:evaluate": 2,
-    "ssp_pretrain.py:__iter__": 1,  # a batch of the rotation test
-    "tsc.py:solve": 1,  # has each class a nearest target of its own? Rank 0 asks at each of the four steps of tsc
-    "tsc.py:best_matching": 1,  # where not, the matching is solved on the host
-    "bns_ipdpp.py:log_p_of": 1,  # p(i) of all images
-    "tailcalibx.py:generate": 1,
-    "tailcalibx.py:generate_lowrank": 2,
-    "tailcalibx.py:balanced": 2,
-    "tailcalibx.py:lenders": 1,
-    "tailcalibx.py:modals_noise": 1,
-    "tailcalibx.py:<listcomp>": 10,  # deviations of each class
-    "tailcalibx.py:<genexpr>": 2,
+import common
+
+IN_STEPS = {  # how often the steps of an epoch may make the host wait for the GPU; elsewhere once
+    "tsc.py:solve": 4,  # has each class a nearest target of its own? Rank 0 asks at each of the four steps of tsc
+    "tsc.py:best_matching": 4,  # where not, the matching is solved on the host
+    "tailcalibx.py:modals": 40,  # deviations of each class
 }
+AT_ENDS = {"common.py:means_over_ranks": 1, "common.py:look": 1, "common.py:evaluate": 2}  # of it
 HELD = []  # the open context: it would close when nobody knows it any more
 
 
 def with_a_gpu() -> None:
-    """In the process of a run: a GPU; at its end what made the host wait for it is told."""
+    """In the process of a run: a GPU; at its end what made the host wait for it is told, in steps and in all."""
     HELD.append(pretend_gpu.pretend_gpu())
-    gpu = HELD[0].__enter__()
-    atexit.register(lambda: print("waits", json.dumps(gpu.syncs), "operations", gpu.operations))
+    gpu, batches = HELD[0].__enter__(), common.Stage.batches
+    in_steps = collections.Counter()
+
+    def watched(stage, *args, **kwargs):
+        before = collections.Counter(gpu.syncs)
+        yield from batches(stage, *args, **kwargs)
+        in_steps.update(gpu.syncs - before)
+
+    common.Stage.batches = watched
+    told = ("waits", gpu.syncs, "in steps", in_steps, "operations")
+    atexit.register(lambda: print(*(w if isinstance(w, str) else json.dumps(w) for w in told), gpu.operations))
 
 
 def stopped_with_a_gpu() -> None:
@@ -51,13 +45,18 @@ def stopped_with_a_gpu() -> None:
     stopped_late()
 
 
-def words_of(script: str, flags: str) -> list[str]:
-    left_out = {"--variant ce": "--projection-dim", "--ssp none": "--epochs --batch-size"}
-    left_out["--method bns"] = "--finetune-epochs --finetune-batch-size --num-samples --resample-every"
-    drop = {word for key, words in left_out.items() if key in flags for word in words.split()}
-    micro = SMALL[script].split()
-    pairs = [pair for pair in zip(micro[::2], micro[1::2], strict=True) if pair[0] not in drop]
-    return [*(word for pair in pairs for word in pair), *flags.split()]
+def cases() -> list[tuple[str, str, str]]:
+    """(script, flag, value): every method, the default first, and every choice of a script's own flags."""
+    found = []
+    for script in SCRIPTS:
+        rows = rows_of(script)
+        own = {"method", *(row[0] for row in importlib.import_module(script).FLAGS)}
+        pairs = [(name, value) for name, value in choices(rows) if name in own]
+        found += [(script, *pair) for pair in sorted(pairs, key=lambda pair: pair[0] != "method")]
+    return found
+
+
+CASES = cases()
 
 
 @pytest.fixture
@@ -66,14 +65,15 @@ def slow(pytestconfig):
         pytest.skip("with --slow")
 
 
-@pytest.mark.parametrize(("script", "flags"), [(script, flags) for script in SMALL for flags in CASES[script]])
-def test_a_gpu_gives_the_rows_of_the_cpu_and_no_step_waits_for_it(script, flags, tiny, tmp_path, pytestconfig):  # noqa: F811
-    if flags and not pytestconfig.getoption("--slow"):
+@pytest.mark.parametrize(("script", "flag", "value"), CASES)
+def test_a_gpu_gives_the_rows_of_the_cpu_and_no_step_waits_for_it(
+    script, flag, value, tiny, tmp_path, pytestconfig  # noqa: F811
+):
+    first = next(case for case in CASES if case[0] == script)
+    if (script, flag, value) != first and not pytestconfig.getoption("--slow"):
         pytest.skip("with --slow")
-    gpu, cpu = (
-        Desk(script, tmp_path / name, "--dataset", tiny, "--backbone", "resnet8", *words_of(script, flags))
-        for name in ("gpu", "cpu")
-    )
+    words = line(script, flag, value, tiny)
+    gpu, cpu = (Desk(script, tmp_path / name, *words) for name in ("gpu", "cpu"))
     said = gpu.run("--device", "cuda", "--precision", "fp32", prepare=with_a_gpu)
     cpu.run("--precision", "fp32")
     ours, theirs = commands.rows(gpu.out), commands.rows(cpu.out)
@@ -82,17 +82,22 @@ def test_a_gpu_gives_the_rows_of_the_cpu_and_no_step_waits_for_it(script, flags,
         assert row.keys() == other.keys()
         if row["epoch"] == 0:  # later ones drift apart: fused optimisers round otherwise
             assert row["loss"] == pytest.approx(other["loss"], rel=1e-4)
-    waits, operations = re.search(r"waits (.*) operations (\d+)", said).groups()
+    every, in_steps, operations = re.search(r"waits (.*) in steps (.*) operations (\d+)", said).groups()
     assert int(operations) > 500
-    for place, count in json.loads(waits).items():
-        assert count <= WAITS[place.rpartition(": ")[0]] * len(ours) + 2, (place, count, len(ours))
+    assert sum(row["steps"] for row in ours) > 2 * len(ours), "a wait in every step would be seen"
+    for place, count in json.loads(in_steps).items():
+        most = IN_STEPS.get(place.rpartition(": ")[0], 1) * len(ours)
+        assert count <= most, (place, count, len(ours))
+    for place, count in json.loads(every).items():
+        most = AT_ENDS.get(place.rpartition(": ")[0], count) * len(ours) + 2
+        assert count <= most, (place, count, len(ours))
 
 
 @pytest.mark.parametrize("script", SMALL)
 def test_stopped_on_a_gpu_it_continues_to_the_same(script, slow, tiny, tmp_path):  # noqa: F811
     """In bfloat16, what a GPU that has it takes."""
     whole, desk = (
-        Desk(script, tmp_path / name, "--dataset", tiny, "--backbone", "resnet8", *words_of(script, ""))
+        Desk(script, tmp_path / name, "--dataset", tiny, "--backbone", "resnet8", *SMALL[script].split())
         for name in ("whole", "desk")
     )
     whole.run("--device", "cuda", prepare=with_a_gpu)

@@ -185,7 +185,7 @@ def test_a_weighted_mean_is_that_of_the_whole_batch(tmp_path):
         assert common.weighted_mean(torch.ones(3), torch.zeros(3)) == 0
 
 
-FLAGS = "--experiment sweep2 --epochs 1 --device cpu --logger none".split()
+FLAGS = "--method sweep2 --epochs 1 --device cpu --logger none".split()
 
 
 def test_two_local_ranks_end_to_end_and_torchrun_gives_the_same(tmp_path):
@@ -207,12 +207,12 @@ def test_two_local_ranks_end_to_end_and_torchrun_gives_the_same(tmp_path):
 
 
 def test_a_usage_error_under_two_ranks_is_told_once(tmp_path):
-    line = [sys.executable, str(ROOT / "toy_similarity.py"), *FLAGS, "--gpus", "2", "--head-class", "77"]
+    line = [sys.executable, str(ROOT / "toy_similarity.py"), *FLAGS, "--gpus", "2", "--points", "777"]
     done = subprocess.run(
         [*line, "--out", str(tmp_path)], capture_output=True, text=True, env=commands.environment(), timeout=200
     )
     assert done.returncode == 2
-    assert done.stderr.count("--head-class 77") == 1 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.count("777 images asked for") == 1 and "Traceback" not in done.stderr, done.stderr
 
 
 def test_sigterm_reaches_both_ranks_and_the_run_continues(tmp_path):

@@ -685,7 +685,7 @@ def published_of(line: str) -> dict:
     words += ["--data-root", "x"]
     args = toys.circle_args(words) if script == "toys" else commands.parse(script, words)
     method, names = {
-        "toy_similarity": lambda: (args.experiment, ["truck (tail)", "rank-1"]),
+        "toy_similarity": lambda: (args.method, ["truck (tail)", "rank-1"]),
         "ssp_pretrain": lambda: (ssp_pretrain.method_name(args), arms(args)),
         "tsc": lambda: (args.method, []),
         "toys": lambda: ("circle", ["KCL", "TSC"]),
@@ -695,8 +695,8 @@ def published_of(line: str) -> dict:
     }[script]()
     header, columns = "", ["overall", "many", "medium", "few", "1:1:1", "10:1:1", "last epoch"]
     if script == "toy_similarity":
-        header = {"sweep2": "images of the tail", "verification": "p"}.get(args.experiment)
-        columns = [5000, 100] if args.experiment == "sweep2" else [0, 0.5]
+        header = {"sweep2": "images of the tail", "verification": "p"}.get(args.method)
+        columns = [5000, 100] if args.method == "sweep2" else [0, 0.5]
     names += ["rotation accuracy, test set (%)"] * (script == "ssp_pretrain")
     rows = [{"name": name, "values": [0.0] * len(columns)} for name in names]
     table = {"title": "t", "row_header": header, "columns": columns, "rows": rows}
@@ -783,11 +783,10 @@ def test_released_figures_and_rows_of_tables_stand_there_too():
     circle = published_of(f"toys {C10}")
     assert circle["KCL"] == [94.3, 83.2] and circle["TSC"] == [94.5, 87.4]
     assert set(published_of(f"toys {C10} --data-seed 1")) == {"paper", "released"}
-    assert toys.published_circle()["TSC"] == {"1:1:1": "94.5", "10:1:1": "87.4", "100:1:1": "80.9"}
-    sweep = published_of(f"toy_similarity {C10} --experiment sweep2 --points 5000,100")
+    sweep = published_of(f"toy_similarity {C10} --method sweep2 --points 5000,100")
     assert sweep["truck (tail)"] == [94.2, 43.7] and sweep["rank-1"] == [92.6, 89.3]
     assert published_of(f"toy_similarity {C10}")["truck (tail)"] == [32.8, 19.8]
-    for flags in ("--imb-ratio 10", "--imb-type step", "--head-class 3", "--control", "--dataset glyphs_lt"):
+    for flags in ("--imb-ratio 10", "--imb-type step", "--head-weight 0.3", "--method control", "--dataset glyphs_lt"):
         assert set(published_of(f"toy_similarity {C10} {flags}")) == {"paper", "released"}, flags
 
 

@@ -6,7 +6,6 @@ CIFAR embedded in 2-D, KCL beside TSC, by tsc.py's own stages; its flags: `circl
 """
 
 import argparse
-import csv
 import dataclasses
 import math
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.special import logsumexp, ndtr
 from torch import Tensor, nn
 
 import common
@@ -25,7 +25,6 @@ import tsc
 from tailcalibx import tailcalib
 from tools.figures import draw_circle, pyplot, save_figure
 from tools.geometry import class_centres
-from toy_similarity import theory
 
 # --- TailCalib on two blobs -----------------------------------------------------------------------
 
@@ -137,6 +136,75 @@ def draw_blobs(fitted: list, accuracy: dict, test: tuple, real: int, path: Path)
 
 
 # --- similarity or sample number: the closed form -------------------------------------------------
+# Consistent with the abstract of Liu and Liu; the text of their theorem is no longer public.
+
+
+@dataclasses.dataclass
+class Theory:
+    """Two classes on a line; a share p of the head's samples is w h + (1 - w) t, labelled head.
+
+    nearest mean: mean and variance of the threshold, accuracies at its mean. prior-weighted (Bayes)
+    rule of the training mixture: the first crossing from head to tail (nan: the tail is never
+    chosen; -inf: it is from minus infinity on) and its accuracies.
+    """
+
+    theta_mean: float
+    theta_var: float
+    acc_tail_mean: float
+    acc_head_mean: float
+    theta_bayes: float
+    acc_tail_bayes: float
+    acc_head_bayes: float
+
+
+def log_density(x: np.ndarray, mean: float, sd: float) -> np.ndarray:
+    """Log density of a normal law."""
+    return -0.5 * ((x - mean) / sd) ** 2 - math.log(sd * math.sqrt(2 * math.pi))
+
+
+def crossings(positive, low: float, high: float) -> list[float]:
+    """Ends of the intervals in low..high where `positive(x)`, in pairs; +-inf where it stays so."""
+    grid = np.linspace(low, high, 20_001)
+    chosen = positive(grid)
+    at = np.flatnonzero(chosen[1:] != chosen[:-1])
+    low, high = grid[at], grid[at + 1]
+    for _ in range(60):  # bisection of all crossings at once
+        middle = (low + high) / 2
+        left = positive(middle) == chosen[at]
+        low, high = np.where(left, middle, low), np.where(left, high, middle)
+    return [-math.inf] * bool(chosen[0]) + low.tolist() + [math.inf] * bool(chosen[-1])
+
+
+def theory(mu_head, mu_tail, sigma, p, lam_head, n_head, n_tail) -> Theory:
+    """The bias that similar samples put on the boundary; means, s.d. and counts are numbers."""
+    lam_tail, gap = 1 - lam_head, mu_tail - mu_head
+    mean_head = mu_head + p * lam_tail * gap
+    narrow = sigma * math.hypot(lam_head, lam_tail)
+    var_head = (1 - p) * sigma**2 + p * narrow**2 + p * (1 - p) * (lam_tail * gap) ** 2
+    with np.errstate(divide="ignore"):
+        weights = np.log([[1 - p], [p]])
+
+    def tail_wins(x: np.ndarray) -> np.ndarray:  # n_t f_T(x) > n_h f_H(x)
+        pure = log_density(x, mu_head, sigma)
+        mixed = log_density(x, mu_head + lam_tail * gap, narrow)
+        head = np.log(n_head) + logsumexp(np.stack([pure, mixed]) + weights, axis=0)
+        return np.log(n_tail) + log_density(x, mu_tail, sigma) > head
+
+    edges = crossings(tail_wins, mu_head - 12 * sigma, mu_tail + 12 * sigma)
+
+    def called_tail(mu: float) -> float:
+        z = ndtr((np.array(edges) - mu) / sigma)
+        return float((z[1::2] - z[0::2]).sum())
+
+    return Theory(
+        theta_mean=(mean_head + mu_tail) / 2,
+        theta_var=(var_head / n_head + sigma**2 / n_tail) / 4,
+        acc_tail_mean=float(ndtr(gap * (1 - p * lam_tail) / (2 * sigma))),
+        acc_head_mean=float(ndtr(gap * (1 + p * lam_tail) / (2 * sigma))),
+        theta_bayes=edges[0] if edges else math.nan,
+        acc_tail_bayes=called_tail(mu_tail),
+        acc_head_bayes=1 - called_tail(mu_head),
+    )
 
 
 def show_theory(args) -> None:
@@ -183,7 +251,6 @@ CIRCLE = """Three classes embedded on a circle, 1, 10 and 100 times as many imag
 beside TSC, accuracy of the nearest class mean, one picture. CIFAR, a folder or an .npz of small
 images. The flags are tsc.py's; its classifier is not trained, its embeddings are 2-D."""
 RATIOS = (1, 10, 100)
-TITLES = [f"{ratio}:1:1" for ratio in RATIOS]
 CLASSES = {"cifar10_lt": ("airplane", "cat", "dog")}  # of other sets the first three
 ELSEWHERE = {"epochs", "projection_dim", "frozen_bn"}  # and the classifier's; not tsc.py's own here
 FLAGS = [row for row in tsc.FLAGS if row[0] not in ELSEWHERE and "classifier" not in row[0]]
@@ -226,27 +293,18 @@ def thin_out(train, ratio: int, seed: int):
     return train.select(data_lt.subset_common(train.labels.numpy(), counts, rng))
 
 
-class NearestMean(nn.Module):
-    """Cosines [b, C] of the unit embeddings of a net and the normalised class means [C, d]."""
-
-    def __init__(self, net: nn.Module, classes: int, dim: int):
-        super().__init__()
-        self.net = net
-        self.register_buffer("means", torch.zeros(classes, dim))
-
-    def embed(self, x: Tensor) -> Tensor:
-        return F.normalize(self.net(x).float(), dim=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (self.embed(x)[:, None] * self.means).sum(2)  # no product that a GPU would round
+@torch.inference_mode()
+def embed(net: nn.Module, loader) -> tuple[Tensor, Tensor]:
+    """Unit embeddings [N, d] of a set by its evaluation loader, and labels [N], on the CPU."""
+    net.eval()
+    parts = [(F.normalize(net(views[0]).float(), dim=1), labels) for views, labels, _ in loader]
+    z, labels = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
+    return z, labels
 
 
-def nearest_mean(net: nn.Module, train, test, classes: int = 3, dim: int = 2) -> common.Scores:
-    """Predictions and embeddings of the test loader by the class means of the training loader."""
-    model = NearestMean(net, classes, dim).to(test.device)
-    seen = common.evaluate(model, train, features=model.embed)
-    model.means.copy_(class_centres(seen.features, seen.labels, classes))
-    return common.evaluate(model, test, features=model.embed)
+def nearest_mean(z: Tensor, centres: Tensor) -> Tensor:
+    """The class whose centre [C, d] is nearest to each unit row of z [N, d]: [N]."""
+    return (z @ centres.T).argmax(1)
 
 
 class Arm:
@@ -278,6 +336,7 @@ def train_arm(run: common.Run, args, data, ratio: int) -> tuple[nn.Module, Tenso
 
 
 def circle(args) -> None:
+    pyplot()  # a picture that cannot be drawn is refused before hours of training
     data = data_lt.load_pool(args.dataset, args.data_root, args.image_size)
     names = CLASSES.get(args.dataset, tuple(data.train.classes[:3]))
     if len(names) < 3:
@@ -286,69 +345,46 @@ def circle(args) -> None:
     train, test = three_classes(data.train, chosen), three_classes(data.test, chosen)
     run = common.Run(args, "circle", train.fingerprint())
     if run.result:
-        return tell(args, run.result)
+        return tell(run.result)
     rows, panels = {"kcl": [], "tsc": []}, []
     for ratio in RATIOS:
         part = dataclasses.replace(data, train=thin_out(train, ratio, args.data_seed), test=test)
-        loaders = [data_lt.evaluation_loader(args, images) for images in (part.train, test)]
+        seen, asked = (data_lt.evaluation_loader(args, images) for images in (part.train, test))
         for method, row in rows.items():
             arm = argparse.Namespace(**vars(args) | {"method": method})
             net, targets = train_arm(run, arm, part, ratio)
-            scores = nearest_mean(net, *loaders)
-            row.append(100 * float((scores.predictions == scores.labels).double().mean()))
-            panels.append((f"{method.upper()}, {ratio}:1:1", scores.features, targets))
+            centres, (z, labels) = class_centres(*embed(net, seen), 3), embed(net, asked)
+            row.append(100 * float((nearest_mean(z, centres) == labels).double().mean()))
+            panels.append((f"{method.upper()}, {ratio}:1:1", z, targets))
             run.say(f"circle: {panels[-1][0]}, nearest class mean {row[-1]:.1f} %")
-    if common.is_main():
-        run.say(save_circle(run.folder / "circle.npz", panels, scores.labels, names))
+    run.say(f"wrote {save_circle(run.folder / 'circle.npz', panels, labels, names)}")
     table = {
         "title": "Three classes on a circle: accuracy against the imbalance",
         "note": f"classes {', '.join(names)}; nearest class mean of 2-D embeddings, test set",
         "row_header": "ratio",
-        "columns": TITLES,
+        "columns": [f"{ratio}:1:1" for ratio in RATIOS],
         "rows": [{"name": method.upper(), "values": row} for method, row in rows.items()],
         "plot": {"x": RATIOS, "xlabel": "ratio", "ylabel": "accuracy (%)", "rows": ["KCL", "TSC"]},
     }
-    run.finish(tables=[table], classes=names, image_passes=run.passes, epochs=args.epochs)
-    tell(args, run.result)
+    tell(run.finish(tables=[table], classes=names, image_passes=run.passes, epochs=args.epochs))
 
 
-def tell(args, result: dict) -> None:
-    """The table of a finished circle, the published figures below where the settings are theirs."""
-    if not common.is_main():
-        return
-    standard = args.dataset == "cifar10_lt" and not args.changed
-    published = published_circle() if standard else {}
-    print(" " * 12 + "".join(f"{title:>9}" for title in TITLES))
-    for row in result["tables"][0]["rows"]:
-        print(f"{row['name']:<12}" + "".join(f"{value:9.1f}" for value in row["values"]))
-        if theirs := published.get(row["name"]):
-            print(f"{'  published':<12}" + "".join(f"{theirs.get(t, '-'):>9}" for t in TITLES))
+def tell(result: dict) -> None:
+    """The table of a finished circle."""
+    (table,) = result["tables"]
+    print(" " * 4 + "".join(f"{column:>9}" for column in table["columns"]))
+    for row in table["rows"]:
+        print(f"{row['name']:<4}" + "".join(f"{value:9.1f}" for value in row["values"]))
 
 
-def published_circle(path: Path = common.ROOT / "results" / "published.csv") -> dict[str, dict]:
-    """{"KCL": {"1:1:1": "94.3", ...}, "TSC": ...} of the paper's figure 1; {} without the file."""
-    found = {"KCL": {}, "TSC": {}}
-    if not path.exists():
-        return {}
-    with open(path, newline="") as file:
-        for row in csv.DictReader(file):
-            here = row["script"] in ("tsc", "toys") and row["dataset"] == "cifar10_lt"
-            if here and row["method"] in found and row["metric"] in TITLES:
-                found[row["method"]][row["metric"]] = row["value"]
-    return found
-
-
-def save_circle(path: Path, panels: list, labels: Tensor, names) -> str:
-    """Keep test embeddings [6, N, 2], labels [N] and targets, draw them; says what came of it."""
+def save_circle(path: Path, panels: list, labels: Tensor, names) -> Path:
+    """Keep test embeddings [6, N, 2], labels [N] and targets, and draw them; the picture."""
     titles, embeddings, targets = zip(*panels, strict=True)
     arrays = {f"targets{k}": points.numpy() for k, points in enumerate(targets)}
     arrays |= {"embeddings": torch.stack(embeddings).numpy(), "labels": labels.numpy()}
     arrays |= {"classes": np.array(names), "titles": np.array(titles)}
     common.write_atomic(path, lambda file: np.savez(file, **arrays))
-    try:
-        return f"wrote {draw_circle(path)}"
-    except common.UserError as error:
-        return f"no picture: {error}"
+    return draw_circle(path)
 
 
 # --- commands -------------------------------------------------------------------------------------
