@@ -42,16 +42,18 @@ ALONG = {  # what a value needs beside it; flags later on the line win
     "bns_ipdpp --probe-bn train": "--stages pretrain,probe,finetune",
     "fsgl --lr-timing legacy": "--schedule warmup",
     "fsgl --stem imagenet": "--backbone resnet10",
-    "tailcalibx --cbd-schedule cosine": "--pipeline cbd_tailcalibx",
-    "tailcalibx --cbd-schedule constant": "--pipeline cbd_tailcalibx",
-    "tailcalibx --frozen-bn-train": "--pipeline crt",
+    "tailcalibx --frozen-bn eval": "--method crt",
+    "tailcalibx --frozen-bn train": "--method crt",
+    "tailcalibx --select val": "",
+    "tailcalibx --save-features val": "--select val",
     "fsgl --concat-views": "--variant glmc",
 }
 DROPPED = {  # flags of the micro settings that the value has no use for
     "ssp_pretrain --ssp none": ("--epochs", "--batch-size"),
-    "tailcalibx --pipeline ce": ("--clf-epochs",),
-    "tailcalibx --pipeline cosine_ce": ("--clf-epochs",),
-    "tailcalibx --pipeline cbd": ("--clf-epochs",),
+    **{
+        f"tailcalibx --method {method}": ("--classifier-epochs", "--classifier-batch-size")
+        for method in ("ce", "cosine_ce", "cbd")
+    },
     "fsgl --variant ce": ("--projection-dim",),
     **dict.fromkeys(
         (
@@ -78,7 +80,6 @@ ELSEWHERE = {
     "--logger tensorboard": "test_run.py",
     "ssp_pretrain --stage": "test_ssp.py",
     "ssp_pretrain --force-init": "test_ssp.py",
-    "tailcalibx --stage": "test_tailcalibx.py",
     "fsgl --acsl": "test_fsgl.py",
     "fsgl --recipe": "of CIFAR alone: test_fsgl.py",
 }

@@ -18,7 +18,7 @@ CASES = {
     "tsc": ["", "--contrast queue --queue 40", "--method kcl --classifier linear"],
     "bns_ipdpp": ["", "--stages pretrain,probe,finetune --probe-epochs 2 --bns-form paper --p-view augmented"],
     "fsgl": ["", "--variant ce", "--variant glmc_sam --sam-bn first"],
-    "tailcalibx": ["", "--pipeline tailcalib", "--pipeline cbd_tailcalibx", "--pipeline modals", "--pipeline crt"],
+    "tailcalibx": ["", "--method tailcalib", "--method cbd_tailcalibx", "--method modals", "--method crt"],
 }  # fmt: skip
 WAITS = {  # where the host may wait for the GPU, and how often in an epoch (a row of metrics.jsonl)
     "common.py:means_over_ranks": 1,
@@ -29,12 +29,9 @@ WAITS = {  # where the host may wait for the GPU, and how often in an epoch (a r
     "tsc.py:best_matching": 1,  # where not, the matching is solved on the host
     "bns_ipdpp.py:collect": 1,  # p(i) of all images
     "tailcalibx.py:generate": 1,
-    "tailcalibx.py:generate_lowrank": 2,
-    "tailcalibx.py:balanced": 2,
-    "tailcalibx.py:lenders": 1,
-    "tailcalibx.py:modals_noise": 1,
-    "tailcalibx.py:<listcomp>": 10,  # deviations of each class
-    "tailcalibx.py:<genexpr>": 2,
+    "tailcalibx.py:nearest_classes": 1,
+    "tailcalibx.py:make": 1,
+    "tailcalibx.py:modals": 10,  # deviations of each class
 }
 HELD = []  # the open context: it would close when nobody knows it any more
 
