@@ -30,7 +30,7 @@ Where this differs from the paper and its code:
  6. alpha is added to all entries, as printed: noise of s.d. sqrt(alpha D) along one direction.
     Tukey-transformed features look for the nearest among plain means, as published.
  7. Gaussians are drawn as sums of parts, not factorised; one image has covariance 0, not NaN.
- 8. Large images: one batch of 512, not four of 128 summed; mini-ImageNet: 100 outputs, not 1,000.
+ 8. Large: one batch of 512, not four of 128 summed. mini-ImageNet: 100 outputs, disjoint splits.
  9. The headline is the last epoch; published figures are of the best test epoch.
 10. `from tailcalibx import tailcalib` obeys `shuffle`, keeps types, takes any labels, refuses what
     would be NaN; `convert_others` takes the power of the last `generate`, the package's is 1.
