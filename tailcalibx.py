@@ -4,9 +4,8 @@ R. Vigneswaran, M. T. Law, V. N. Balasubramanian, M. Tapaswi: "Feature Generatio
 Classification", ICVGIP 2021, article 43, doi:10.1145/3490035.3490300, arXiv:2111.05956.
 
 The idea. Train on the long tail, freeze the backbone, fit a Gaussian to each class's unit features.
-A feature of a class below the largest is calibrated: it is averaged with the means of the K nearest
-classes, their covariances are averaged. New features are drawn there until all classes are equally
-large, and a cosine head goes on training on old and new ones.
+Calibrate a feature of a small class: average it with the means of its K nearest classes, and their
+covariances. Draw features there until all classes are as large; train a cosine head on all of them.
 
   ce, cosine_ce          a backbone and a linear head, or a cosine one on unit features
   teacher, cbd           cosine_ce with another seed; class-balanced distillation from it
@@ -28,7 +27,6 @@ Where this differs from the paper and its code:
  5. Teacher (one) and student see the same images; the published students learnt of twice the tail
     through theirs (--teacher-data-seed). On the letters cbd ends below it (74.1 +- 6.3 %).
  6. alpha is added to all entries, as printed: noise of s.d. sqrt(alpha D) along one direction.
-    Tukey-transformed features look for the nearest among plain means, as published.
  7. Gaussians are drawn as sums of parts, not factorised; one image has covariance 0, not NaN.
  8. Large: one batch of 512, not four of 128 summed. mini-ImageNet: 100 outputs, disjoint splits.
  9. The headline is the last epoch; published figures are of the best test epoch.
@@ -41,7 +39,6 @@ from __future__ import annotations
 import argparse
 import math
 import warnings
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -69,40 +66,43 @@ METHODS = {
 CALIBRATED = ("tailcalib", "tailcalibx")
 GENERATED = ("modals", *CALIBRATED)
 HEADS = ("crt", *GENERATED)  # on a frozen backbone
-WHOLE = {"stages": ("teacher", "ce", "cosine_ce", "cbd")}
+WHOLE, HEAD = {"stages": ("teacher", "ce", "cosine_ce", "cbd")}, {"stages": HEADS}
+OURS, NEW = {"stages": CALIBRATED}, {"stages": GENERATED}
 FREE, MADE = {"range": (0, math.inf)}, {"no_generate": (False,)}
 FLAGS = (
     # name                    letters    small           large        what it is
     ("backbone",              "resnet8", "resnet32_bbn", "resnext50", "network"),
-    ("epochs",                200,       150,            111,         "with a backbone", WHOLE),
-    ("batch_size",            64,        128,            512,         "of these", WHOLE),
-    ("lr",                    0.1,       0.2,            0.01,        "of these", WHOLE),
-    ("weight_decay",          5e-4,      "on all parameters", FREE),
+    ("epochs",                200,       150,            111,         "of a whole network", WHOLE),
+    ("batch_size",            64,        128,            512,         "images, all ranks", WHOLE),
+    ("lr",                    0.1,       0.2,            0.01,        "rate of the whole", WHOLE),
+    ("weight_decay",          5e-4,      "on all that is trained", FREE),
     ("eval_every",            20,        1,              1,           "epochs between evaluations"),
-    ("tukey",                 1.0,       "lambda, a power", FREE | {"stages": CALIBRATED}),
-    ("alpha",                 0.0,       "on covariances", FREE | MADE | {"stages": CALIBRATED}),
-    ("alpha_mode",            ("full", "diag"), "or diagonals", MADE | {"stages": CALIBRATED}),
-    ("topk",                  3,         "K, classes that lend", MADE | {"stages": CALIBRATED}),
-    ("modals_noise",          0.01,      "in class s.d.", FREE | MADE | {"stages": "modals"}),
-    ("extra_points",          0,         "a class", FREE | MADE | {"stages": GENERATED}),
-    ("no_generate",           False,     "real features", {"bare": True, "stages": GENERATED}),
-    ("classifier_epochs",     50,        150,            111,         "alone", {"stages": HEADS}),
-    ("classifier_batch_size", 64,        128,            512,         "its", {"stages": HEADS}),
-    ("classifier_lr",         0.01,      "its rate",     {"stages": HEADS}),
-    ("classifier_momentum",   0.7,       "its momentum", {"stages": HEADS, "range": (0, 1)}),
-    ("frozen_bn",             ("eval", "train"), "of crt and cbd", {"stages": ("crt", "cbd")}),
+    ("tukey",                 1.0,       "lambda, power of the features; 0: log", FREE | OURS),
+    ("alpha",                 0.0,       "added to the covariances", FREE | MADE | OURS),
+    ("alpha_mode",            ("full", "diag"), "to all entries, or the diagonal", MADE | OURS),
+    ("topk",                  3,         "K, classes that lend to a feature", MADE | OURS),
+    ("modals_noise",          0.01,      "in s.d. of a class", FREE | MADE | {"stages": "modals"}),
+    ("extra_points",          0,         "features beyond the largest class", FREE | MADE | NEW),
+    ("no_generate",           False,     "heads see real features alone", {"bare": True} | NEW),
+    ("classifier_epochs",     50,        150,            111,         "of a head alone", HEAD),
+    ("classifier_batch_size", 64,        128,            512,         "rows, over all ranks", HEAD),
+    ("classifier_lr",         0.01,      "rate of a head alone", HEAD),
+    ("classifier_momentum",   0.7,       "momentum of a head alone", HEAD | {"range": (0, 1)}),
+    ("frozen_bn",             ("eval", "train"), "batch norm of crt's backbone, cbd's teacher",
+                              {"stages": ("crt", "cbd")}),
     ("cbd_alpha",             0.8,       0.8,            0.4,         "weight of distillation",
                               {"stages": "cbd", "range": (0, 1)}),
-    ("cbd_beta",              100.0,     "its factor",   FREE | {"stages": "cbd"}),
-    ("teacher_data_seed",     int,       "its images",   FREE | {"stages": "teacher"}),
+    ("cbd_beta",              100.0,     "factor of distillation", FREE | {"stages": "cbd"}),
+    ("teacher_data_seed",     int,       "teacher's own --data-seed", FREE | {"stages": "teacher"}),
 )  # fmt: skip
 OTHER = {
     "mini_imagenet_lt": {"imb_ratio": 100.0},
     ("small", 50): {"tukey": 0.9, "alpha": 0.2, "classifier_momentum": 0.0, "cbd_beta": 200.0},
     ("small", 10): {"tukey": 0.9, "topk": 2, "classifier_momentum": 0.9},
     **dict.fromkeys(("crt", "modals"), {"classifier_lr": 0.2, "classifier_momentum": 0.9}),
-    **{(method, "large"): {"classifier_lr": 0.01} for method in ("crt", "modals")},
-    **{(method, "large"): {"classifier_batch_size": 128} for method in tuple(METHODS)[:2]},
+    **dict.fromkeys((("crt", "large"), ("modals", "large")), {"classifier_lr": 0.01}),
+    ("tailcalibx", "large"): {"classifier_batch_size": 128},
+    ("cbd_tailcalibx", "large"): {"classifier_batch_size": 128},
 }
 VIEWS = {
     "letters": {"crop": "pad", "pad": 2},
@@ -120,7 +120,8 @@ def generate(x: Tensor, sources, gaussians, topk: int, rng, alpha=0.0, eps=EPS) 
     """Equations 7 and 8: a feature g ~ N(m, S + eps I) of every calibrated source, [M, D].
 
     sources [M]: rows of the transformed features x [N, D], a row as often as it gives. K = topk
-    classes k lend to a row x_i, those with the nearest means, its own included, all alike:
+    classes k lend to a row x_i, its own perhaps among them, all alike: those whose means, of plain
+    features as published, are nearest.
         m = (x_i + sum_k mu_k) / (K + 1),    S = sum_k Sigma_k / K + alpha 1 1^T.
     Drawn as a sum, with A_k^T A_k = Sigma_k, normal vectors w_k and u, and a normal number v:
         g = sqrt(eps) u + sqrt(alpha) v 1 + x_i / (K + 1)
@@ -230,7 +231,6 @@ def distillation(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
 # --- the package's call ---------------------------------------------------------------------------
 
 
-@dataclass
 class tailcalib:  # noqa: N801 the published name
     """Balance any set of features: `tailcalib("numpy").generate(X, y)`, as in the package.
 
@@ -238,12 +238,10 @@ class tailcalib:  # noqa: N801 the published name
     it is: the paper has rows of unit length before and after. Labels: whatever can be sorted.
     """
 
-    base_engine: str = "numpy"
-
-    def __post_init__(self):
-        if self.base_engine not in ("numpy", "pytorch"):
-            raise ValueError(f"base_engine {self.base_engine!r}: choose numpy or pytorch")
-        self.arrays, self.power = self.base_engine == "numpy", 1.0
+    def __init__(self, base_engine: str = "numpy"):
+        if base_engine not in ("numpy", "pytorch"):
+            raise ValueError(f"base_engine {base_engine!r}: choose numpy or pytorch")
+        self.base_engine, self.arrays, self.power = base_engine, base_engine == "numpy", 1.0
 
     def generate(
         self, X, y, tukey_value=0.9, alpha=0.0, topk=1, extra_points=0, shuffle=True, seed=None
