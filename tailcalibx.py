@@ -441,7 +441,8 @@ def train(run: common.Run, args, name: str, data, net: Net, before: Net | None) 
     optimizer = common.sgd(trained.parameters(), lr, args.weight_decay, momentum)
     stage = run.stage(name, epochs, {"counts": data.counts}, model=net, optimizer=optimizer)
     loader, judge = batches(args, name, data, net), judge_of(args, name, data, net)
-    run.say(f"{name}: {len(data.train)} images, {len(loader)} steps an epoch")
+    rows = loader.total if name in GENERATED else len(data.train)  # with those generated
+    run.say(f"{name}: {len(data.train)} images, {rows} rows, {len(loader)} steps an epoch")
     replica = common.replicate(args, net)
     for epoch in stage.epochs():
         common.set_lr(optimizer, lr if constant else common.cosine_lr(lr, epoch, epochs))
