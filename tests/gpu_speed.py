@@ -43,7 +43,7 @@ METHODS = {  # the epochs are settled by `short`
     "BNS+IP-DPP": "bns_ipdpp.py --epochs {e} --finetune-epochs {e}",
     "GLMC": "fsgl.py --method glmc --epochs {e}",
     "FSGL": "fsgl.py --method fsgl --epochs {e}",
-    "TailCalibX": "tailcalibx.py --epochs {e} --clf-epochs {e}",
+    "TailCalibX": "tailcalibx.py --epochs {e} --classifier-epochs {e}",
 }
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # operations a second, dense bfloat16, from the data sheets
 
@@ -135,7 +135,7 @@ def measure(name: str, words: str, data: Path, device: str, epochs: int, compile
     peak = next((PEAK[key] for key in PEAK if device.startswith("cuda") and key in torch.cuda.get_device_name()), None)
     bare = {}
     for row in rows:
-        if not row["passes"] or row["stage"] == "tailcalibx":
+        if not row["passes"]:
             continue  # a classifier on a frozen network: nothing to compare with its whole step
         batch, passes = batch_of(row), row["timing"]["passes_per_second"]
         if batch not in bare:

@@ -37,7 +37,7 @@ SMALL = {
     "bns_ipdpp": "--epochs 1 --batch-size 20 --projection-dim 8 --finetune-epochs 2 "
     "--finetune-batch-size 20 --num-samples 5 --resample-every 1",
     "fsgl": "--epochs 3 --batch-size 20 --projection-dim 8",
-    "tailcalibx": "--epochs 2 --batch-size 20 --clf-epochs 2",
+    "tailcalibx": "--epochs 2 --batch-size 20 --classifier-epochs 2 --classifier-batch-size 20",
 }  # fmt: skip
 LARGE = {
     "ssp_pretrain": "--ssp none --train-epochs 1 --train-batch-size 8",
@@ -45,7 +45,7 @@ LARGE = {
     "--classifier-batch-size 8",
     "bns_ipdpp": "--stages pretrain --epochs 1 --batch-size 8 --projection-dim 8",
     "fsgl": "--method ce --epochs 1 --batch-size 8",
-    "tailcalibx": "--pipeline ce --epochs 1 --batch-size 8 --accumulate 1",
+    "tailcalibx": "--method ce --epochs 1 --batch-size 8",
 }
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["torch", "numpy", "common", "data_lt", *SMALL])

@@ -23,6 +23,7 @@ OTHER = {
     "one": {"decay": 1e-3},
     ("one", "small"): {"decay": 1e-2, "stages": "first"},
     ("one", "cifar100_lt"): {"lr": 0.4},
+    ("small", 50): {"weight": 0.25},
 }
 
 
@@ -38,6 +39,13 @@ def test_methods_and_kinds_may_have_defaults_of_their_own():
     args = parsed("--method", "one", "--dataset", "cifar100_lt", "--stages", "first,probe")
     assert args.lr == 0.4 and args.changed == {"stages": "first-probe"}
     assert parsed("--dataset", "inat18").method == "one"
+
+
+def test_ratios_may_have_defaults_of_their_own():
+    for flags, weight in (("--imb-ratio", 50), 0.25), (("--imb-ratio", 10), 0.5), ((), 0.5):
+        args = parsed("--dataset", "cifar10_lt", *flags)
+        assert args.weight == weight and args.changed == {}
+    assert parsed("--imb-ratio", 50).weight == 0.5, "of small images alone"
 
 
 def test_the_method_may_be_chosen_by_another_flag(capsys):

@@ -691,7 +691,7 @@ def published_of(line: str) -> dict:
         "toys": lambda: ("circle", ["KCL", "TSC"]),
         "bns_ipdpp": lambda: ("bns_ipdpp", args.stages.split(",")[1:]),
         "fsgl": lambda: (args.method, []),
-        "tailcalibx": lambda: (args.pipeline, []),
+        "tailcalibx": lambda: (args.method, []),
     }[script]()
     header, columns = "", ["overall", "many", "medium", "few", "1:1:1", "10:1:1", "last epoch"]
     if script == "toy_similarity":
@@ -757,9 +757,9 @@ SEMI = f"ssp_pretrain {C10} --ssp none --imb-ratio 50 --unlabeled-source"
         (f"tsc {C10} --eval-every 5", 79.7),
         (f"tsc {IMAGENET} --warmup 0", 51.3), (f"tsc {IMAGENET} --method kcl", 51.6),
         (f"tsc {IMAGENET} --method kcl --epochs 200", 51.5), (f"tsc {IMAGENET} --epochs 200", 52.3),
-        (f"tailcalibx {C100} --pipeline cbd_tailcalibx --imb-ratio 10", 61.13), (f"tailcalibx {C100}", None),
-        (f"tailcalibx {C100} --pipeline cbd_tailcalibx --recipe released --seed 3", 46.59),
-        (f"tailcalibx {C100} --pipeline cbd_tailcalibx --alpha 0.1", None),
+        (f"tailcalibx {C100} --method cbd_tailcalibx --imb-ratio 10", 61.13), (f"tailcalibx {C100}", None),
+        (f"tailcalibx {C100} --method cbd_tailcalibx --seed 3", 46.59),
+        (f"tailcalibx {C100} --method cbd_tailcalibx --alpha 0.1", None),
         ("tailcalibx --dataset mini_imagenet_lt", 44.73),
     ],
 )  # fmt: skip
@@ -774,8 +774,7 @@ def test_released_figures_and_rows_of_tables_stand_there_too():
     assert published_of(f"tsc {IMAGENET}")["released"] == 52.44
     kcl = f"tsc {IMAGENET} --method kcl"
     assert published_of(f"{kcl} --epochs 200")["released"] == 51.36 and published_of(kcl)["released"] is None
-    assert published_of(f"tailcalibx {C100} --pipeline cosine_ce --recipe released")["released"] == 40.4
-    assert published_of(f"tailcalibx {C100} --pipeline cosine_ce")["released"] is None
+    assert published_of(f"tailcalibx {C100} --method cosine_ce")["released"] is None
     probe = published_of(f"bns_ipdpp {C10} --stages pretrain,probe,finetune")
     assert probe["probe"] == [68.2, 69.4, 66.0, 67.6] and probe["finetune"] == [76.4]
     pair = published_of(f"ssp_pretrain {C10} --compare")
