@@ -309,7 +309,7 @@ def parse(doc: str, flags, methods: dict, other: dict, side, argv=None, named: s
 
     doc: the script's docstring. flags: its rows, laid over SHARED. methods: {name: its stages}, the
     default first. other: {key: {flag: default}} lays other defaults over the table, in this order
-    where a key is the kind, the data set, (kind, --imb-ratio), the method, (method, kind) or
+    where a key is the kind, the data set, either with --imb-ratio, the method, (method, kind) or
     (method, data set); of the stages of a method it can take fewer ("stages": "a,b") as what is
     done unasked. side: (dataset, data_root, image_size) -> pixels, of a path. named: the flag that
     chooses the method.
@@ -335,8 +335,8 @@ def parse(doc: str, flags, methods: dict, other: dict, side, argv=None, named: s
     for key in (args.kind, args.dataset):
         standard |= other.get(key, {})
     args.method = method = args.method or standard["method"]
-    ratio = args.imb_ratio or standard["imb_ratio"]
-    for key in ((args.kind, ratio), method, (method, args.kind), (method, args.dataset)):
+    ratio, places = args.imb_ratio or standard["imb_ratio"], (args.kind, args.dataset)
+    for key in (*((place, ratio) for place in places), method, *((method, p) for p in places)):
         standard |= other.get(key, {})
     for name in table:
         if name not in said:

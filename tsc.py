@@ -100,7 +100,7 @@ DROPS = {"letters": (28, 36, 38, 40), "small": (140, 180, 190, 200), "large": (2
 LARGE = {"crop": "resized", "scale": (0.08, 1.0)}
 JITTER = {"jitter": (0.4, 0.4, 0.4, 0.1), "jitter_p": 0.8, "grey": 0.2}
 VIEWS = {  # of kcl and tsc
-    "letters": {"crop": "pad", "pad": 2} | JITTER | {"jitter": (0.4, 0.4, 0.4, 0.5), "grey": 0.5},
+    "letters": {"crop": "pad", "pad": 2} | JITTER | {"jitter": (0.25, 0.25, 0.25, 0.3), "grey": 0.9},
     "small": {"crop": "resized", "scale": (0.2, 1.0)} | JITTER,
     "large": LARGE | {"jitter": (0.4, 0.4, 0.4, 0.0)},
     "inat18": LARGE,
