@@ -11,8 +11,7 @@ a new classifier. Yet imbalanced labels are good enough to label further images,
   pretrain    rotation or moco; without labels
   train       the whole network, by --loss and --rule; with --ssp none from scratch
   classifier  only if named in --stages: a new head on the frozen backbone (cRT)
-  pseudo      the same, with --ssp none: labels for the images of --unlabeled
-  semi        the same: from scratch on labelled and pseudo-labelled images
+  pseudo      the same, with --ssp none: label the images of --unlabeled; semi: train on all, anew
 
   python ssp_pretrain.py                              # letters: 88.0 +- 2.5 %
   python ssp_pretrain.py --ssp none                   # letters: 83.4 +- 2.2 %, 84 to 88 s
@@ -23,12 +22,11 @@ a new classifier. Yet imbalanced labels are good enough to label further images,
 Where this differs from the papers and the released code:
  1. YX's commands for CIFAR load nothing: a prefix hides the weights, missing ones are put up with.
     Here a checkpoint of the same images fills every tensor, or the run ends.
- 2. LL's code never reaches the x 0.01 of epoch 180; the cosine is stepped after an epoch here.
- 3. LL's train has rate 0.01, YX's and ours 0.1. LL's classifier freezes nothing; batch norm of a
-    frozen backbone trains in both codes, here on large sets (--frozen-bn).
- 4. MoCo's groups of batch norm are over all ranks. On small sets it is set as in its own demo.
- 5. --loss balanced (Ren et al. 2020; Menon et al. 2021) is added; beside --rule resample or
-    reweight it corrects twice. A weighted focal loss has p^w, as released.
+ 2. LL's code never reaches the x 0.01 of epoch 180; its rate is 0.01, YX's and ours 0.1; its
+    classifier freezes nothing. The cosine is stepped after an epoch, not before.
+ 3. Batch norm of a frozen backbone trains in both codes, here on large sets (--frozen-bn).
+ 4. MoCo's groups of batch norm are over all ranks; on small sets it is set as in its own demo.
+ 5. --loss balanced is added; --rule resample or reweight beside it corrects a second time.
  6. YX's unlabelled images must come as an .npz; "leftover" are those outside the subset.
  7. The headline is the last epoch. All settings of the letters are our own.
 """
@@ -38,8 +36,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import warnings
-from functools import partial
 
 import numpy as np
 import torch
@@ -55,38 +51,39 @@ import models
 SSP = ("pretrain", "train", "classifier")
 METHODS = {"rotation": SSP, "moco": SSP, "none": ("train", "classifier", "pseudo", "semi")}
 NAMED = "ssp"  # the flag that chooses the method
-RULES, RW = ("none", "resample", "reweight", "drw"), ("reweight", "resample", "none")
-FREE, EXTRA = (0, math.inf), {"stages": ("pseudo", "semi")}
+RULES = ("none", "resample", "reweight", "drw")
+RW, RS = ("reweight", "resample", "none"), ("resample", "reweight", "none")
+SSL, MOCO, CRT = {"stages": "pretrain"}, {"method": "moco"}, {"stages": "classifier"}
+FREE, MORE = (0, math.inf), {"stages": ("pseudo", "semi")}
 FLAGS = (
     # name                   letters    small       large       what it is
     ("backbone",             "resnet8", "resnet32", "resnet50", "network"),
-    ("epochs",               40,        200,        200,        "of it",    {"stages": "pretrain"}),
-    ("batch_size",           64,        128,        128,        "images",   {"stages": "pretrain"}),
-    ("lr",                   0.1,       0.1,        0.015,      "rate",     {"stages": "pretrain"}),
+    ("epochs",               40,        200,        200,        "of pretrain",          SSL),
+    ("batch_size",           64,        128,        128,        "images of pretrain",   SSL),
+    ("lr",                   0.1,       0.1,        0.015,      "rate of pretrain",     SSL),
     ("eval_every",           20,        1,          1,          "epochs between evaluations"),
-    ("queue",                512,       4096,       65536,      "keys", {"method": "moco"}),
+    ("queue",                512,       4096,       65536,      "keys",                 MOCO),
     ("key_momentum",         0.99,      0.99,       0.999,      "of the key encoder",
-                             {"method": "moco", "range": (0, 1)}),
-    ("temperature",          0.1,       0.1,        0.2,        "tau", {"method": "moco"}),
-    ("projection_dim",       128,       "length d of a key",    {"method": "moco"}),
-    ("bn_groups",            8,         "parts of a batch in batch norm", {"method": "moco"}),
-    ("loss",                 ("ce", "focal", "ldam", "balanced"), "of classes"),
-    ("rule",                 RULES,     "for rare classes",     {"stages": ("train", "semi")}),
-    ("weight_decay",         2e-4,      2e-4,       5e-4,       "but pretrain's", {"range": FREE}),
-    ("train_epochs",         200,       200,        90,         "of train (semi: see SEMI)"),
-    ("train_batch_size",     64,        128,        128,        "images over all ranks"),
+                             MOCO | {"range": (0, 1)}),
+    ("temperature",          0.1,       0.1,        0.2,        "tau",                  MOCO),
+    ("projection_dim",       128,       "length d of an embedding",                     MOCO),
+    ("bn_groups",            8,         "parts of a batch that batch norm sees apart",  MOCO),
+    ("loss",                 ("ce", "focal", "ldam", "balanced"), "of the classes"),
+    ("rule",                 RULES,     "of train and semi",    {"stages": ("train", "semi")}),
+    ("weight_decay",         2e-4,      2e-4,       5e-4,       "after pretrain", {"range": FREE}),
+    ("train_epochs",         200,       200,        90,         "of train; semi has a share"),
+    ("train_batch_size",     64,        128,        128,        "images of train, over all ranks"),
     ("train_lr",             0.1,       0.1,        0.2,        "rate of train and semi"),
-    ("classifier_rule",      RW,        RW,         ("resample", "reweight", "none"), "its rule",
-                             {"stages": "classifier"}),
-    ("classifier_epochs",    40,        200,        10,         "of it", {"stages": "classifier"}),
-    ("classifier_batch_size", 64,       128,        512,        "images", {"stages": "classifier"}),
-    ("classifier_lr",        0.1,       0.1,        0.2,        "rate", {"stages": "classifier"}),
+    ("classifier_rule",      RW,        RW,         RS,         "rule of classifier",   CRT),
+    ("classifier_epochs",    40,        200,        10,         "of classifier",        CRT),
+    ("classifier_batch_size", 64,       128,        512,        "images of classifier", CRT),
+    ("classifier_lr",        0.1,       0.1,        0.2,        "rate of classifier",   CRT),
     ("frozen_bn",            ("eval", "train"), ("eval", "train"), ("train", "eval"),
-                             "batch norm of the frozen backbone", {"stages": "classifier"}),
-    ("unlabeled",            "leftover", "leftover, or .npz: x (uint8 NHWC), perhaps y", EXTRA),
-    ("imb_ratio_unlabeled",  float,     "of hidden classes",    EXTRA | {"range": (1, math.inf)}),
+                             "batch norm of the frozen backbone", CRT),
+    ("unlabeled",            "leftover", "or an .npz with x (uint8 NHWC) and perhaps y", MORE),
+    ("imb_ratio_unlabeled",  float,     "of their hidden classes", MORE | {"range": (1, math.inf)}),
     ("unlabeled_weight",     1.0,       "of a pseudo-label",    {"stages": "semi", "range": FREE}),
-    ("conf_threshold",       0.0,       "to be kept",           {"stages": "semi", "range": (0, 1)}),
+    ("conf_threshold",       0.0,       "least confidence",    {"stages": "semi", "range": (0, 1)}),
 )  # fmt: skip
 OTHER = {
     "large": {"method": "moco"},
@@ -99,24 +96,22 @@ OTHER = {
     ("rotation", "large"): {"epochs": 90, "lr": 0.1},
 }
 DECAY = {"rotation": 2e-4, "moco": 5e-4, "large": 1e-4}  # of pretrain
-SEMI = {"letters": (0.25, 64), "small": (1, 256)}  # epochs in those of train, batch size
+SEMI = {"letters": (0.25, 64), "small": (1, 256)}  # share of the epochs of train, batch size
 RESAMPLE = {"large": {"sampler": "class_aware", "drop_last": True}}  # else by effective number
+SCHEDULE = {"letters": common.cosine_lr, "small": common.step_lr, "large": common.cosine_lr}
 PLAIN = {"letters": {"crop": "pad", "pad": 2}, "small": {"crop": "pad", "pad": 4}}
 PLAIN["large"] = {"crop": "resized", "jitter": (0.4, 0.4, 0.4, 0.0)}
 PLAIN["inat18"] = {"crop": "resized"}
 JITTER = {"crop": "resized", "jitter": (0.4, 0.4, 0.4, 0.1), "jitter_p": 0.8, "grey": 0.2}
 VIEWS = {"letters": JITTER | {"scale": (0.5, 1.0)}, "small": JITTER | {"scale": (0.2, 1.0)}}
-VIEWS["large"] = VIEWS["small"] | {"blur_p": 0.5}  # of MoCo; PLAIN is of all other stages
+VIEWS["large"] = VIEWS["small"] | {"blur_p": 0.5, "blur_kernel": 23}  # of MoCo; PLAIN of the rest
 
 
 # --- equations ------------------------------------------------------------------------------------
 
 
 def moco_logits(z: Tensor, keys: Tensor, queue: Tensor, temperature: float) -> Tensor:
-    """MoCo: [z_i k_i | z_i Q^T] / tau, [b, 1 + Q], from unit rows [b, d], [b, d], [Q, d].
-
-    Column 0, the key of the same image, is the label of every row (He et al. 2020, eq. 1).
-    """
+    """MoCo (He et al. 2020): [z_i k_i | z_i Q^T] / tau, [b, 1 + Q], of unit rows; label 0."""
     z = z / temperature
     return torch.cat([(z * keys).sum(1, keepdim=True), z @ queue.T], 1)
 
@@ -151,7 +146,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor) -> tuple[Tenso
 
 
 def focal(logits: Tensor, labels: Tensor, weight: Tensor, gamma: float = 1.0):
-    """(1 - e^-u)^gamma u, u = w_y ce (Lin et al. 2017); weights are in u and count no more."""
+    """(1 - e^-u)^gamma u, u = w_y ce (Lin et al. 2017); as in YX's code it is p^w that counts."""
     losses, mass = cross_entropy(logits, labels, weight)
     u = (mass * losses).clamp(min=1e-12)  # at 0 the slope of x^gamma, gamma < 1, is infinite
     return (-torch.expm1(-u)) ** gamma * u, torch.ones_like(u)
@@ -173,10 +168,7 @@ def balanced(logits: Tensor, labels: Tensor, weight: Tensor, counts: Tensor):
 
 
 def class_weights(rule: str, counts, epoch: int, epochs: int) -> Tensor:
-    """Weights float64 [C] in a 0-based epoch, of mean 1: by effective number, or ones.
-
-    drw (Cao et al. 2019) begins at epoch 160 of 200.
-    """
+    """Weights [C], float64, mean 1, by effective number; of drw ones before epoch 160 of 200."""
     (switch,) = common.scale_milestones((160,), 200, epochs)
     if rule == "reweight" or (rule == "drw" and epoch >= switch):
         return torch.from_numpy(data_lt.effective_number_weights(counts))
@@ -186,55 +178,91 @@ def class_weights(rule: str, counts, epoch: int, epochs: int) -> Tensor:
 # --- what the stages carry ------------------------------------------------------------------------
 
 
-class Encoder(nn.Module):
-    """Unit embeddings: [b, 3, H, W] -> float32 [b, d]. What follows is not under autocast."""
+class Rotation(nn.Module):
+    """Which way up is it? One turn an image and visit (Gidaris et al. 2018)."""
 
-    def __init__(self, net: nn.Module, args):
+    purpose, options = "rotation", {}
+
+    def __init__(self, net: nn.Module, args, data: data_lt.Splits):
         super().__init__()
-        self.net, self.args = net, args
+        self.args, self.test = args, data_lt.evaluation_loader(args, data.test)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, replica, views: Tensor, labels: Tensor, rng):
+        """Logits [b, 4] and the turns [b] they are to tell; labels are not read."""
+        b = len(labels)
+        turns = rotation_labels(common.world_size() * b, rng)[common.rank() * b :][:b]
         with common.autocast(self.args):
-            z = self.net(images)
-        return F.normalize(z.float() if z.dtype == torch.bfloat16 else z, dim=1, eps=1e-12)
+            logits = replica(turn(views[0], turns))
+        return logits.float(), data_lt.to_device(turns, logits.device)
+
+    def remember(self, right: Tensor) -> dict[str, Tensor]:
+        return {"rotation_accuracy": right}
+
+    def turned(self):
+        """The test images, turned at random, with their turns as labels."""
+        rng = common.generator(self.args.seed, "rotation_test")
+        turns = rotation_labels(len(self.test.dataset), rng)
+        for views, _, indices in self.test:
+            own = turns[indices.cpu()]
+            yield turn(views[0], own)[None], own.to(views.device), indices
+
+    def examine(self, net: nn.Module) -> dict[str, float]:
+        """Share of the test images whose turn is told; no accuracy of classes."""
+        size = len(self.test.dataset)
+        options = {"num_items": size, "device": self.test.device}
+        options["autocast"] = lambda: common.autocast(self.args)
+        scores = common.evaluate(net, self.turned(), **options)
+        return {"test_rotation_accuracy": scores.report([0] * 4)["overall"]}
 
 
 class Queue(nn.Module):
-    """MoCo (He et al. 2020): the key encoder and the last Q keys; `seen`: anchors and labels."""
+    """MoCo (He et al. 2020): own key and the last Q keys."""
 
-    def __init__(self, net: nn.Module, args):
+    purpose, options = "shuffle", {"views": 2, "drop_last": True}
+
+    def __init__(self, net: nn.Module, args, data: data_lt.Splits):
         super().__init__()
-        self.temperature, self.momentum = args.temperature, args.key_momentum
-        self.net = [net]  # in a list: it is no part of this module
-        self.encode = Encoder(copy.deepcopy(net).requires_grad_(False), args)
+        self.args, self.net = args, [net]  # in a list: it is no part of this module
+        self.encode = copy.deepcopy(net).requires_grad_(False)
         rng = common.generator(args.seed, "queue")
         keys = torch.randn(args.queue, args.projection_dim, generator=rng)
         self.register_buffer("keys", F.normalize(keys, dim=1))
         self.register_buffer("pointer", torch.tensor(0))
 
-    def forward(self, encode, views: Tensor, labels: Tensor, rng) -> Tensor:
-        """Logits [b, 1 + Q] of this rank's images; their labels are only logged with."""
-        z = encode(views[0])  # [b, d]
+    def forward(self, replica, views: Tensor, labels: Tensor, rng):
+        """Logits [b, 1 + Q] and zeros [b]; labels are only logged with."""
+        z = self.unit(replica, views[0])  # [b, d]
         self.seen = common.gather_with_gradient(z.detach()), common.gather_with_gradient(labels)
         self.fresh = self.encode_keys(views[1], rng)  # [B, d]
         mine = slice(common.rank() * len(z), (common.rank() + 1) * len(z))
-        return moco_logits(z, self.fresh[mine], self.keys, self.temperature)
+        logits = moco_logits(z, self.fresh[mine], self.keys, self.args.temperature)
+        return logits, torch.zeros_like(labels)
+
+    def unit(self, net, images: Tensor) -> Tensor:
+        """Embeddings float32 [b, d]; what follows is not under autocast."""
+        with common.autocast(self.args):
+            z = net(images)
+        return F.normalize(z.float() if z.dtype == torch.bfloat16 else z, dim=1, eps=1e-12)
 
     @torch.no_grad()
     def encode_keys(self, images: Tensor, rng) -> Tensor:
         """Keys [B, d] of the global batch, dealt out anew: batch norm must not tell whose."""
-        momentum_update(self.encode.net, self.net[0], self.momentum)
+        momentum_update(self.encode, self.net[0], self.args.key_momentum)
         images = common.gather_with_gradient(images)
         order = data_lt.to_device(torch.randperm(len(images), generator=rng), images.device)
-        keys = self.encode(images[order.tensor_split(common.world_size())[common.rank()]])
-        return common.gather_with_gradient(keys)[order.argsort()]
+        mine = order.tensor_split(common.world_size())[common.rank()]
+        return common.gather_with_gradient(self.unit(self.encode, images[mine]))[order.argsort()]
 
     @torch.no_grad()
-    def remember(self) -> None:
+    def remember(self, right: Tensor) -> dict[str, Tensor]:
         """Write the keys over the oldest; after backward, which still reads these."""
         at = self.pointer + torch.arange(len(self.fresh), device=self.keys.device)
         self.keys[at % len(self.keys)] = self.fresh.to(self.keys.dtype)
         self.pointer.add_(len(self.fresh)).remainder_(len(self.keys))
+        return {"contrast_accuracy": right} | common.pair_cosines(*self.seen)
+
+    def examine(self, net: nn.Module) -> dict[str, float]:
+        return {}
 
 
 @torch.no_grad()
@@ -243,48 +271,33 @@ def momentum_update(key_net: nn.Module, net: nn.Module, m: float) -> None:
     torch._foreach_lerp_(list(key_net.parameters()), list(net.parameters()), 1 - m)
 
 
-class Turned:
-    """An evaluation loader whose images are turned at random and whose labels say how."""
-
-    def __init__(self, loader, seed: int):
-        self.loader, self.dataset, self.device = loader, loader.dataset, loader.device
-        self.turns = rotation_labels(len(loader.dataset), common.generator(seed, "rotation_test"))
-
-    def __iter__(self):
-        for views, _, indices in self.loader:
-            turns = self.turns[indices.cpu()]
-            yield turn(views[0], turns)[None], turns.to(self.device), indices
-
-
 # --- data -----------------------------------------------------------------------------------------
 
 
-def read_arrays(flag: str, names: str, path: str) -> list[np.ndarray | None]:
-    """These arrays of an .npz, None where it lacks one; UserError where it is none."""
+def read_arrays(flag: str, path, *needed: str) -> dict[str, np.ndarray]:
+    """The arrays of an .npz by name; UserError where it is none or lacks one."""
     try:
         with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-            return [file[name] if name in file else None for name in names.split()]
-    except Exception as error:  # no file, no zip, a pickle, a bad checksum
-        why = f"an .npz with {names} is needed ({str(error)[:80]})"
+            return {name: file[name] for name in {*needed, *file.files}}
+    except Exception as error:  # no file, no zip, a pickle, a bad checksum, a missing name
+        why = f"an .npz with {', '.join(needed)} is needed ({str(error)[:80]})"
         raise common.UserError(f"--{flag} {path}: {why}") from None
 
 
 def read_unlabeled(path: str, train: data_lt.Set) -> tuple[data_lt.Set, bool]:
     """The images of an .npz with x [N, S, S, 3] and perhaps y; are their hidden classes known?"""
-    x, y = read_arrays("unlabeled", "x y", path)
-    size, classes = train.size, len(train.classes)
-    if x is None or x.dtype != np.uint8 or x.shape[1:] != (size, size, 3) or not len(x):
-        found = "missing" if x is None else f"{x.dtype} {list(x.shape)}"
-        need = f"expected uint8 [N, {size}, {size}, 3]"
-        raise common.UserError(f"--unlabeled {path}: x is {found}; {need}")
-    labels = np.zeros(len(x), np.int64) if y is None else y
-    fits = labels.dtype.kind in "iu" and labels.shape == (len(x),)
-    if not fits or labels.min() < 0 or labels.max() >= classes:
-        need = f"expected [{len(x)}] integers in 0..{classes - 1}, or no y"
-        raise common.UserError(f"--unlabeled {path}: y is {y.dtype} {list(y.shape)}; {need}")
+    arrays = read_arrays("unlabeled", path, "x")
+    size, classes, x = train.size, len(train.classes), arrays["x"]
+    y = arrays.get("y", np.zeros(len(x), np.int64))
+    fits = x.dtype == np.uint8 and x.shape[1:] == (size, size, 3) and len(x) > 0
+    fits = fits and y.dtype.kind in "iu" and y.shape == x.shape[:1]
+    if not fits or y.min() < 0 or y.max() >= classes:
+        found = f"x {x.dtype} {list(x.shape)}, y {y.dtype} {list(y.shape)}"
+        need = f"x uint8 [N, {size}, {size}, 3], y (if any) [N] in 0..{classes - 1}"
+        raise common.UserError(f"--unlabeled {path} holds {found}; expected {need}")
     images = torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
-    parts = {"images": images, "labels": torch.from_numpy(labels.astype(np.int64))}
-    return dataclasses.replace(train, **parts, indices=torch.arange(len(x))), y is not None
+    parts = {"images": images, "labels": torch.from_numpy(y.astype(np.int64))}
+    return dataclasses.replace(train, **parts, indices=torch.arange(len(x))), "y" in arrays
 
 
 def load_unlabeled(args, data: data_lt.Splits) -> tuple[data_lt.Set, bool]:
@@ -293,171 +306,121 @@ def load_unlabeled(args, data: data_lt.Splits) -> tuple[data_lt.Set, bool]:
     Five times the labelled ones with a long tail of their own, or scaled down to what there is.
     The generator that drew the labelled images goes on. Hidden classes are never trained on.
     """
-    if not data.train.in_memory:
-        raise common.UserError(f"--stages pseudo: {args.dataset} has large images, not offered")
     source = data_lt.load_pool(args.dataset, args.data_root, args.image_size)
     pool, known = source.train.select(data.leftover), True
     if args.unlabeled != "leftover":
         pool, known = read_unlabeled(args.unlabeled, data.train)
     if not len(pool):
-        why = f"all images of {args.dataset} are labelled; give an .npz"
-        raise common.UserError(f"--unlabeled leftover: {why}")
+        raise common.UserError(f"--unlabeled leftover: all of {args.dataset} is labelled")
     ratio = args.imb_ratio_unlabeled or (args.imb_ratio if known else None)
-    if ratio is None:
+    if ratio and not known:
+        raise common.UserError(f"--imb-ratio-unlabeled needs y in {args.unlabeled}")
+    if not ratio:
         return pool, known
-    if not known:
-        raise common.UserError("--imb-ratio-unlabeled needs the hidden classes y in the file")
-    taken = np.setdiff1d(np.arange(len(source.train)), data.leftover)
-    labeled = np.array(source.train.select(taken).counts())
-    order = list(source.info.class_order or range(data.num_classes))
-    wanted = data_lt.unlabeled_counts(labeled[order].tolist(), ratio)
-    share = min(1.0, len(pool) / max(sum(wanted), 1))
-    if share < 1:
-        text = f"{len(pool)} unlabelled images, {sum(wanted)} wanted: their profile is scaled down"
-        warnings.warn(text, stacklevel=2)
-    asked = np.zeros(data.num_classes, np.int64)
-    asked[order] = [int(share * n) for n in wanted]
-    _, chosen = data_lt.subset_semi_supervised(
-        source.train.labels.numpy(),
-        labeled.tolist(),
-        pool.labels.numpy(),
-        asked.tolist(),
-        np.random.RandomState(args.data_seed),
-        source.info.class_order,
-    )
-    return pool.select(chosen), known
+    labels, rng = source.train.labels.numpy(), np.random.RandomState(args.data_seed)
+    counts = np.bincount(np.delete(labels, data.leftover), minlength=data.num_classes).tolist()
+    order = list(source.info.class_order or range(data.num_classes))  # from head to tail
+    wanted, asked = data_lt.unlabeled_counts([counts[c] for c in order], ratio), [0] * len(counts)
+    for c, n in zip(order, wanted, strict=True):
+        asked[c] = int(min(1.0, len(pool) / max(sum(wanted), 1)) * n)
+    hidden = pool.labels.numpy()
+    _, rows = data_lt.subset_semi_supervised(labels, counts, hidden, asked, rng, order)
+    return pool.select(rows), known
 
 
-def read_pseudo(args, unlabeled: data_lt.Set, classes: int) -> tuple[Tensor, Tensor]:
-    """Labels [U] and confidences [U] that stage pseudo wrote for these very images."""
-    arrays = read_arrays("init-from", "labels confidence indices", args.init_from)
-    if any(array is None or array.shape != (len(unlabeled),) for array in arrays):
-        fits = False
-    else:
-        labels, confidence, indices = map(torch.from_numpy, arrays)
-        inside = labels.dtype == torch.int64 and 0 <= labels.min() and labels.max() < classes
-        fits = inside and torch.equal(indices, unlabeled.indices)
-    if not fits:
+def join(args, data, unlabeled: data_lt.Set, known: bool, path) -> tuple[data_lt.Set, dict]:
+    """Labelled images, then these with the labels of pseudo.npz; and what result.json says of them.
+
+    The indices of the unlabelled ones count down from -1.
+    """
+    arrays = read_arrays("init-from", path, "labels", "confidence", "indices")
+    labels, confidence = arrays["labels"], arrays["confidence"]
+    fits = np.array_equal(arrays["indices"], unlabeled.indices) and labels.dtype == np.int64
+    fits = fits and labels.shape == confidence.shape == (len(unlabeled),)
+    if not fits or labels.min() < 0 or labels.max() >= data.num_classes:
         why = f"is no pseudo.npz of the images that --unlabeled {args.unlabeled} gives"
-        raise common.UserError(f"--init-from {args.init_from} {why}")
-    return labels, confidence
-
-
-def pool_pseudo(labeled: data_lt.Set, unlabeled: data_lt.Set, pseudo: Tensor) -> data_lt.Set:
-    """Labelled images, then unlabelled ones with pseudo-labels [U], their indices from -1 down."""
-    images = torch.cat([labeled.images, unlabeled.images])
-    indices = torch.cat([labeled.indices, -1 - unlabeled.indices])
-    labels = torch.cat([labeled.labels, pseudo])
-    return dataclasses.replace(labeled, images=images, labels=labels, indices=indices)
+        raise common.UserError(f"--init-from {path} {why}")
+    kept = torch.from_numpy(confidence >= args.conf_threshold).nonzero()[:, 0]
+    new, labels = unlabeled.select(kept), torch.from_numpy(labels)[kept]
+    right = (labels == new.labels).float().mean().item() if known and len(kept) else None
+    counts = torch.bincount(labels, minlength=data.num_classes).tolist()
+    told = {"unlabeled": len(unlabeled), "kept": len(kept), "counts": counts, "accuracy": right}
+    parts = {"images": torch.cat([data.train.images, new.images])}
+    parts["labels"] = torch.cat([data.train.labels, labels])
+    parts["indices"] = torch.cat([data.train.indices, -1 - new.indices])
+    return dataclasses.replace(data.train, **parts), told
 
 
 # --- stages ---------------------------------------------------------------------------------------
 
 
-def build(args, outputs: int, head: str = "linear") -> models.Net:
-    """A fresh network under a linear, cosine or projection head; always the same of a seed."""
+def build(args, outputs: int, head: str = "", backbone: nn.Module | None = None) -> models.Net:
+    """A network, the same for a seed; head: linear, cosine, projection, or by default by --loss.
+
+    backbone: whose weights to take over, where it is given.
+    """
     torch.manual_seed(common.derive_seed(args.seed, "init"))
-    backbone = models.backbone(args.backbone)
-    width = backbone.feature_dim
+    net = models.Net(models.backbone(args.backbone), nn.Identity())
+    width, head = net.backbone.feature_dim, head or ("cosine" if args.loss == "ldam" else "linear")
     if head == "projection":
-        top = models.ProjectionHead(width, width, outputs)
+        net.head = models.ProjectionHead(width, width, outputs)
     elif head == "cosine":
-        top = models.NormalisedLinear(width, outputs, scale=30)
+        net.head = models.NormalisedLinear(width, outputs, scale=30)
     else:
-        wide = args.backbone in models.WIDE
-        top = models.linear_head(width, outputs, init="pytorch" if wide else "fan_in")
-    return models.Net(backbone, top).to(args.device, memory_format=torch.channels_last)
-
-
-def build_classifier(args, classes: int, backbone: nn.Module | None = None) -> models.Net:
-    """A fresh classifier, on the weights of this backbone where there is one."""
-    net = build(args, classes, "cosine" if args.loss == "ldam" else "linear")
+        init = "pytorch" if args.backbone in models.WIDE else "fan_in"
+        net.head = models.linear_head(width, outputs, init=init)
     if backbone is not None:
-        common.load_weights(net.backbone, backbone.state_dict(), "the stage before")
-    return net
+        net.backbone.load_state_dict(backbone.state_dict())
+    return net.to(args.device, memory_format=torch.channels_last)
 
 
-def rate(args, base_lr: float, epoch: int, epochs: int) -> float:
-    """The steps of LDAM-DRW for small images, else half a cosine."""
-    return (common.step_lr if args.kind == "small" else common.cosine_lr)(base_lr, epoch, epochs)
+def augmentation(args, table: dict) -> dict:
+    """The row of PLAIN or VIEWS for these images."""
+    return table.get(args.dataset, table[args.kind]) | {"flip": args.flip}
 
 
-def rotation_figures(args, net: nn.Module, test: Turned) -> dict[str, float]:
-    """Share of the turned test images whose turn is told; no accuracy of classes."""
-    return {"test_rotation_accuracy": common.figures(args, net, test, [0] * 4)["overall"]}
-
-
-def pretrain_rotation(run: common.Run, args, data: data_lt.Splits) -> models.Net:
-    """Stage pretrain: batch -> each image turned -> four logits -> loss -> step."""
-    net, epochs = build(args, 4), args.epochs
-    optimizer = common.sgd(net.parameters(), args.lr, DECAY.get(args.kind, DECAY["rotation"]))
-    info = {"counts": data.counts}
-    stage = run.stage("pretrain", epochs, info, model=net, optimizer=optimizer)
-    augment = PLAIN.get(args.dataset, PLAIN[args.kind]) | {"flip": args.flip}
-    loader = data_lt.loader(args, data.train, args.batch_size, augment=augment)
-    test = Turned(data_lt.evaluation_loader(args, data.test), args.seed)
+def pretrain(run: common.Run, args, data: data_lt.Splits) -> nn.Module:
+    """Stage pretrain: batch -> logits of turns or of keys -> loss -> step; the backbone."""
+    moco, epochs = args.method == "moco", args.epochs
+    net = build(args, *((args.projection_dim, "projection") if moco else (4, "linear")))
+    net = models.group_batch_norm(net, args.bn_groups // common.world_size() if moco else 1)
+    scheme = (Queue if moco else Rotation)(net, args, data).to(args.device)
+    optimizer = common.sgd(net.parameters(), args.lr, DECAY.get(args.kind, DECAY[args.method]))
+    parts = {"model": net, "optimizer": optimizer, "scheme": scheme}
+    stage = run.stage("pretrain", epochs, {"counts": data.counts}, **parts)
+    options = {"augment": augmentation(args, VIEWS if moco else PLAIN)} | scheme.options
+    loader = data_lt.loader(args, data.train, args.batch_size, **options)
+    schedule = common.cosine_lr if moco else SCHEDULE[args.kind]
     replica = common.replicate(args, net)
     for epoch in stage.epochs():
-        common.set_lr(optimizer, rate(args, args.lr, epoch, epochs))
-        net.train()
-        for views, _, _ in stage.batches(loader):
-            size, begin, end = loader.share(stage.step)
-            rng = common.generator(args.seed, "rotation", epoch, stage.step)
-            turns = rotation_labels(size, rng)[begin:end]
-            with common.autocast(args):
-                logits = replica(turn(views[0], turns))  # [b, 4]
-            turns = data_lt.to_device(turns, logits.device)
-            right = (logits.argmax(1) == turns).float().mean()
-            losses = F.cross_entropy(logits.float(), turns, reduction="none")  # [b]
-            loss = losses.mean()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            stage.guard(loss)
-            optimizer.step()
-            stage.add(len(turns), loss=loss, rotation_accuracy=right)
-        due = stage.due(args.eval_every)
-        stage.end_epoch(**(rotation_figures(args, net, test) if due else {}))
-    return net
-
-
-def pretrain_moco(run: common.Run, args, data: data_lt.Splits) -> models.Net:
-    """Stage pretrain: batch -> two views -> own key and queue -> logits -> loss -> step."""
-    groups, epochs = args.bn_groups // common.world_size(), args.epochs
-    net = models.group_batch_norm(build(args, args.projection_dim, "projection"), groups)
-    queue = Queue(net, args).to(args.device)
-    optimizer = common.sgd(net.parameters(), args.lr, DECAY.get(args.kind, DECAY["moco"]))
-    parts = {"model": net, "optimizer": optimizer, "queue": queue}
-    stage = run.stage("pretrain", epochs, {"counts": data.counts}, **parts)
-    augment = VIEWS[args.kind] | {"flip": args.flip, "blur_kernel": data.image_size // 20 * 2 + 1}
-    options = {"augment": augment, "views": 2, "drop_last": True}
-    loader = data_lt.loader(args, data.train, args.batch_size, **options)
-    encode = common.replicate(args, Encoder(net, args))
-    for epoch in stage.epochs():
-        common.set_lr(optimizer, common.cosine_lr(args.lr, epoch, epochs))
+        common.set_lr(optimizer, schedule(args.lr, epoch, epochs))
         net.train()
         for views, labels, _ in stage.batches(loader):
-            rng = common.generator(args.seed, "shuffle", epoch, stage.step)
-            logits = queue(encode, views, labels, rng)  # [b, 1 + Q]
-            right = (logits.argmax(1) == 0).float().mean()
-            losses = F.cross_entropy(logits, torch.zeros_like(labels), reduction="none")  # [b]
+            rng = common.generator(args.seed, scheme.purpose, epoch, stage.step)
+            logits, targets = scheme(replica, views, labels, rng)
+            right = (logits.argmax(1) == targets).float().mean()
+            losses = F.cross_entropy(logits, targets, reduction="none")  # [b]
             loss = losses.mean()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             stage.guard(loss)
             optimizer.step()
-            queue.remember()
-            logs = common.pair_cosines(*queue.seen)
-            stage.add(len(labels), loss=loss, contrast_accuracy=right, **logs)
-        stage.end_epoch()
-    return net
+            stage.add(len(labels), loss=loss, **scheme.remember(right))
+        due = stage.due(args.eval_every)
+        stage.end_epoch(**(scheme.examine(net) if due else {}))
+    return net.backbone
 
 
 def criterion(args, counts: list[int]):
     """--loss as a function of logits, labels and the weights of the classes."""
     margins = data_lt.ldam_margins(counts).to(args.device)
     n = torch.tensor(counts, dtype=torch.float32, device=args.device)
-    bound = {"ldam": partial(ldam, margins=margins), "balanced": partial(balanced, counts=n)}
-    return ({"ce": cross_entropy, "focal": focal} | bound)[args.loss]
+    return {
+        "ce": cross_entropy,
+        "focal": focal,
+        "ldam": lambda *batch: ldam(*batch, margins),
+        "balanced": lambda *batch: balanced(*batch, n),
+    }[args.loss]
 
 
 def plan(args, name: str) -> tuple[str, int, int, float]:
@@ -477,7 +440,7 @@ def train(run: common.Run, args, name: str, data, images: data_lt.Set, net: mode
     net.backbone.requires_grad_(not frozen)
     optimizer = common.sgd(trained, lr, args.weight_decay)
     stage = run.stage(name, epochs, {"counts": data.counts}, model=net, optimizer=optimizer)
-    options = {"augment": PLAIN.get(args.dataset, PLAIN[args.kind]) | {"flip": args.flip}}
+    options = {"augment": augmentation(args, PLAIN)}
     if rule == "resample":
         options |= RESAMPLE.get(args.kind, {"sampler": "effective"})
     loader = data_lt.loader(args, images, batch_size, **options)
@@ -486,7 +449,7 @@ def train(run: common.Run, args, name: str, data, images: data_lt.Set, net: mode
     judge, replica = data_lt.judge(args, net, data), common.replicate(args, net)
     of_classes = criterion(args, counts)
     for epoch in stage.epochs():
-        common.set_lr(optimizer, rate(args, lr, epoch, epochs))
+        common.set_lr(optimizer, SCHEDULE[args.kind](lr, epoch, epochs))
         weight = class_weights(rule, counts, epoch, epochs).float().to(args.device)
         net.train()
         net.backbone.train(not frozen or args.frozen_bn == "train")
@@ -505,31 +468,17 @@ def train(run: common.Run, args, name: str, data, images: data_lt.Set, net: mode
     judge.chosen(stage)
 
 
-def pseudo_label(run: common.Run, args, net: models.Net, unlabeled: data_lt.Set):
-    """Stage pseudo: classes [U] and how sure the network is [U], into pseudo.npz."""
+def label(run: common.Run, args, net: models.Net, unlabeled: data_lt.Set) -> None:
+    """Stage pseudo: the class of each image and how sure the network is, into pseudo.npz."""
     loader = data_lt.evaluation_loader(args, unlabeled)
     scores = common.evaluate(net, loader, autocast=lambda: common.autocast(args))
-    arrays = {"labels": scores.predictions.numpy(), "confidence": scores.confidence.numpy()}
-    arrays["indices"] = unlabeled.indices.numpy()
+    arrays = {"labels": scores.predictions, "confidence": scores.confidence}
+    arrays["indices"] = unlabeled.indices
     if common.is_main():
         path = run.folder / "pseudo.npz"
         common.write_atomic(path, lambda file: np.savez(file, **arrays))
+        run.say(f"wrote {path}")
     common.barrier()
-    return scores.predictions, scores.confidence
-
-
-def join(args, data, unlabeled: data_lt.Set, known: bool, pseudo) -> tuple[data_lt.Set, dict]:
-    """All images for semi, and what result.json says of the pseudo-labels [U], confidences [U]."""
-    labels, confidence = pseudo
-    kept = torch.where(confidence >= args.conf_threshold)[0]
-    if not len(kept):
-        why = f"leaves none of {len(labels)} pseudo-labels"
-        raise common.UserError(f"--conf-threshold {args.conf_threshold:g} {why}")
-    chosen, labels = unlabeled.select(kept), labels[kept]
-    right = (labels == chosen.labels).float().mean().item() if known else None
-    counts = torch.bincount(labels, minlength=data.num_classes).tolist()
-    told = {"unlabeled": len(unlabeled), "kept": len(kept), "counts": counts, "accuracy": right}
-    return pool_pseudo(data.train, chosen, labels), told
 
 
 # --- main -----------------------------------------------------------------------------------------
@@ -538,30 +487,18 @@ def join(args, data, unlabeled: data_lt.Set, known: bool, pseudo) -> tuple[data_
 def check(args, data) -> None:
     """What only the data and the ranks can contradict, looked at before hours of training."""
     world, images, stages = common.world_size(), len(data.train), args.stages
+    groups, batch = args.bn_groups, args.batch_size
     moco = args.method == "moco" and "pretrain" in stages
-    groups, aware = args.bn_groups, args.kind == "large"
-    visits = aware and args.rule == "resample" and "train" in stages
-    again = aware and args.classifier_rule == "resample" and "classifier" in stages
+    rules = {"train": args.rule, "classifier": args.classifier_rule} if args.kind == "large" else {}
+    visits = [name for name, rule in rules.items() if name in stages and rule == "resample"]
+    big = [f"--{name}-batch-size" for name in visits if plan(args, name)[2] > images]
     for bad, why in (
-        (
-            args.init_from and stages[0] == "pretrain",
-            "--init-from goes on after pretrain: add --stages train",
-        ),
+        (args.init_from and "pretrain" in stages, "--init-from is for the stages after pretrain"),
         ("semi" in stages[1:] and "pseudo" not in stages, "--stages: semi needs pseudo before it"),
         (moco and groups % world, f"--bn-groups {groups}: no multiple of {world} ranks"),
-        (
-            moco and args.batch_size < 2 * groups,
-            f"--batch-size {args.batch_size}: two images a group, at least (--bn-groups {groups})",
-        ),
-        (moco and args.queue < args.batch_size, f"--queue {args.queue}: less than a batch"),
-        (
-            visits and args.train_batch_size > images,
-            f"--train-batch-size {args.train_batch_size} is more than the {images} images",
-        ),
-        (
-            again and args.classifier_batch_size > images,
-            f"--classifier-batch-size {args.classifier_batch_size} is more than the {images} images",
-        ),
+        (moco and batch < 2 * groups, f"--batch-size {batch}: two images a group, at least"),
+        (moco and args.queue < batch, f"--queue {args.queue}: less than a batch"),
+        (big, f"{' '.join(big[:1])}: more than the {images} images"),
     ):
         if bad:
             raise common.UserError(why)
@@ -569,9 +506,8 @@ def check(args, data) -> None:
 
 def go_on(args, data) -> models.Net:
     """The network of --init-from: its backbone, and for stage pseudo its head, too."""
-    net = build_classifier(args, data.num_classes)
+    net, images = build(args, data.num_classes), data.train.fingerprint()
     same = ("dataset", "backbone", "imb_ratio", "imb_type", "data_seed")
-    images = data.train.fingerprint()
     saved = common.load_backbone(net.backbone, args.init_from, args, same, images)
     if args.stages[0] == "pseudo":
         common.load_weights(net, saved["state"]["model"], args.init_from)
@@ -580,36 +516,36 @@ def go_on(args, data) -> models.Net:
 
 def main(args) -> None:
     data = data_lt.load(args)
-    classes, stages, told = data.num_classes, args.stages, {}
+    classes, stages, net, told = data.num_classes, args.stages, None, {}
     if args.eval:
         stage = common.load_checkpoint(args.eval)["stage"]
-        stage = stage if stage in METHODS["none"] else "train"
-        return data_lt.examine(args, build_classifier(args, classes), data, stage, "loss")
+        stage = stage if stage in ("classifier", "semi") else "train"
+        return data_lt.examine(args, build(args, classes), data, stage, "loss")
     check(args, data)
-    if {"pseudo", "semi"} & set(stages):
+    if stages[-1] in ("pseudo", "semi"):
         unlabeled, known = load_unlabeled(args, data)
     run = common.Run(args, args.method, data.train.fingerprint())
     if run.complete():
         return run.show()
-    net = go_on(args, data) if args.init_from and stages[0] != "semi" else None
     if stages[0] == "semi":
-        pseudo = read_pseudo(args, unlabeled, classes)
+        images, told = join(args, data, unlabeled, known, args.init_from)
+    elif args.init_from:
+        net = go_on(args, data)
     for name in stages:
         if name == "pretrain":
-            net = (pretrain_moco if args.method == "moco" else pretrain_rotation)(run, args, data)
-            net = build_classifier(args, classes, net.backbone)
+            net = build(args, classes, backbone=pretrain(run, args, data))
         elif name == "pseudo":
-            pseudo = pseudo_label(run, args, net, unlabeled)
+            label(run, args, net, unlabeled)
+            images, told = join(args, data, unlabeled, known, run.folder / "pseudo.npz")
         elif name == "semi":
-            images, told = join(args, data, unlabeled, known, pseudo)
-            net = build_classifier(args, classes)
+            net = build(args, classes)
             train(run, args, name, data, images, net)
         else:
-            net = build_classifier(args, classes, net.backbone if net else None)
+            net = build(args, classes, backbone=net and net.backbone)
             train(run, args, name, data, data.train, net)
-    last = [name for name in stages if name not in ("pretrain", "pseudo")][-1:]
-    parameters = models.count_parameters(net)
-    data_lt.finish(run, net, data, *(last or ["train"]), pseudo=told, parameters=parameters)
+    last = ["train", *(name for name in stages if name not in ("pretrain", "pseudo"))][-1]
+    told = {"pseudo": told or None, "parameters": models.count_parameters(net)}
+    data_lt.finish(run, net, data, last, **told)
 
 
 if __name__ == "__main__":
