@@ -369,9 +369,10 @@ def build(args, outputs: int, head: str = "", backbone: nn.Module | None = None)
     else:
         init = "pytorch" if args.backbone in models.WIDE else "fan_in"
         net.head = models.linear_head(width, outputs, init=init)
+    net.to(args.device, memory_format=torch.channels_last)
     if backbone is not None:
         net.backbone.load_state_dict(backbone.state_dict())
-    return net.to(args.device, memory_format=torch.channels_last)
+    return net
 
 
 def augmentation(args, table: dict) -> dict:

@@ -13,17 +13,22 @@ ALONG = {  # what a value needs beside it; flags later on the line win
     "--val-from test": "--select val",
     "--select val": "--val-from train",
     "--save-features val": "--select val --val-from train",
-    "ssp_pretrain --moco-version 1": "--ssp moco --queue 40 --bn-splits 2",
-    "ssp_pretrain --moco-version 2": "--ssp moco --queue 40 --bn-splits 2",
-    "ssp_pretrain --ssp moco": "--queue 40 --bn-splits 2",
-    "ssp_pretrain --classifier-rule none": "--two-stage",
-    "ssp_pretrain --classifier-rule resample": "--two-stage",
-    "ssp_pretrain --classifier-rule reweight": "--two-stage",
-    "ssp_pretrain --bn-train": "--two-stage",
-    "ssp_pretrain --equal-passes": "--compare",
-    "ssp_pretrain --focal-exact": "--loss focal --rule reweight",
-    "ssp_pretrain --rs-exact": "--rule resample",
-    "ssp_pretrain --cos-shift": "--train-schedule cosine",
+    "ssp_pretrain --ssp moco": "--queue 40 --bn-groups 2",
+    "ssp_pretrain --select val": "",
+    "ssp_pretrain --save-features val": "--select val",
+    **dict.fromkeys(
+        (
+            f"ssp_pretrain {flag}"
+            for flag in (
+                "--classifier-rule none",
+                "--classifier-rule resample",
+                "--classifier-rule reweight",
+                "--frozen-bn eval",
+                "--frozen-bn train",
+            )
+        ),
+        "--stages pretrain,train,classifier",
+    ),
     "toy_similarity --experiment sweep1": "--points 4 --tail-count 2",
     **dict.fromkeys(
         (f"toy_similarity {flag}" for flag in ("--imb-type step", "--imb-type exp")),
@@ -69,15 +74,12 @@ DROPPED = {  # flags of the micro settings that the value has no use for
     "bns_ipdpp --recipe released": ("--resample-every",),
     "bns_ipdpp --subset-mode legacy": ("--resample-every",),
     "bns_ipdpp --subset-mode all": ("--resample-every", "--num-samples"),
-    **{f"ssp_pretrain --depth {depth}": ("--backbone",) for depth in (20, 32, 44, 56, 110)},
 }
 ELSEWHERE = {
     "--fresh": "test_run.py",
     "--compile": "takes minutes on a CPU; the scripts' own tests stand in for torch.compile",
     "--quiet": "on every line here",
     "--logger tensorboard": "test_run.py",
-    "ssp_pretrain --stage": "test_ssp.py",
-    "ssp_pretrain --force-init": "test_ssp.py",
     "tailcalibx --stage": "test_tailcalibx.py",
     "fsgl --acsl": "test_fsgl.py",
     "fsgl --recipe": "of CIFAR alone: test_fsgl.py",

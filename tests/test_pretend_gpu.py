@@ -12,9 +12,9 @@ from test_faults import LARGE, SMALL, Desk, on_tree, same_end, stopped_late, tin
 
 CASES = {
     "toy_similarity": [""],
-    "ssp_pretrain": ["", "--ssp moco --queue 40 --bn-splits 2",
-                     "--two-stage --loss ldam --rule drw --classifier-epochs 2",
-                     "--ssp none --unlabeled-source leftover --imb-ratio 2 --rule resample"],
+    "ssp_pretrain": ["", "--ssp moco --queue 40 --bn-groups 2",
+                     "--stages pretrain,train,classifier --loss ldam --rule drw --classifier-epochs 2",
+                     "--ssp none --stages train,pseudo,semi --imb-ratio 2 --rule resample --loss balanced"],
     "tsc": ["", "--contrast queue --queue 40", "--method kcl --classifier linear"],
     "bns_ipdpp": ["", "--stages pretrain,probe,finetune --probe-epochs 2 --bns-form paper --p-view augmented"],
     "fsgl": ["", "--variant ce", "--variant glmc_sam --sam-bn first"],
@@ -24,7 +24,7 @@ WAITS = {  # where the host may wait for the GPU, and how often in an epoch (a r
     "common.py:means_over_ranks": 1,
     "common.py:look": 1,
     "common.py:evaluate": 2,
-    "ssp_pretrain.py:__iter__": 1,  # a batch of the rotation test
+    "ssp_pretrain.py:turned": 1,  # a batch of the rotation test
     "tsc.py:solve": 1,  # has each class a nearest target of its own? Rank 0 asks at each of the four steps of tsc
     "tsc.py:best_matching": 1,  # where not, the matching is solved on the host
     "bns_ipdpp.py:collect": 1,  # p(i) of all images
