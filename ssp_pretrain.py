@@ -148,7 +148,9 @@ def cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor) -> tuple[Tenso
 def focal(logits: Tensor, labels: Tensor, weight: Tensor, gamma: float = 1.0):
     """(1 - e^-u)^gamma u, u = w_y ce (Lin et al. 2017); as in YX's code it is p^w that counts."""
     losses, mass = cross_entropy(logits, labels, weight)
-    u = (mass * losses).clamp(min=1e-12)  # at 0 the slope of x^gamma, gamma < 1, is infinite
+    u = mass * losses
+    if gamma < 1:  # the slope of x^gamma at 0 is infinite
+        u = u.clamp(min=1e-12)
     return (-torch.expm1(-u)) ** gamma * u, torch.ones_like(u)
 
 
@@ -159,10 +161,9 @@ def ldam(logits: Tensor, labels: Tensor, weight: Tensor, margins: Tensor, scale:
 
 
 def balanced(logits: Tensor, labels: Tensor, weight: Tensor, counts: Tensor):
-    """Cross-entropy of logits + log n_c / N: balanced softmax (Ren et al. 2020).
+    """Cross-entropy of logits + log n_c / N; evaluation has the logits as they are.
 
-    The same is logit adjustment with tau = 1 (Menon et al. 2021, eq. 10). In evaluation the logits
-    are as they are. A class with n_c = 0 takes no share of the softmax.
+    Balanced softmax (Ren et al. 2020), logit adjustment with tau = 1 (Menon et al. 2021).
     """
     return cross_entropy(logits + (counts / counts.sum()).log(), labels, weight)
 
@@ -329,10 +330,7 @@ def load_unlabeled(args, data: data_lt.Splits) -> tuple[data_lt.Set, bool]:
 
 
 def join(args, data, unlabeled: data_lt.Set, known: bool, path) -> tuple[data_lt.Set, dict]:
-    """Labelled images, then these with the labels of pseudo.npz; and what result.json says of them.
-
-    The indices of the unlabelled ones count down from -1.
-    """
+    """Labelled images, then these by pseudo.npz, indices from -1 down; what result.json says."""
     arrays = read_arrays("init-from", path, "labels", "confidence", "indices")
     labels, confidence = arrays["labels"], arrays["confidence"]
     fits = np.array_equal(arrays["indices"], unlabeled.indices) and labels.dtype == np.int64
@@ -355,10 +353,7 @@ def join(args, data, unlabeled: data_lt.Set, known: bool, path) -> tuple[data_lt
 
 
 def build(args, outputs: int, head: str = "", backbone: nn.Module | None = None) -> models.Net:
-    """A network, the same for a seed; head: linear, cosine, projection, or by default by --loss.
-
-    backbone: whose weights to take over, where it is given.
-    """
+    """A network, always the same of a seed, or on this backbone; head: by name, or by --loss."""
     torch.manual_seed(common.derive_seed(args.seed, "init"))
     net = models.Net(models.backbone(args.backbone), nn.Identity())
     width, head = net.backbone.feature_dim, head or ("cosine" if args.loss == "ldam" else "linear")
@@ -375,11 +370,6 @@ def build(args, outputs: int, head: str = "", backbone: nn.Module | None = None)
     return net
 
 
-def augmentation(args, table: dict) -> dict:
-    """The row of PLAIN or VIEWS for these images."""
-    return table.get(args.dataset, table[args.kind]) | {"flip": args.flip}
-
-
 def pretrain(run: common.Run, args, data: data_lt.Splits) -> nn.Module:
     """Stage pretrain: batch -> logits of turns or of keys -> loss -> step; the backbone."""
     moco, epochs = args.method == "moco", args.epochs
@@ -389,7 +379,9 @@ def pretrain(run: common.Run, args, data: data_lt.Splits) -> nn.Module:
     optimizer = common.sgd(net.parameters(), args.lr, DECAY.get(args.kind, DECAY[args.method]))
     parts = {"model": net, "optimizer": optimizer, "scheme": scheme}
     stage = run.stage("pretrain", epochs, {"counts": data.counts}, **parts)
-    options = {"augment": augmentation(args, VIEWS if moco else PLAIN)} | scheme.options
+    table = VIEWS if moco else PLAIN
+    augment = table.get(args.dataset, table[args.kind]) | {"flip": args.flip}
+    options = {"augment": augment} | scheme.options
     loader = data_lt.loader(args, data.train, args.batch_size, **options)
     schedule = common.cosine_lr if moco else SCHEDULE[args.kind]
     replica = common.replicate(args, net)
@@ -441,7 +433,7 @@ def train(run: common.Run, args, name: str, data, images: data_lt.Set, net: mode
     net.backbone.requires_grad_(not frozen)
     optimizer = common.sgd(trained, lr, args.weight_decay)
     stage = run.stage(name, epochs, {"counts": data.counts}, model=net, optimizer=optimizer)
-    options = {"augment": augmentation(args, PLAIN)}
+    options = {"augment": PLAIN.get(args.dataset, PLAIN[args.kind]) | {"flip": args.flip}}
     if rule == "resample":
         options |= RESAMPLE.get(args.kind, {"sampler": "effective"})
     loader = data_lt.loader(args, images, batch_size, **options)
