@@ -472,7 +472,8 @@ def test_evaluation_features_and_compile(tmp_path, capsys, monkeypatch, pretrain
     overall = run["result"]["headline"]["overall"]
     assert right.float().mean().item() == pytest.approx(overall), "logits as they are"
     capsys.readouterr()
-    common.launch(ssp.main, parsed("--loss balanced --eval", run["folder"] / "train.pt"))
+    words = "--loss balanced --out", tmp_path, "--eval", run["folder"] / "train.pt"
+    common.launch(ssp.main, parsed(*words))
     assert f"overall {100 * overall:.2f}%" in capsys.readouterr().out
     for loss, path in (("ce", run["folder"] / "train.pt"),
                        ("ce", pretrained["folder"] / "pretrain.pt")):  # fmt: skip
