@@ -154,8 +154,8 @@ def weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:
     total = weights.detach().sum()
     if world_size() > 1:
         dist.all_reduce(total)
-    share = world_size() / total.clamp(min=torch.finfo(total.dtype).tiny)
-    return (weights * losses).sum() * share
+    total = total.clamp(min=torch.finfo(total.dtype).tiny)
+    return world_size() * (weights * losses).sum() / total
 
 
 # --- arguments ------------------------------------------------------------------------------------------------------

@@ -1630,7 +1630,7 @@ def finish(run: common.Run, net: nn.Module, data: Splits, stage: str, **result) 
         run.say(f"wrote {common.features_path(run)}")
     if run.result:
         return run.show()
-    if run.rows[-1]["stage"] != stage:  # --stages ended before it
+    if not run.rows or run.rows[-1]["stage"] != stage:  # --stages ended before it
         return run.finish(
             classes=data.classes, counts=data.counts, image_passes=run.passes, **result
         )

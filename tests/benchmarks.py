@@ -55,6 +55,7 @@ from models import (  # noqa: E402
     Net,
     ProjectionHead,
     backbone,
+    group_batch_norm,
 )
 from ssp_pretrain import rotation_labels  # noqa: E402
 from tools.prepare import build_cache  # noqa: E402
@@ -651,39 +652,40 @@ def rotation_batch_vs_loop() -> dict:
 
 
 def moco_problem(size: int) -> tuple:
-    """Both encoders (ResNet-20, 8 BN groups), the queue, two views of 128 images, an optimiser and the settings."""
+    """Query encoder (ResNet-20, 8 BN groups), queue with the key encoder, optimiser, two views of 128 images."""
     torch.manual_seed(0)
-    body = backbone("resnet20")
-    query = ssp_pretrain.split_batch_norm(Net(body, ProjectionHead(64, 64, 128)), 8)
-    key, queue = copy.deepcopy(query).requires_grad_(False), ssp_pretrain.Queue(size, 128, torch.Generator())
+    query = group_batch_norm(Net(backbone("resnet20"), ProjectionHead(64, 64, 128)), 8)
+    settings = argparse.Namespace(queue=size, projection_dim=128, key_momentum=0.99, temperature=0.1)
+    settings.precision, settings.device, settings.seed = "fp32", "cpu", 0
+    queue = ssp_pretrain.Queue(query, settings, None)
     optimizer = torch.optim.SGD(query.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     views = torch.stack([torch.randn(128, 3, 32, 32).contiguous(memory_format=torch.channels_last) for _ in range(2)])
-    settings = argparse.Namespace(moco_momentum=0.99, temperature=0.1, precision="fp32", device="cpu")
-    return query, key, queue, optimizer, views, settings
+    return query, queue, optimizer, views
 
 
-def moco_step(query, key, queue, optimizer, views, settings, seed: int = 0) -> torch.Tensor:
+def moco_step(query, queue, optimizer, views, seed: int = 0) -> torch.Tensor:
     """A whole step on given views: order of the keys, logits, loss, backward, update, queue."""
-    order = torch.randperm(views.shape[1], generator=torch.Generator().manual_seed(seed))
-    losses, _, keys = ssp_pretrain.moco_step(query, query, key, queue, views, order, settings)
+    labels, rng = torch.arange(views.shape[1]) % 10, torch.Generator().manual_seed(seed)
+    logits, targets = queue(query, views, labels, rng)
+    losses = F.cross_entropy(logits, targets, reduction="none")
     optimizer.zero_grad(set_to_none=True)
     losses.mean().backward()
     optimizer.step()
-    queue.enqueue(keys)
+    queue.remember((logits.argmax(1) == targets).float().mean())
     return losses.detach()
 
 
 def moco_step_overhead() -> dict:
     """A MoCo step on two views / what it cannot do without: both encoders, the query's backward, EMA, optimiser."""
     full, floor = moco_problem(4096), moco_problem(4096)
-    query, key, _, optimizer, views, settings = floor
+    query, queue, optimizer, views = floor
     pull = torch.randn(len(views[0]), 128)
 
     def bare() -> None:
         queries = query(views[0])
-        ssp_pretrain.momentum_update(key, query, settings.moco_momentum)
+        ssp_pretrain.momentum_update(queue.encode, query, 0.99)
         with torch.no_grad():
-            key(views[1])
+            queue.encode(views[1])
         optimizer.zero_grad(set_to_none=True)
         queries.backward(pull)
         optimizer.step()
@@ -692,9 +694,8 @@ def moco_step_overhead() -> dict:
     again = moco_problem(4096)
     with torch.no_grad():
         rows = torch.nn.functional.normalize(again[0](views[0]), dim=1)
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
-        keys = ssp_pretrain.shuffled_keys(again[1], views[1], order)
-        scores = torch.cat([(rows * keys).sum(1, keepdim=True), rows @ again[2].keys.T], 1) / settings.temperature
+        keys = again[1].encode_keys(views[1], torch.Generator().manual_seed(0))
+        scores = torch.cat([(rows * keys).sum(1, keepdim=True), rows @ again[1].keys.T], 1) / 0.1
         expected = scores.logsumexp(1) - scores[:, 0]
     torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-3)
     whole, own = medians(lambda: moco_step(*full), bare, repeats=15)
@@ -719,14 +720,14 @@ class QueueMemory(TorchDispatchMode):
 def moco_queue_clone_mb() -> dict:
     """Megabytes that a step makes out of the queue at the published size, 65,536 keys of 128 (a clone: 33.6)."""
     problem = moco_problem(65_536)
-    queue = problem[2].keys
+    queue = problem[1].keys
     with QueueMemory(queue) as naive:
         queue.clone()
     assert naive.bytes == queue.nbytes, "a clone would be seen"
     before = queue.clone()
     with QueueMemory(queue) as memory:
         moco_step(*problem)
-    assert (before != queue).any(1).sum() == problem[4].shape[1], "the step must fill the queue"
+    assert (before != queue).any(1).sum() == problem[3].shape[1], "the step must fill the queue"
     value = memory.bytes / 1e6
     return {"ratio": memory.bytes / naive.bytes, "value": value, "unit": "MB", "target": "value <= 1"}
 

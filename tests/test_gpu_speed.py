@@ -19,7 +19,7 @@ def test_every_stage_that_trains_a_network_has_a_row(name, tmp_path):
         counts = np.bincount(file["y_train"])
     assert counts[0] == 100 and counts[9] == 1
     more = ["--backbone", "resnet8", "--batch-size", "40"]
-    more += ["--queue", "80", "--bn-splits", "2", "--train-batch-size", "40"] if "MoCo" in name else []
+    more += ["--queue", "80", "--bn-groups", "2", "--train-batch-size", "40"] if "MoCo" in name else []
     words = gpu_speed.METHODS[name]
     rows = list(gpu_speed.measure(name, words, tmp_path / "random.npz", "cpu", 2, compiled=False, more=more))
     assert [row["stage"] for row in rows] == {

@@ -18,7 +18,6 @@ import pytest
 import torch
 
 import common
-import ssp_pretrain
 from tools import figures, report, results, toys
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -686,7 +685,7 @@ def published_of(line: str) -> dict:
     args = toys.circle_args(words) if script == "toys" else commands.parse(script, words)
     method, names = {
         "toy_similarity": lambda: (args.method, ["truck (tail)", "rank-1"]),
-        "ssp_pretrain": lambda: (ssp_pretrain.method_name(args), arms(args)),
+        "ssp_pretrain": lambda: (args.method, []),
         "tsc": lambda: (args.method, []),
         "toys": lambda: ("circle", ["KCL", "TSC"]),
         "bns_ipdpp": lambda: ("bns_ipdpp", args.stages.split(",")[1:]),
@@ -697,7 +696,6 @@ def published_of(line: str) -> dict:
     if script == "toy_similarity":
         header = {"sweep2": "images of the tail", "verification": "p"}.get(args.method)
         columns = [5000, 100] if args.method == "sweep2" else [0, 0.5]
-    names += ["rotation accuracy, test set (%)"] * (script == "ssp_pretrain")
     rows = [{"name": name, "values": [0.0] * len(columns)} for name in names]
     table = {"title": "t", "row_header": header, "columns": columns, "rows": rows}
     run = result(0, script=script, method=method, args=common.result_args(args), tables=[table], paper=None)
@@ -711,15 +709,9 @@ def published_of(line: str) -> dict:
     return found
 
 
-def arms(args) -> list[str]:
-    """The recipes of a run, as it names them; the last one has the headline."""
-    name = ssp_pretrain.recipe_name
-    names = [name(args, False)] * args.compare + [name(args, args.ssp != "none")]
-    return names + ["with pseudo-labels"] * bool(args.unlabeled_source)
-
-
 C10, C100, IMAGENET = "--dataset cifar10_lt", "--dataset cifar100_lt", "--dataset imagenet_lt"
-SEMI = f"ssp_pretrain {C10} --ssp none --imb-ratio 50 --unlabeled-source"
+SEMI = f"ssp_pretrain {C10} --ssp none --stages train,pseudo,semi --imb-ratio 50 --unlabeled"
+CRT = "--stages pretrain,train,classifier"
 
 
 @pytest.mark.parametrize(
@@ -737,19 +729,19 @@ SEMI = f"ssp_pretrain {C10} --ssp none --imb-ratio 50 --unlabeled-source"
             "--imb-ratio 20", "--imb-type step", "--subset-mode uniform", "--epochs 100", "--data-seed 1")),
         ("bns_ipdpp", None), (f"ssp_pretrain {C10}", 73.8), (f"ssp_pretrain {C10} --ssp none", 71.3),
         (f"ssp_pretrain {C100} --imb-ratio 10 --rule drw", 59.1), (f"ssp_pretrain {C10} --eval-every 5", 73.8),
-        (f"ssp_pretrain {C10} --recipe released --rule resample", 73.4), ("ssp_pretrain", None),
-        (f"ssp_pretrain {C10} --depth 110 --imb-ratio 20 --loss ldam --ssp none", 76.2),
-        (f"ssp_pretrain {C10} --loss ldam", 74.1), (f"ssp_pretrain {C10} --depth 32 --rule reweight", 74.9),
+        (f"ssp_pretrain {C10} --rule resample", 73.4), ("ssp_pretrain", None),
+        (f"ssp_pretrain {C10} --backbone resnet110 --imb-ratio 20 --loss ldam --ssp none", 76.2),
+        (f"ssp_pretrain {C10} --loss ldam", 74.1), (f"ssp_pretrain {C10} --backbone resnet32 --rule reweight", 74.9),
         (f"ssp_pretrain {C100} --loss ldam --rule drw", 43.43), (f"ssp_pretrain {IMAGENET}", 45.6),
-        ("ssp_pretrain --dataset inat18 --rule resample", 65.9), (f"ssp_pretrain {IMAGENET} --two-stage", 51.3),
+        ("ssp_pretrain --dataset inat18 --rule resample", 65.9), (f"ssp_pretrain {IMAGENET} {CRT}", 51.3),
         (f"ssp_pretrain {IMAGENET} --backbone resnet10", None), (f"ssp_pretrain {IMAGENET} --imb-ratio 50", None),
         *((f"ssp_pretrain {C10} {flags}", None) for flags in (
-            "--epochs 100", "--ssp moco", "--depth 20", "--imb-ratio 30", "--imb-type step", "--two-stage",
-            "--loss focal", "--train-lr 0.05", "--data-seed 1")),
+            "--epochs 100", "--ssp moco", "--backbone resnet20", "--imb-ratio 30", "--imb-type step", CRT,
+            "--loss focal", "--loss balanced", "--train-lr 0.05", "--data-seed 1")),
         (f"{SEMI} a.npz", 81.64), (f"{SEMI} a.npz --imb-ratio-unlabeled 50", 81.64),
         (f"{SEMI} a.npz --imb-ratio-unlabeled 100", 80.06), (f"{SEMI} leftover", None),
         *((f"{SEMI} a.npz --imb-ratio-unlabeled 100 {flags}", None) for flags in (
-            "--rule drw", "--loss ldam", "--semi-lr 1", "--imb-ratio 10", "--ssp rotation")),
+            "--rule drw", "--loss ldam", "--train-lr 1", "--imb-ratio 10")),
         (f"tsc {C10}", 79.7), (f"tsc {C10} --method kcl", 77.6), (f"tsc {C10} --imb-ratio 10", 88.7), ("tsc", None),
         (f"tsc {C10} --imb-ratio 50", None), (f"tsc {C10} --imb-type step", None), (f"tsc {C10} --epochs 500", None),
         (f"tsc {C10} --target-weight 0.5", 79.5), (f"tsc {C10} --target-weight 0.4", None),
@@ -777,8 +769,6 @@ def test_released_figures_and_rows_of_tables_stand_there_too():
     assert published_of(f"tailcalibx {C100} --method cosine_ce")["released"] is None
     probe = published_of(f"bns_ipdpp {C10} --stages pretrain,probe,finetune")
     assert probe["probe"] == [68.2, 69.4, 66.0, 67.6] and probe["finetune"] == [76.4]
-    pair = published_of(f"ssp_pretrain {C10} --compare")
-    assert (pair["CE"], pair["CE+SSP"], pair["rotation accuracy, test set (%)"]) == ([71.3], [73.8], [83.8])
     circle = published_of(f"toys {C10}")
     assert circle["KCL"] == [94.3, 83.2] and circle["TSC"] == [94.5, 87.4]
     assert set(published_of(f"toys {C10} --data-seed 1")) == {"paper", "released"}
