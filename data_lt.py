@@ -617,10 +617,10 @@ class ListReader:
 
     def _row(self, line: str, at: str) -> tuple[str, int]:
         """Path and label of the line that stands `at` a place."""
-        path, *label = line.rsplit(None, 1)
-        if not (label and label[0].isascii() and label[0].isdigit() and len(label[0]) < 10):
+        *path, label = line.rsplit(None, 1) or [""]
+        if not (path and label.isascii() and label.isdigit() and len(label) < 10):
             raise UserError(f"{at}: {line[:80]!r} is no line `relative/path label`")
-        path, label = posixpath.normpath(path), int(label[0])
+        path, label = posixpath.normpath(path[0]), int(label)
         if self.most is not None and label >= self.most:
             raise UserError(f"{at}: label {label}; expected 0..{self.most - 1}")
         if path.startswith("/") or path.split("/")[0] == "..":
