@@ -1022,6 +1022,9 @@ class Augment:
         if n != len(table) or images.dtype != torch.uint8:
             found = f"{n} {images.dtype} images and draws for {len(table)}"
             raise ValueError(f"{found}: need uint8 and equal numbers")
+        busy = self.flip or max(self.jitter) or self.grey or self.blur_p or self.blur_floor
+        if self.crop == "none" and not busy:
+            return self._normalised(images)
         order = draws["hue_place"].argsort(stable=True)
         ends = torch.bincount(draws["hue_place"].long(), minlength=5).cumsum(0)[:4]
         table, sort = table[order], bool(ends[3])  # ends[p]: samples of place <= p
@@ -1037,6 +1040,16 @@ class Augment:
             inside = (ends - start).clamp(0, len(raw)).tolist()
             x = self._chain(raw, Draws(there[part]), inside, blurred)
             out[order[part] if sort else part] = normalise(x, *self.statistics)
+        return out
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        """All there is to do where nothing is drawn: evaluation, and images cut already."""
+        out = torch.empty(images.shape, device=images.device, memory_format=torch.channels_last)
+        mean, std = (part.repeat(self.size) for part in self.statistics.to(images.device))
+        raw, rows = (x.permute(0, 2, 3, 1).flatten(2) for x in (images, out))  # [n, S, 3 S]; a view
+        few = zip(raw.split(8), rows.split(8), strict=True)  # stay in the cache of a CPU
+        for x, y in few if images.device.type == "cpu" else [(raw, rows)]:
+            y.copy_(x).div_(255).sub_(mean).div_(std)
         return out
 
     def _chain(self, images: Tensor, draws: Draws, ends: list[int], blurred: Tensor) -> Tensor:
@@ -1153,6 +1166,18 @@ def sampler_order(sampler: str, labels, length: int, seed: int, epoch: int, **op
 # --- decoding ---------------------------------------------------------------------------------
 
 
+def crop_window(u: Sequence[float], height: int, width: int, scale, ratio) -> tuple:
+    """`crop_windows` for one image, ten times as fast: (top, left, height, width)."""
+    for share, place in zip(u[:10], u[10:20], strict=True):
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * share)
+        aspect = math.exp(math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * place)
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return math.floor((height - h + 1) * u[20]), math.floor((width - w + 1) * u[21]), h, w
+    h, w = min(height, round(width / ratio[0])), min(width, round(height * ratio[1]))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
 def cut(image: Image.Image | np.ndarray, window: Ints, size: int) -> Tensor:
     """The window (top, left, height, width) resized to uint8 [S, S, 3], bilinear, antialiased.
 
@@ -1184,32 +1209,33 @@ class Reader:
     side: int | None
 
     def __getitem__(self, task: tuple) -> Tensor | tuple[int, str]:
-        epoch, step, n, _, begin, rows = task
+        epoch, step, n, begin, rows = task
         u = uniforms(self.views * n, generator(self.seed, "augment", epoch, step))[:23]
-        u = u.view(23, self.views, n)[:, :, begin:][:, :, : len(rows)].numpy()  # [23, V, b]
+        u = u.view(23, self.views, n)[:, :, begin : begin + len(rows)]
+        u = u.permute(2, 1, 0).tolist()  # [b, V, 23]
         size = self.augment.size
         out = np.empty((self.views, len(rows), size, size, 3), np.uint8)
         for place, row in enumerate(rows.tolist()):
             try:
                 with self.source.open(row) as image:
-                    self.fill(out[:, place], image, u[:, :, place])
+                    self.fill(out[:, place], image, u[place])
             except MemoryError:
                 raise
             except Exception as error:  # Pillow's readers raise many kinds
                 return row, reason(error)
         return torch.from_numpy(out).flatten(0, 1)
 
-    def fill(self, out: np.ndarray, image: Image.Image | np.ndarray, u: np.ndarray) -> None:
-        """The views [V, S, S, 3] of one image from its uniform numbers [23, V]."""
-        stored, size = isinstance(image, np.ndarray), self.augment.size
+    def fill(self, out: np.ndarray, image: Image.Image | np.ndarray, u: list) -> None:
+        """The views [V, S, S, 3] of one image from its uniform numbers [V, 23]."""
+        a, stored = self.augment, isinstance(image, np.ndarray)
         if self.side:
-            out[:] = centre(Image.fromarray(image) if stored else rgb(image), self.side, size)
+            out[:] = centre(Image.fromarray(image) if stored else rgb(image), self.side, a.size)
             return
         height, width = image.shape[:2] if stored else (image.height, image.width)
-        windows = crop_windows(u[:22], height, width, self.augment.scale, self.augment.ratio)
-        for view, window, flip in zip(out, windows.astype(int).T, u[22], strict=True):
-            pixels = cut(image, window, size)
-            view[:] = (pixels.flip(1) if flip < self.augment.flip else pixels).numpy()
+        for view, numbers in zip(out, u, strict=True):
+            window = crop_window(numbers, height, width, a.scale, a.ratio)
+            pixels = cut(image, window, a.size)
+            view[:] = (pixels.flip(1) if numbers[22] < a.flip else pixels).numpy()
 
 
 def start_worker(worker: int) -> None:
@@ -1399,30 +1425,35 @@ class Loader:
         options = {"q": self.q, "beta": self.beta, "samples_per_class": self.samples_per_class}
         return sampler_order(self.sampler, self.labels, self.length, self.seed, epoch, **options)
 
-    def tasks(self) -> list[tuple]:
-        """(epoch, step, n, kept, begin, rows) of the batches in which this rank has a share.
+    def share(self, step: int) -> tuple[int, int, int]:
+        """Items of the global batch of this step, and where this rank's share begins and ends."""
+        n = min(self.batch_size, self.length - step * self.batch_size)
+        n -= n % (1 if self.sampler == "sequential" else self.ranks)
+        return n, n * self.rank // self.ranks, n * (self.rank + 1) // self.ranks
 
-        n items over all ranks, of which `kept` are used; its own `rows` [b] begin at `begin`.
+    def tasks(self) -> list[tuple]:
+        """(epoch, step, n, begin, rows) of the batches in which this rank has a share.
+
+        n items of the global batch before it is cut; the `rows` [b] of this rank begin at `begin`.
         """
         order, found = self.order(self.epoch), []
         for step in range(self.steps):
             whole = order[step * self.batch_size :][: self.batch_size]
-            kept = len(whole) - len(whole) % (1 if self.sampler == "sequential" else self.ranks)
-            begin, end = (kept * rank // self.ranks for rank in (self.rank, self.rank + 1))
+            _, begin, end = self.share(step)
             if begin < end:
-                found.append((self.epoch, step, len(whole), kept, begin, whole[begin:end]))
+                found.append((self.epoch, step, len(whole), begin, whole[begin:end]))
         return found
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         tasks = self.tasks()
         with contextlib.closing(self._pixels(tasks)) as batches:
-            for (epoch, step, n, kept, begin, rows), images in zip(tasks, batches, strict=True):
+            for (epoch, step, n, begin, rows), images in zip(tasks, batches, strict=True):
                 rng = generator(self.seed, "augment", epoch, step)
                 draws = self.augment.draw(self.views * n, rng, *images.shape[2:]).table
                 draws = draws.unflatten(0, (self.views, n))[:, begin : begin + len(rows)]
                 x = self.augment(images, Draws(draws.flatten(0, 1)))
                 rows = to_device(torch.from_numpy(rows), self.device)
-                self.global_batch = kept
+                self.global_batch = self.share(step)[0]
                 yield x.unflatten(0, (self.views, len(rows))), self.device_labels[rows], rows
 
     def _pixels(self, tasks: list[tuple]) -> Iterator[Tensor]:

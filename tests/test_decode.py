@@ -17,7 +17,7 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 
 from common import RunError, UserError, generator
-from data_lt import Augment, Cache, Files, Loader, Set, crop_windows, uniforms
+from data_lt import Augment, Cache, Files, Loader, Set, crop_window, crop_windows, uniforms
 from tools import prepare
 from tools.prepare import build_cache
 
@@ -107,6 +107,19 @@ def break_file(files: Set, row: int) -> Path:
 # --- batches
 
 
+def test_windows_of_one_image_are_those_of_a_batch():
+    fallbacks, ratio = 0, (3 / 4, 4 / 3)
+    sizes = [(375, 500), (500, 333), (30, 400), (400, 30), (1, 1), (224, 224)]
+    for seed, size in enumerate(sizes):
+        for scale in ((0.08, 1.0), (0.2, 1.0)):
+            u = uniforms(500, generator(seed))[:22].numpy()
+            expected = crop_windows(u, *size, scale, ratio).T.astype(int).tolist()
+            ours = [crop_window(numbers, *size, scale, ratio) for numbers in u.T.tolist()]
+            assert ours == [tuple(row) for row in expected]
+            fallbacks += len(set(ours)) < 400
+    assert fallbacks  # the long strips need the central window
+
+
 @pytest.mark.parametrize("workers", [1, 3])
 def test_workers_change_nothing(files, workers):
     options = {"views": 2, "sampler": "class_aware", "samples_per_class": 2}
@@ -142,8 +155,7 @@ def test_views_are_those_of_torchvision_for_the_same_draws(files):
     for at in range(2 * n):
         image = rgb(files, int(rows[at % n]))
         size = image.height, image.width
-        window = crop_windows(u[:22, at : at + 1], *size, TRAIN.scale, TRAIN.ratio)[:, 0]
-        window = window.astype(int).tolist()
+        window = crop_window(u[:22, at].tolist(), *size, TRAIN.scale, TRAIN.ratio)
         x = TF.to_tensor(TF.resized_crop(image, *window, [SIZE, SIZE], antialias=True))
         x = TF.hflip(x) if draws["flip"][at] else x
         for blend in range(4 * (draws["hue_place"][at] < 4)):
