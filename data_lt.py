@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import csv
 import dataclasses
-import fcntl
 import hashlib
+import io
 import json
 import math
 import os
@@ -38,7 +39,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 import common
 from common import RunError, UserError, derive_seed, generator, rank, world_size
@@ -213,6 +214,14 @@ class Files:
     def open(self, row: int) -> Image.Image:
         return Image.open(self.path(row))
 
+    def bytes(self, row: int) -> int:
+        """Size of the file; -1 where there is none."""
+        path = self.path(row)
+        return path.stat().st_size if path.is_file() else -1
+
+    def listing(self) -> bytes:
+        return b"\n".join(self.encoded.tolist())
+
     def to(self, device) -> Files:
         return self
 
@@ -255,14 +264,19 @@ class Set:
         return dataclasses.replace(self, images=images, labels=labels, indices=indices)
 
     def fingerprint(self) -> str:
-        """16 hex digits over images (or paths) and labels, in stored order."""
-        if self.in_memory:
-            digest = hashlib.sha256(str(tuple(self.images.shape)).encode())
-            digest.update(self.images.cpu().contiguous().numpy())
-        else:
-            digest = hashlib.sha256(os.fsencode("\n".join(self.images.names)))
-        digest.update(self.labels.cpu().contiguous().numpy())
-        return digest.hexdigest()[:16]
+        """`images:... labels:... classes:...`, 16 hex digits each, wherever the set lies.
+
+        Images in memory by their pixels, files by their names below the root, and those of a
+        user's folder by the sizes of up to 1000 of them, too; all in stored order.
+        """
+        images = self.images.cpu().contiguous().numpy() if self.in_memory else self.images.listing()
+        if not self.in_memory and self.info.name not in LISTED:
+            some = range(0, len(self), max(1, len(self) // 1000))
+            images += str([self.images.bytes(row) for row in some]).encode()
+        names = "\n".join(self.classes).encode(errors="surrogateescape")
+        parts = {"images": images, "labels": self.labels.cpu().numpy(), "classes": names}
+        digests = {key: hashlib.sha256(part).hexdigest()[:16] for key, part in parts.items()}
+        return " ".join(f"{key}:{digest}" for key, digest in digests.items())
 
 
 @dataclass
@@ -282,6 +296,12 @@ class Splits:
     classes = property(lambda self: self.train.classes)
     num_classes = property(lambda self: len(self.train.classes))
     image_size = property(lambda self: self.train.size)
+
+    @property
+    def about(self) -> dict:
+        """What a checkpoint keeps of them (`info` of `run.stage`), for `--eval`."""
+        known = {key: getattr(self, key) for key in ("counts", "classes", "mean", "std")}
+        return known | {"size": self.image_size}
 
 
 CIFAR = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}  # by custom 100's too
@@ -309,7 +329,9 @@ LISTED = {info.name for info in KNOWN if info.lists}
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 PATH_LAYOUT = f"a folder with train/<class>/*, test/<class>/*, or an .npz with {', '.join(ARRAYS)}"
 MAX_SIZE = 64  # px up to which images are held in memory
-IMAGE_SUFFIXES = set(".png .jpg .jpeg .bmp .gif .ppm .pgm .tif .tiff .webp".split())
+IMAGE_SUFFIXES = set(  # torchvision's, and others that Pillow reads
+    ".jpg .jpeg .png .ppm .bmp .pgm .tif .tiff .webp .gif .jfif .jpe .jp2 .avif .tga .pbm".split()
+)
 
 GLYPHS = "PECVDBYGFR"  # head first; class c has its look-alike in class 9 - c
 GLYPH_TRAIN, GLYPH_TEST, GLYPH_SEED = 400, 250, 0
@@ -385,6 +407,14 @@ def centre(image: Image.Image, side: int, size: int) -> np.ndarray:
 
 
 def rgb(image: Image.Image) -> Image.Image:
+    """The image in RGB: 16 bit by their high byte, alpha dropped; ValueError names other modes."""
+    if image.mode == "RGB":
+        return image
+    sixteen = image.mode == "I" and image.format in ("PNG", "PPM")  # as Pillow opens some of them
+    if sixteen or image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"mode {image.mode}: 32-bit numbers have no range of their own")
     return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
 
 
@@ -461,12 +491,15 @@ def fetch(info: SetInfo, root: str | Path, create: bool = False) -> list[tuple]:
     expected = f"expected {root / info.layout}"
     if not (root.is_dir() or create or root == Path("data")):
         raise UserError(f"{info.name}: no folder {root}; {expected}")
-    with contextlib.suppress(RuntimeError):  # missing, or an md5 differs
+    with permitted(root), contextlib.suppress(RuntimeError):  # missing, or an md5 differs
         return _torchvision_sets(info, root, download=False)
     try:
         root.mkdir(parents=True, exist_ok=True)
         with open(root / ".download.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            with contextlib.suppress(ImportError, OSError):  # not every system has locks
+                import fcntl
+
+                fcntl.flock(lock, fcntl.LOCK_EX)
             return _torchvision_sets(info, root, download=True)
     except Exception as error:  # network, TLS, archive, md5 and file errors alike
         with contextlib.suppress(OSError):  # leave nothing behind where there was nothing
@@ -476,29 +509,60 @@ def fetch(info: SetInfo, root: str | Path, create: bool = False) -> list[tuple]:
         raise UserError(f"{info.name}: missing or damaged, and {why}; {expected}") from error
 
 
+@contextlib.contextmanager
+def permitted(path: Path) -> Iterator[None]:
+    """Around reading a user's files: UserError where permission lacks."""
+    try:
+        yield
+    except PermissionError as error:
+        raise UserError(f"{error.filename or path}: no permission to read it") from None
+
+
+def image_files(folder: Path, inner: str = "") -> list[str]:
+    """Names below `folder` of the images in it and, after them, in its folders, sorted.
+
+    None are files with other endings than those of images, and what begins with a dot. UserError
+    for a link to nothing.
+    """
+    names, folders = [], []
+    with permitted(folder), os.scandir(folder / inner) as found:  # asks the disk for links alone
+        for entry in sorted(found, key=lambda entry: entry.name):
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                folders.append(f"{inner}{entry.name}/")
+            elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
+                if not entry.is_file():
+                    raise UserError(f"{entry.path}: a link to nothing; mend or remove it")
+                names.append(inner + entry.name)
+    if inner.count("/") > 20:
+        raise UserError(f"{folder / inner}: folders in folders without an end; is one a link?")
+    return names + [name for further in folders for name in image_files(folder, further)]
+
+
 def class_folders(folder: Path, beside: str = "") -> dict[str, list[str]]:
-    """Class name -> names of its images, both sorted; UserError when the split or a class is empty.
+    """Class name -> `image_files`, both sorted; UserError when the split or a class is empty.
 
     beside: folders called this and a number (`cache256`) lie among the classes and are none.
     """
-    classes = sorted(p for p in folder.glob("[!.]*") if p.is_dir())
-    classes = [p for p in classes if not (beside and re.fullmatch(beside + r"\d+", p.name))]
+    with permitted(folder):
+        inner = folder.iterdir() if folder.is_dir() else ()
+        classes = sorted(path.name for path in inner if path.name[0] != "." and path.is_dir())
+    classes = [name for name in classes if not (beside and re.fullmatch(beside + r"\d+", name))]
     if not classes:
         raise UserError(f"{folder}: no class folders; expected {folder}/<class>/*")
-    files = {}
-    for inner in classes:
-        with os.scandir(inner) as found:  # knows what is a file without asking the disk again
-            names = sorted(entry.name for entry in found if entry.is_file())
-        files[inner.name] = [n for n in names if os.path.splitext(n)[1].lower() in IMAGE_SUFFIXES]
-        if not files[inner.name]:
-            hint = "holds no image; add some or remove the folder"
-            raise UserError(f"{inner}: class {inner.name!r} {hint}")
+    files = {name: image_files(folder / name) for name in classes}
+    for name, images in files.items():
+        if not images:
+            other = f"{sum(len(names) for *_, names in os.walk(folder / name))} other files"
+            known = f"images end in {' '.join(sorted(IMAGE_SUFFIXES))}"
+            raise UserError(f"{folder / name}: class {name!r} holds no image, {other}; {known}")
     return files
 
 
 def check_classes(source: object, split: str, train: Sequence[str], other: Sequence[str]) -> None:
-    """UserError when the classes of a split are not those of the training set."""
-    odd = sorted(set(train) ^ set(other))
+    """UserError when the classes of a split are not those of training; val may have fewer."""
+    odd = sorted(set(other) - set(train) if split == "val" else set(train) ^ set(other))
     where = [f"{name!r} only in {'train' if name in train else split}" for name in odd]
     if odd:
         more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
@@ -508,16 +572,19 @@ def check_classes(source: object, split: str, train: Sequence[str], other: Seque
 
 def folder_sets(root: Path, info: SetInfo) -> dict[str, Set]:
     """Splits of a folder train/<class>/* + test/<class>/* (+ val/), in the order of the names."""
-    if not ((root / "train").is_dir() and (root / "test").is_dir()):
+    with permitted(root):
+        splits = [split for split in ("train", "test", "val") if (root / split).is_dir()]
+    if splits[:2] != ["train", "test"]:
         raise UserError(f"{root}: no train/ and test/ in it; expected {PATH_LAYOUT}")
-    sets: dict[str, Set] = {}
-    for split in [split for split in ("train", "test", "val") if (root / split).is_dir()]:
+    sets, classes = {}, []
+    for split in splits:
         files = class_folders(root / split)
-        check_classes(root, split, sets["train"].classes if sets else list(files), list(files))
+        classes = classes or list(files)
+        check_classes(root, split, classes, list(files))
         names = [f"{split}/{folder}/{name}" for folder, inner in files.items() for name in inner]
-        labels = torch.repeat_interleave(torch.tensor([len(inner) for inner in files.values()]))
-        where = torch.arange(len(names))
-        sets[split] = Set(Files(root, names), labels, where, list(files), info, split)
+        sizes = torch.tensor([len(files.get(name, ())) for name in classes])
+        labels, where = torch.repeat_interleave(sizes), torch.arange(len(names))
+        sets[split] = Set(Files(root, names), labels, where, classes, info, split)
     return sets
 
 
@@ -528,6 +595,8 @@ def _npz_arrays(path: Path) -> dict[str, np.ndarray]:
         with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             for key in file.files:
                 arrays[key] = file[key]
+    except PermissionError:
+        raise UserError(f"{path}: no permission to read it") from None
     except Exception as error:  # no zip, a bare .npy, a pickle, a bad checksum, object arrays
         why = "is damaged or no .npz of plain arrays; write it anew"
         if "allow_pickle" in str(error) and key != "the file":
@@ -667,9 +736,11 @@ def find(dataset: str) -> SetInfo:
     path = Path(dataset)
     if dataset in DATASETS:
         return dataclasses.replace(DATASETS[dataset])
-    if path.is_dir() or (path.suffix == ".npz" and path.is_file()):
-        return SetInfo(path.resolve().name if path.is_dir() else path.stem)
-    if path.exists() or path.suffix == ".npz" or os.sep in str(dataset):
+    with permitted(path):
+        if path.is_dir() or (path.suffix == ".npz" and path.is_file()):
+            return SetInfo(path.resolve().name if path.is_dir() else path.stem)
+        there = path.exists()
+    if there or path.suffix == ".npz" or os.sep in str(dataset):
         raise UserError(f"data set {dataset}: no such folder or .npz; expected {PATH_LAYOUT}")
     known = f"known: {', '.join(DATASETS)}; or the path of {PATH_LAYOUT}"
     raise UserError(f"unknown data set {dataset!r}; {known}")
@@ -734,6 +805,10 @@ def load(args) -> Splits:
         raise UserError(f"--data-seed {seed} makes no sense for {dataset}: {why}")
     long_tail_counts(1, 1, 1.0 if ratio is None else ratio, args.imb_type)  # refuses bad ones
     data = load_pool(dataset, args.data_root, args.image_size, files=True, ratio=ratio)
+    if data.num_classes < 2:
+        raise UserError(
+            f"{dataset} has one class, {data.classes[0]!r}: there is none to tell it from"
+        )
     if ratio is None or dataset in LISTED:
         ratio = data.info.ratio
     if ratio is None and args.imb_type != "exp":
@@ -1187,7 +1262,7 @@ def cut(image: Image.Image | np.ndarray, window: Ints, size: int) -> Tensor:
     if isinstance(image, np.ndarray):
         part = image[top : top + height, left : left + width]
     else:
-        part = np.array(rgb(image.crop((left, top, left + width, top + height))))
+        part = np.array(image.crop((left, top, left + width, top + height)))
     x = torch.from_numpy(part)[None].permute(0, 3, 1, 2)  # uint8 and channels-last: the fast path
     x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
     return x[0].permute(1, 2, 0)
@@ -1214,22 +1289,25 @@ class Reader:
         u = u.view(23, self.views, n)[:, :, begin : begin + len(rows)]
         u = u.permute(2, 1, 0).tolist()  # [b, V, 23]
         size = self.augment.size
-        out = np.empty((self.views, len(rows), size, size, 3), np.uint8)
+        out = torch.empty(self.views, len(rows), size, size, 3, dtype=torch.uint8)
+        if get_worker_info():  # what fails here is told; where the batch is sent it would not be
+            out.share_memory_()
         for place, row in enumerate(rows.tolist()):
             try:
                 with self.source.open(row) as image:
-                    self.fill(out[:, place], image, u[place])
+                    self.fill(out[:, place].numpy(), image, u[place])
             except MemoryError:
                 raise
             except Exception as error:  # Pillow's readers raise many kinds
                 return row, reason(error)
-        return torch.from_numpy(out).flatten(0, 1)
+        return out.flatten(0, 1)
 
     def fill(self, out: np.ndarray, image: Image.Image | np.ndarray, u: list) -> None:
         """The views [V, S, S, 3] of one image from its uniform numbers [V, 23]."""
         a, stored = self.augment, isinstance(image, np.ndarray)
+        image = image if stored else rgb(image)
         if self.side:
-            out[:] = centre(Image.fromarray(image) if stored else rgb(image), self.side, a.size)
+            out[:] = centre(Image.fromarray(image) if stored else image, self.side, a.size)
             return
         height, width = image.shape[:2] if stored else (image.height, image.width)
         for view, numbers in zip(out, u, strict=True):
@@ -1276,8 +1354,12 @@ def decoded(reader: Reader, tasks: list[tuple], workers: int, pin: bool) -> Iter
         while (batch := next(batches, None)) is not None:
             yield batch
     except (RuntimeError, OSError, EOFError) as error:
-        hint = "out of memory, or /dev/shm is full? try fewer --workers"
-        raise RunError(f"a decoding worker failed ({reason(error)}); {hint}") from None
+        why, hint = reason(error), "out of memory, or /dev/shm is full? try fewer --workers"
+        for line in str(error).splitlines():
+            if "shared memory" in line:
+                why = line.strip()[:120]
+                hint = "give --workers 0, or enlarge /dev/shm (docker run --shm-size 8g)"
+        raise RunError(f"a decoding worker failed ({why}); {hint}") from None
 
 
 # --- cache ------------------------------------------------------------------------------------
@@ -1389,7 +1471,9 @@ class Loader:
         self.length = len(self.dataset) if self.epoch_length is None else self.epoch_length
         fewest = 1 if self.sampler == "sequential" else self.ranks
         full, tail = divmod(self.length, max(self.batch_size, 1))
-        self.steps = full + (tail >= fewest and (self.evaluation or not self.drop_last))
+        alone = self.sampler != "sequential" and self.batch_size >= 2 * self.ranks
+        least = 2 * self.ranks if alone else fewest  # batch norm cannot train on a lone image
+        self.steps = full + (tail >= least and (self.evaluation or not self.drop_last))
         if self.steps < 1 or self.batch_size < fewest:
             what = f"no batch from {self.length} images on {self.ranks} rank(s)"
             give = f"give --batch-size {fewest}..{self.length}"
@@ -1485,8 +1569,8 @@ def loader(args, dataset: Set, batch_size: int, *, augment=None, seed=None, **op
     if not dataset.in_memory:
         options["workers"] = args.workers
         if args.cache:
-            folder = Path(args.data_root, args.dataset, f"cache{args.cache}")
-            options["cache"] = folder / dataset.split
+            root = getattr(args, "cache_dir", None) or args.data_root
+            options["cache"] = Path(root, args.dataset, f"cache{args.cache}", dataset.split)
     elif args.cache:
         why = "its images are in memory"
         raise UserError(f"--cache makes no sense for --dataset {args.dataset}: {why}")
@@ -1511,19 +1595,75 @@ def judge(args, net: nn.Module, data: Splits) -> common.Judge:
 
 
 def examine(args, net: nn.Module, data: Splits, stage: str, *names: str) -> None:
-    """`--eval CKPT`: test figures of a checkpoint of `stage` made with the same `names`."""
+    """`--eval CKPT`: test figures of a checkpoint of `stage` made with the same `names`.
+
+    The set may be another one with the same classes. `--predict FOLDER`: its images instead.
+    """
     checkpoint = common.load_checkpoint(args.eval)
     script = Path(sys.argv[0]).stem
     if (checkpoint["script"], checkpoint["stage"]) != (script, stage):
         found = f"{checkpoint['script']}.py, stage {checkpoint['stage']}"
         raise UserError(f"{args.eval} is of {found}; {script}.py evaluates {stage}.pt")
-    names = ("dataset", "backbone", *names)
+    about, known = data.about | checkpoint["info"], "classes" in checkpoint["info"]
+    names = ("backbone", *names) if known else ("dataset", "backbone", *names)
+    test = in_order(data.test, about["classes"], args.eval)
+    if data.image_size != about["size"]:
+        sizes = f"is of {about['size']} px, --dataset {args.dataset} has {data.image_size}"
+        raise UserError(f"{args.eval} {sizes}; give --image-size {about['size']}")
     common.check_same(args.eval, checkpoint["args"], common.result_args(args), names)
     common.load_weights(net, checkpoint["state"]["model"], args.eval)
-    full = common.figures(
-        args, net, evaluation_loader(args, data.test), checkpoint["info"]["counts"]
+    statistics = about["mean"], about["std"]
+    if getattr(args, "predict", None):
+        return predict(args, net, test, statistics)
+    loader = evaluation_loader(args, test, statistics)
+    common.tell_figures(args, checkpoint, common.figures(args, net, loader, about["counts"]))
+
+
+def in_order(part: Set, classes: Sequence[str], source: str) -> Set:
+    """The set with labels as in `classes`, which must be its own in some order."""
+    if odd := sorted(set(part.classes) ^ set(classes)):
+        raise UserError(f"{source} is of other classes: only one of the two knows {odd[0]!r}")
+    place = torch.tensor([classes.index(name) for name in part.classes])
+    return dataclasses.replace(part, labels=place[part.labels], classes=list(classes))
+
+
+@torch.inference_mode()
+def predict(args, net: nn.Module, like: Set, statistics: tuple) -> None:
+    """`--predict FOLDER`: path, class and probability of the three likeliest of every image in it.
+
+    Prepared like the images of a set; written as <out>/<script>/examined/predict-<folder>.csv.
+    """
+    folder, net = Path(args.predict), net.eval()
+    names = image_files(folder) if folder.is_dir() else []
+    if not names:
+        raise UserError(f"--predict {folder}: no folder with images in it")
+    none = torch.zeros(len(names), dtype=torch.int64)
+    kept = {"images": Files(folder, names), "labels": none, "indices": none, "classes": ["?"]}
+    part = dataclasses.replace(like, **kept)
+    part = in_memory(part, like.size) if like.in_memory else part
+    ranked, options = [], {"evaluation": True, "shard": (0, 1), "workers": args.workers}
+    augment = Augment(like.size, *statistics)
+    for views, _, _ in Loader(part, 250, augment, device=args.device, **options):
+        with common.autocast(args):
+            logits = net(views[0])
+        values, labels = logits.float().softmax(1).topk(min(3, len(like.classes)))
+        ranked += zip(values.tolist(), labels.tolist(), strict=True)
+    text = io.StringIO()
+    table = csv.writer(text)
+    head = [f"{what}_{k + 1}" for k in range(labels.shape[1]) for what in ("class", "probability")]
+    table.writerow(["path", *head])
+    for name, pair in zip(names, ranked, strict=True):
+        cells = ([like.classes[c], f"{p:.6f}"] for p, c in zip(*pair, strict=True))
+        table.writerow([folder / name, *(cell for two in cells for cell in two)])
+    path = Path(
+        args.out, Path(sys.argv[0]).stem, "examined", f"predict-{folder.resolve().name}.csv"
     )
-    common.tell_figures(args, checkpoint, full)
+    if common.is_main():
+        common.make_folder(path.parent)
+        content = text.getvalue().encode(errors="surrogateescape")
+        common.write_atomic(path, lambda file: file.write(content))
+        print(f"wrote {path}: {len(names)} images")
+    common.barrier()
 
 
 def finish(run: common.Run, net: nn.Module, data: Splits, stage: str, **result) -> None:

@@ -299,15 +299,16 @@ def test_real_cifar(real_data_root):
     assert data.counts == [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
     assert data.mean == (0.4914, 0.4822, 0.4465) and data.test.counts() == [1000] * 10
     assert data.classes[0] == "airplane" and len(data.leftover) == 50000 - 12406
-    prints = data.train.fingerprint(), data.test.fingerprint()
-    assert prints == ("52d13d7495c11c83", "815bee49b92162b0")
+    train, test = data.train.fingerprint(), data.test.fingerprint()
+    assert train.startswith("images:489991fbd76aa126 labels:2c999976ad58e0fe classes:bb3914949ce")
+    assert test.startswith("images:177777c33ba79825 labels:cbb7365de8ed11f0")
     source = torchvision.datasets.CIFAR10(str(real_data_root), train=True)
     for position in (0, 4999, 12405):
         image, label = source[data.train.indices[position].item()]
         assert label == data.train.labels[position]
         np.testing.assert_array_equal(image, data.train.images[position].permute(1, 2, 0))
     data = load(dataset="cifar100_lt", data_root=real_data_root)
-    assert len(data.train) == 10847 and data.train.fingerprint() == "3283d97ceaf18f97"
+    assert len(data.train) == 10847 and "5a65ac328b4dfbe8" in data.train.fingerprint()
 
 
 def test_svhn_class_order(tmp_path, monkeypatch):
@@ -563,7 +564,7 @@ def test_batches_are_functions_of_seed_and_epoch(glyphs, sampler):
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("views", [1, 2])
 def test_ranks_share_the_batches_of_one(ranks, views):
-    dataset = plain_set(103)
+    dataset = plain_set(107)
     single = list(loader(dataset, 20, views=views))
     shares = [list(loader(dataset, 20, views=views, shard=(r, ranks))) for r in range(ranks)]
     assert len(single) == 6 and {len(share) for share in shares} == {6}
@@ -578,7 +579,7 @@ def test_ranks_share_the_batches_of_one(ranks, views):
 
 def test_lengths_of_epochs():
     dataset = plain_set(102)
-    for rank in range(3):  # a tail with fewer items than ranks: dropped in training only
+    for rank in range(3):  # a tail with less than two items a rank: dropped in training only
         batches = loader(dataset, 20, shard=(rank, 3))
         assert len(batches) == len(list(batches)) == 5
         assert len(loader(dataset, 20, shard=(rank, 3), evaluation=True)) == 6
@@ -680,7 +681,7 @@ def test_show_and_export_and_read_back(tmp_path, capsys):
     assert (found.classes, found.mean) == (expected.classes, expected.mean)
     with np.load(out) as file:
         assert (file["index_train"] == expected.train.indices.numpy()).all()
-    refused(capsys, ["export", "--out", out], f"{out} exists; give --force to overwrite it")
+    refused(capsys, ["export", "--out", out], f"{out} exists; give --force to overwrite")
     assert "wrote" in call(capsys, "export", "--out", out, "--force")
     assert load(dataset=str(out)).counts[-1] == 4
     assert sorted(path.name for path in tmp_path.iterdir()) == ["grid.png", "subset.npz"]

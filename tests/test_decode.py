@@ -137,10 +137,10 @@ def test_workers_change_nothing(files, workers):
 
 
 def test_ranks_share_the_batches_of_one(files):
-    single = batches(loader(files, 7, views=2), 1)
-    shares = [batches(loader(files, 7, views=2, shard=(rank, 2)), 1) for rank in range(2)]
+    single = batches(loader(files, 9, views=2), 1)
+    shares = [batches(loader(files, 9, views=2, shard=(rank, 2)), 1) for rank in range(2)]
     for batch, parts in zip(single, zip(*shares, strict=True), strict=True):
-        kept, ours = len(batch[1]) // 2 * 2, torch.cat([part[0] for part in parts], 1)  # 6 of 7
+        kept, ours = len(batch[1]) // 2 * 2, torch.cat([part[0] for part in parts], 1)  # 8 of 9
         torch.testing.assert_close(ours, batch[0][:, :kept], atol=1e-6, rtol=0)
         for k in (1, 2):
             assert torch.cat([part[k] for part in parts]).equal(batch[k][:kept])

@@ -120,11 +120,13 @@ def test_file_set_selects_and_has_a_fingerprint(tree):
         assert part.images.names == [train.images.names[k] for k in (4, 0, 4)]
         assert part.labels.equal(train.labels[[4, 0, 4]]) and part.indices.tolist() == [4, 0, 4]
     assert train.select([]).counts() == [0] * 5
-    root, names, digest = train.images.root, train.images.names, train.fingerprint()
+    root, names = train.images.root, train.images.names
     rest = train.labels, train.indices, train.classes
-    assert len(digest) == 16 and Set(Files("elsewhere", names), *rest).fingerprint() == digest
-    renamed = Set(Files(root, ["x.JPEG", *names[1:]]), *rest)
-    relabelled = Set(train.images, (train.labels + 1) % 5, *rest[1:])
+    digest, own = train.fingerprint(), {"info": train.info}
+    assert Set(Files("elsewhere", names), *rest, **own).fingerprint() == digest
+    assert [word.partition(":")[0] for word in digest.split()] == ["images", "labels", "classes"]
+    renamed = Set(Files(root, ["x.JPEG", *names[1:]]), *rest, **own)
+    relabelled = Set(train.images, (train.labels + 1) % 5, *rest[1:], **own)
     swapped = train.select([1, 0, *range(2, len(train))])
     others = {files.fingerprint() for files in (renamed, relabelled, swapped)}
     assert len(others | {digest}) == 4

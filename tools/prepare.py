@@ -31,6 +31,7 @@ import shutil
 import sys
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -69,6 +70,24 @@ def profile_text(data: Splits) -> str:
     return "\n".join(lines)
 
 
+def passed_over(root: Path, data: Splits) -> str:
+    """How many files of a folder are none of its images, and why."""
+    why = Counter()
+    for split in {"train", "test"} | ({"val"} if data.val else set()):
+        for folder, _, names in os.walk(root / split, followlinks=True):
+            inner = Path(folder).relative_to(root / split).parts
+            for name in names:
+                ending = os.path.splitext(name)[1].lower()
+                if any(part.startswith(".") for part in (*inner, name)):
+                    why["a name with a dot in front"] += 1
+                elif not inner:
+                    why["beside the class folders"] += 1
+                elif ending not in data_lt.IMAGE_SUFFIXES:
+                    why[f"ending {ending}" if ending else "no ending"] += 1
+    reasons = ", ".join(f"{n} {reason}" for reason, n in why.most_common())
+    return f"\npassed over: {reasons}" if why else ""
+
+
 def picture_grid(part: Set, per_class: int = 12) -> Image.Image:
     """One row a class: its name, its count and its first images, enlarged to at least 32 px."""
     side, counts = part.size, part.counts()
@@ -91,13 +110,13 @@ def export(data: Splits, path: str | Path, force: bool = False) -> None:
 
     x_*, y_*, classes, mean, std, index_train. A path without suffix becomes class folders of PNG
     files (classes are then sorted by name). A validation set that is not the test set itself goes
-    along. Refuses to overwrite unless `force`.
+    along. Overwrites a file where `force` is set, and nothing else.
     """
     path = Path(path)
     if path.suffix not in (".npz", ""):
         raise UserError(f"{path}: the name must end in .npz (or have no suffix: class folders)")
-    if path.exists() and not force:
-        raise UserError(f"{path} exists; give --force to overwrite it")
+    if path.exists() and not (force and path.is_file()):
+        raise UserError(f"{path} exists; give --force to overwrite a file, or another name")
     parts = {"train": data.train, "test": data.test}
     if data.val is not None and data.val is not data.test:
         parts["val"] = data.val
@@ -113,6 +132,9 @@ def export(data: Splits, path: str | Path, force: bool = False) -> None:
 
 def _export_folders(parts: dict[str, Set], root: Path) -> None:
     """<root>/<split>/<class>/<position in the source>.png."""
+    for name in parts["train"].classes:
+        if name != os.path.basename(name) or name[:1] in ("", ".") or "\\" in name or "\0" in name:
+            raise UserError(f"class {name!r} cannot be the name of a folder; export to an .npz")
     try:
         for split, part in parts.items():
             images = part.images.permute(0, 2, 3, 1).numpy()
@@ -472,9 +494,10 @@ def build_cache(part: Set, path: str | Path, side: int = 256, say=None) -> Cache
         again = "the same command goes on there"
         raise UserError(f"cannot write cache {path}: {error.strerror or error}; {again}") from None
     cache = Cache(path)
-    if (cache.fingerprint, cache.side) != (part.fingerprint(), side):
+    if cache.side != side or len(cache) != len(part):
         other = "is the cache of another list or side"
         raise UserError(f"{index} {other}; delete it or choose another place")
+    cache.match(part)
     return cache
 
 
@@ -567,6 +590,7 @@ FLAGS = {  # flag: (commands that have it, keywords of argparse)
     "--force": ("export", {"action": "store_true", "help": "overwrite it"}),
     "--full": ("lists", {"action": "store_true", "help": "look for every image, not for a sample"}),
     "--trust-list": ("lists", {"action": "store_true", "help": "go on with one that was edited"}),
+    "--cache-dir": ("cache", {"help": "where caches lie, if not in the data root"}),
     "--side": ("cache", {"type": common.number(int, 8, 2048), "default": 256, "help":
         "short side in px (default 256)"}),
 }  # fmt: skip
@@ -604,7 +628,8 @@ def run(args: argparse.Namespace) -> str:
     if args.command == "check":
         return check(file_sets(args))
     if args.command == "cache":
-        return cache(file_sets(args), root / args.dataset, args.side)
+        place = Path(args.cache_dir or root, args.dataset)
+        return cache(file_sets(args), place, args.side)
     data = data_lt.load(args)
     picture = args.command == "show" and args.png
     if not data.train.in_memory and (args.command == "export" or picture):
@@ -614,11 +639,16 @@ def run(args: argparse.Namespace) -> str:
         write_atomic(args.png, lambda file: picture_grid(data.train).save(file, "png"))
     elif args.command == "export":
         export(data, args.out, args.force)
+    text, own = profile_text(data), Path(args.dataset)
+    if args.dataset not in data_lt.DATASETS and own.is_dir():
+        text += passed_over(own, data)
     wrote = picture or (args.command == "export" and args.out)
-    return profile_text(data) + (f"\nwrote {wrote}" if wrote else "")
+    return text + (f"\nwrote {wrote}" if wrote else "")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal may not know the letters of a class
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         print(run(parse_args(argv)))
     except (UserError, RunError) as error:
