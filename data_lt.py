@@ -799,7 +799,7 @@ def load(args) -> Splits:
     has two); `--select test`: the test set itself.
     """
     dataset, ratio, seed = args.dataset, args.imb_ratio, args.data_seed
-    source, select = getattr(args, "val_from", None), getattr(args, "select", None)
+    select = getattr(args, "select", None)
     if dataset in LISTED and seed:
         why = "its lists decide which images"
         raise UserError(f"--data-seed {seed} makes no sense for {dataset}: {why}")
@@ -818,9 +818,9 @@ def load(args) -> Splits:
         chosen = _long_tailed(data, ratio, args.imb_type, seed)
         data.leftover = np.setdiff1d(np.arange(len(data.train)), chosen)
         data.train = data.train.select(chosen)
-    if source == "test" or select == "test":
+    if select == "test":
         data.val = data.test
-    if source == "train" or (select == "val" and data.val is None):
+    if select == "val" and data.val is None:
         held = holdout(data.train.labels, data.num_classes, generator(seed, "holdout"))
         if not len(held):
             raise UserError(f"{dataset}: no class has two images to carve a validation set from")
@@ -1432,10 +1432,10 @@ class Loader:
     the images that one would. All is a function of (seed, epoch, step). `global_batch`: items of
     the last batch over all ranks.
 
-    Training: every rank gets the same number of rows, what is left of a batch is cut. Evaluation
-    (`evaluation=True`: normalise only) and sampler "sequential": every item exactly once over all
-    ranks. `epoch_length`: items visited in an epoch (default N). `shard`: (rank, ranks).
-    q, beta, samples_per_class: see `sampler_order`.
+    Training: every rank gets the same number of rows, what is left of a batch is cut, and a last
+    batch with less than two rows a rank is left out. Evaluation (`evaluation=True`: normalise only)
+    and sampler "sequential": every item exactly once over all ranks. `epoch_length`: items visited
+    in an epoch (default N). `shard`: (rank, ranks). q, beta, samples_per_class: `sampler_order`.
 
     Images in files: with crop "resized" the drawn window is cut and resized by `workers` processes
     (0: here), which changes nothing in the batches; else, and in evaluation, the short side
@@ -1471,8 +1471,8 @@ class Loader:
         self.length = len(self.dataset) if self.epoch_length is None else self.epoch_length
         fewest = 1 if self.sampler == "sequential" else self.ranks
         full, tail = divmod(self.length, max(self.batch_size, 1))
-        alone = self.sampler != "sequential" and self.batch_size >= 2 * self.ranks
-        least = 2 * self.ranks if alone else fewest  # batch norm cannot train on a lone image
+        once = self.sampler == "sequential" or self.batch_size < 2 * fewest
+        least = fewest if once else 2 * fewest  # batch norm cannot train on a lone image
         self.steps = full + (tail >= least and (self.evaluation or not self.drop_last))
         if self.steps < 1 or self.batch_size < fewest:
             what = f"no batch from {self.length} images on {self.ranks} rank(s)"

@@ -467,6 +467,9 @@ def test_mini_from_the_600_image_download_and_what_it_refuses(tmp_path, capsys):
     refused(capsys, [*mini, "--imb-ratio", "0.5"], "at least 1, got 0.5")
     said = "ratio 600 leaves class n02 with 0 of 500 images"
     refused(capsys, [*mini, "--imb-ratio", "600"], said)
+    (root / "n02" / "more").mkdir()
+    (root / "n02" / "n02_0.JPEG").rename(root / "n02" / "more" / "x.png")
+    refused(capsys, mini, "n02/more/x.png: images must lie in the class folder itself")
     (root / "n03").mkdir()
     refused(capsys, mini, "n03: class 'n03' holds no image")
     assert not list(root.glob("*.txt")) and not list(root.glob(".*"))  # nothing was written

@@ -332,6 +332,9 @@ def slices_of(root: Path, files: dict[str, list[str]]) -> int:
             need = f"{head + 200} needed ({head} train, 100 val, 100 test)"
             raise UserError(f"{root / name}: class {name} has {len(images)} images, {need}")
         for image in images:
+            if "/" in image:
+                where = f"{root / name / image}: images must lie in the class folder itself"
+                raise UserError(f"{where}, the lists name a class by the folder of its images")
             other = owner.setdefault(image, name)
             if other == name or not filecmp.cmp(root / other / image, root / name / image, False):
                 continue
