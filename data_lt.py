@@ -815,7 +815,8 @@ def load(args) -> Splits:
         why = f"needs --imb-ratio: {dataset} is read as it is"
         raise UserError(f"imbalance type {args.imb_type!r} {why}")
     if ratio is not None:
-        chosen = _long_tailed(data, ratio, args.imb_type, seed)
+        labels, counts = data.train.labels.numpy(), profile(data, ratio, args.imb_type)
+        chosen = subset_common(labels, counts, LegacyRng(seed), data.info.class_order)
         data.leftover = np.setdiff1d(np.arange(len(data.train)), chosen)
         data.train = data.train.select(chosen)
     if select == "test":
@@ -829,8 +830,8 @@ def load(args) -> Splits:
     return data
 
 
-def _long_tailed(data: Splits, ratio: float, kind: str, seed: int) -> np.ndarray:
-    """Positions of the long-tailed subset; UserError when a class would be left without images."""
+def profile(data: Splits, ratio: float, kind: str) -> list[int]:
+    """Class counts [C] of the long-tailed subset; UserError when a class would have no image."""
     sizes, info = data.counts, data.info
     order = list(info.class_order or range(len(sizes)))
     n_max = info.n_max or largest_head([sizes[c] for c in order], ratio, kind)
@@ -841,7 +842,7 @@ def _long_tailed(data: Splits, ratio: float, kind: str, seed: int) -> np.ndarray
             lost = f"class {data.classes[c]!r} with 0 of its {sizes[c]} images"
             head = f"(largest class: {n_max:g}); give a smaller --imb-ratio"
             raise UserError(f"imbalance ratio {ratio:g} leaves {lost} {head}")
-    return subset_common(data.train.labels.numpy(), counts, LegacyRng(seed), order)
+    return counts
 
 
 # --- augmentation -----------------------------------------------------------------------------
