@@ -211,8 +211,10 @@ class Files:
     def path(self, row: int) -> Path:
         return self.root / os.fsdecode(self.encoded[row].item())
 
-    def open(self, row: int) -> Image.Image:
-        return Image.open(self.path(row))
+    def read(self, row: int) -> np.ndarray:
+        """The pixels of an image, uint8 [H, W, 3]; decoders raise exceptions of many kinds."""
+        with Image.open(self.path(row)) as image:
+            return np.array(rgb(image))
 
     def bytes(self, row: int) -> int:
         """Size of the file; -1 where there is none."""
@@ -399,9 +401,9 @@ def resize_short(image: Image.Image, side: int) -> Image.Image:
     return image.resize(size, Image.Resampling.BILINEAR)
 
 
-def centre(image: Image.Image, side: int, size: int) -> np.ndarray:
+def centre(pixels: np.ndarray, side: int, size: int) -> np.ndarray:
     """Short side resized to `side`, then the central uint8 [S, S, 3]; as torchvision does."""
-    image = resize_short(image, side)
+    image = resize_short(Image.fromarray(pixels), side)
     left, top = round((image.width - size) / 2), round((image.height - size) / 2)
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
@@ -447,8 +449,8 @@ def in_memory(part: Set, size: int | None) -> Set:
 
     def read(row: int) -> np.ndarray:
         try:
-            with part.images.open(row) as image:
-                return centre(rgb(image), size, size) if size else np.asarray(rgb(image))
+            pixels = part.images.read(row)
+            return centre(pixels, size, size) if size else pixels
         except Exception as error:
             raise unreadable(part, row, error) from error
 
@@ -464,7 +466,7 @@ def in_memory(part: Set, size: int | None) -> Set:
 def _pixel_set(x: np.ndarray, y, classes: list[str], info: SetInfo, size: int | None) -> Set:
     """Set of uint8 NHWC pixels, resized to `size` if that is another one than theirs."""
     if size is not None and x.shape[1:3] != (size, size):
-        x = np.stack([centre(Image.fromarray(image), size, size) for image in x])
+        x = np.stack([centre(image, size, size) for image in x])
     images = torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
     labels = torch.from_numpy(np.asarray(y).astype(np.int64))
     return Set(images, labels, torch.arange(len(labels)), classes, info)
@@ -1254,16 +1256,13 @@ def crop_window(u: Sequence[float], height: int, width: int, scale, ratio) -> tu
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def cut(image: Image.Image | np.ndarray, window: Ints, size: int) -> Tensor:
+def cut(pixels: np.ndarray, window: Ints, size: int) -> Tensor:
     """The window (top, left, height, width) resized to uint8 [S, S, 3], bilinear, antialiased.
 
     As torchvision's on a Pillow image but for rounding (one of 255 levels), three times as fast.
     """
     top, left, height, width = window
-    if isinstance(image, np.ndarray):
-        part = image[top : top + height, left : left + width]
-    else:
-        part = np.array(image.crop((left, top, left + width, top + height)))
+    part = pixels[top : top + height, left : left + width]
     x = torch.from_numpy(part)[None].permute(0, 3, 1, 2)  # uint8 and channels-last: the fast path
     x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
     return x[0].permute(1, 2, 0)
@@ -1295,26 +1294,23 @@ class Reader:
             out.share_memory_()
         for place, row in enumerate(rows.tolist()):
             try:
-                with self.source.open(row) as image:
-                    self.fill(out[:, place].numpy(), image, u[place])
+                self.fill(out[:, place].numpy(), self.source.read(row), u[place])
             except MemoryError:
                 raise
             except Exception as error:  # Pillow's readers raise many kinds
                 return row, reason(error)
         return out.flatten(0, 1)
 
-    def fill(self, out: np.ndarray, image: Image.Image | np.ndarray, u: list) -> None:
+    def fill(self, out: np.ndarray, pixels: np.ndarray, u: list) -> None:
         """The views [V, S, S, 3] of one image from its uniform numbers [V, 23]."""
-        a, stored = self.augment, isinstance(image, np.ndarray)
-        image = image if stored else rgb(image)
+        a = self.augment
         if self.side:
-            out[:] = centre(Image.fromarray(image) if stored else image, self.side, a.size)
+            out[:] = centre(pixels, self.side, a.size)
             return
-        height, width = image.shape[:2] if stored else (image.height, image.width)
         for view, numbers in zip(out, u, strict=True):
-            window = crop_window(numbers, height, width, a.scale, a.ratio)
-            pixels = cut(image, window, a.size)
-            view[:] = (pixels.flip(1) if numbers[22] < a.flip else pixels).numpy()
+            window = crop_window(numbers, *pixels.shape[:2], a.scale, a.ratio)
+            x = cut(pixels, window, a.size)
+            view[:] = (x.flip(1) if numbers[22] < a.flip else x).numpy()
 
 
 def start_worker(worker: int) -> None:
@@ -1412,12 +1408,12 @@ class Cache:
         found.records, found.labels, found.paths = self.records[rows], self.labels[rows], None
         return found
 
-    def open(self, row: int) -> contextlib.nullcontext[np.ndarray]:
+    def read(self, row: int) -> np.ndarray:
+        """The stored pixels of an image, uint8 [H, W, 3]."""
         if self.pixels is None:
             self.pixels = np.memmap(self.file, np.uint8, "c")  # private: nothing is ever written
         offset, height, width, *_ = self.records[row].tolist()
-        pixels = self.pixels[offset : offset + height * width * 3]
-        return contextlib.nullcontext(pixels.reshape(height, width, 3))
+        return self.pixels[offset : offset + height * width * 3].reshape(height, width, 3)
 
 
 # --- loader -----------------------------------------------------------------------------------

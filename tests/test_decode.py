@@ -95,7 +95,7 @@ def alive(pid: int) -> bool:
 
 
 def rgb(files, row: int) -> Image.Image:
-    return files.images.open(row).convert("RGB")
+    return Image.open(files.images.path(row)).convert("RGB")
 
 
 def break_file(files: Set, row: int) -> Path:
@@ -208,12 +208,12 @@ def test_a_killed_worker_is_one_clear_line(files):
 
 
 def test_a_worker_killed_at_work(files, monkeypatch):
-    ours, read = loader(files, 2, workers=1), files.images.open
+    ours, read = loader(files, 2, workers=1), files.images.read
 
     def read_or_die(row: int):
         return os.kill(os.getpid(), signal.SIGBUS) if row == 7 else read(row)
 
-    monkeypatch.setattr(files.images, "open", read_or_die)
+    monkeypatch.setattr(files.images, "read", read_or_die)
     with pytest.raises(RunError, match=r"^a decoding worker failed \(.*out of memory, or /dev/shm"):
         batches(ours)
     assert not children()
@@ -303,8 +303,7 @@ def test_a_cache_holds_the_resized_images(files, cache):
         small += min(image.size) < SIDE
         large = min(image.size) > SIDE
         expected = TF.resize(image, SIDE, antialias=True) if large else image
-        with stored.open(row) as pixels:
-            np.testing.assert_array_equal(pixels, np.asarray(expected))
+        np.testing.assert_array_equal(stored.read(row), np.asarray(expected))
     assert small > 0
 
 
@@ -373,8 +372,8 @@ def test_a_cut_cache_goes_on(files, cache, tmp_path, monkeypatch):
         Cache(path)
     with open(log, "ab") as file:
         file.write(b"half a rec")
-    decoded, read = [], Files.open
-    monkeypatch.setattr(Files, "open", lambda self, row: decoded.append(row) or read(self, row))
+    decoded, read = [], Files.read
+    monkeypatch.setattr(Files, "read", lambda self, row: decoded.append(row) or read(self, row))
     monkeypatch.setattr(prepare, "bytes_needed", lambda *_: 0)
     with pytest.raises(Cut):
         build_cache(files, path, SIDE, say=stop_after(1))

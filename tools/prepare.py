@@ -419,8 +419,8 @@ class Progress:
 
 def shrunk(files: Files, row: int, side: int) -> np.ndarray:
     """The pixels [H, W, 3] of an image, the short side at most `side`, aspect kept."""
-    with files.open(row) as image:
-        return np.asarray(data_lt.resize_short(data_lt.rgb(image), min(side, *image.size)))
+    image = Image.fromarray(files.read(row))
+    return np.asarray(data_lt.resize_short(image, min(side, *image.size)))
 
 
 def check(sets: dict[str, Set], threads: int | None = None) -> str:
@@ -474,7 +474,10 @@ def bytes_needed(files: Files, rows: range, side: int) -> int:
     """Size of these images in a cache, from the headers of up to 500 of them."""
     sizes = []
     for row in rows[:: max(len(rows) // 500, 1)]:
-        with contextlib.suppress(Exception), files.open(row) as image:  # named in their turn
+        with (
+            contextlib.suppress(Exception),
+            Image.open(files.path(row)) as image,
+        ):  # named in their turn
             scale = min(1.0, side / min(image.size)) ** 2
             sizes.append(3 * scale * image.width * image.height)
     return int(sum(sizes) / max(len(sizes), 1) * len(rows))
