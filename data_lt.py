@@ -1620,8 +1620,9 @@ def in_order(part: Set, classes: Sequence[str], source: str) -> Set:
     """The set with labels as in `classes`, which must be its own in some order."""
     if odd := sorted(set(part.classes) ^ set(classes)):
         raise UserError(f"{source} is of other classes: only one of the two knows {odd[0]!r}")
-    place = torch.tensor([classes.index(name) for name in part.classes])
-    return dataclasses.replace(part, labels=place[part.labels], classes=list(classes))
+    place = {name: label for label, name in enumerate(classes)}
+    labels = torch.tensor([place[name] for name in part.classes])[part.labels]
+    return dataclasses.replace(part, labels=labels, classes=list(classes))
 
 
 @torch.inference_mode()

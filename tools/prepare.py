@@ -6,7 +6,8 @@
     python -m tools.prepare lists --dataset imagenet_lt               # fetch and verify the lists
     python -m tools.prepare mini --imb-ratio 100                      # lists of mini-ImageNet-LT
     python -m tools.prepare check --dataset imagenet_lt               # decode every image once
-    python -m tools.prepare cache --dataset imagenet_lt --side 256    # and keep them decoded
+    python -m tools.prepare cache --dataset imagenet_lt --side 256    # and keep them decoded, in
+                              # the data root or below --cache-dir
 
 Layouts under the data root:
 
