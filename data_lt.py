@@ -1650,14 +1650,15 @@ def predict(args, net: nn.Module, like: Set, statistics: tuple) -> None:
     table = csv.writer(text)
     head = [f"{what}_{k + 1}" for k in range(labels.shape[1]) for what in ("class", "probability")]
     table.writerow(["path", *head])
-    for name, pair in zip(names, ranked, strict=True):
-        cells = ([like.classes[c], f"{p:.6f}"] for p, c in zip(*pair, strict=True))
-        table.writerow([folder / name, *(cell for two in cells for cell in two)])
-    path = Path(
-        args.out, Path(sys.argv[0]).stem, "examined", f"predict-{folder.resolve().name}.csv"
-    )
+    for name, (chances, found) in zip(names, ranked, strict=True):
+        row = [folder / name]
+        for chance, label in zip(chances, found, strict=True):
+            row += [like.classes[label], f"{chance:.6f}"]
+        table.writerow(row)
+    examined = Path(args.out, Path(sys.argv[0]).stem, "examined")
+    path = examined / f"predict-{folder.resolve().name}.csv"
     if common.is_main():
-        common.make_folder(path.parent)
+        common.make_folder(examined)
         content = text.getvalue().encode(errors="surrogateescape")
         common.write_atomic(path, lambda file: file.write(content))
         print(f"wrote {path}: {len(names)} images")
