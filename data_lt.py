@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import csv
 import dataclasses
-import fcntl
 import hashlib
+import io
 import json
 import math
 import os
@@ -38,7 +39,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 import common
 from common import RunError, UserError, derive_seed, generator, rank, world_size
@@ -52,17 +53,15 @@ LegacyRng = np.random.RandomState  # its streams never change, so published subs
 def long_tail_counts(num_classes: int, n_max: float, ratio=1.0, kind="exp", factor=None):
     """Images per class, list [C], largest first, truncated toward zero (LDAM, Cao et al. 2019).
 
-    exp: n_max * f**(c / (C - 1)); step: n_max for the first half (an odd C gives its middle class
-    to the head), n_max * f for the rest; balanced: n_max everywhere. f = 1 / ratio, or `factor`
-    itself where a published code states it (1 / (1 / f) may differ in the last bit, and truncation
-    would show it). UserError for a ratio below 1 or not finite and for an unknown kind.
+    exp: n_max f**(c / (C - 1)); step: n_max for the first half (an odd C gives its middle class to
+    the head), n_max f for the rest; balanced: n_max. f = 1 / ratio, or `factor` itself where a
+    published code states it (1 / (1 / f) may differ in the last bit, and truncation would show).
     """
     if kind not in ("exp", "step", "balanced"):
         raise UserError(f"imbalance type {kind!r}: choose exp, step or balanced")
     if factor is None:
         if not (math.isfinite(ratio) and ratio >= 1):
-            wanted = "give a finite number >= 1 (largest class / smallest class)"
-            raise UserError(f"imbalance ratio {ratio}: {wanted}")
+            raise UserError(f"imbalance ratio {ratio} (largest / smallest class): give one >= 1")
         factor = 1.0 / ratio
     if kind == "exp":
         return [int(n_max * factor ** (c / max(num_classes - 1, 1))) for c in range(num_classes)]
@@ -113,15 +112,11 @@ def class_positions(labels: np.ndarray, num_classes: int) -> list[np.ndarray]:
     return np.split(order, np.cumsum(np.bincount(labels, minlength=num_classes))[: num_classes - 1])
 
 
-def _pools(labels: np.ndarray, counts: Ints, names: Sequence[str] = ()) -> list[np.ndarray]:
-    """`class_positions`; UserError for the first class that holds fewer images than asked for."""
-    pools = class_positions(labels, len(counts))
-    for c, (asked, pool) in enumerate(zip(counts, pools, strict=True)):
-        if not 0 <= asked <= len(pool):
-            name = f"class {c}" + (f" ({names[c]})" if names else "")
-            there = f"{len(pool)} there; ask for 0..{len(pool)}"
-            raise UserError(f"{name}: {asked} images asked for, {there}")
-    return pools
+def check_counts(pool: Set, counts: Ints) -> None:
+    """UserError when a class of `pool` has fewer images than `counts` asks for."""
+    for name, asked, there in zip(pool.classes, counts, pool.counts(), strict=True):
+        if asked > there:
+            raise UserError(f"class {name}: {asked} images asked for, {there} there")
 
 
 def subset_common(labels: np.ndarray, counts: Ints, rng: LegacyRng, class_order=None) -> np.ndarray:
@@ -132,7 +127,10 @@ def subset_common(labels: np.ndarray, counts: Ints, rng: LegacyRng, class_order=
     without replacement, which is the same draw: its subsets are those of data seed 3407. `counts`
     is indexed by label; `class_order`: labels in the order of shuffling and storing (ascending).
     """
-    pools = _pools(labels, counts)
+    pools = class_positions(labels, len(counts))
+    for c, (asked, pool) in enumerate(zip(counts, pools, strict=True)):
+        if asked > len(pool):
+            raise UserError(f"class {c}: {asked} images asked for, {len(pool)} there")
     order = range(len(counts)) if class_order is None else class_order
     for c in order:
         rng.shuffle(pools[c])
@@ -148,14 +146,12 @@ def subset_semi_supervised(labels, counts: Ints, hidden, unlabeled: Ints, rng, o
     label. Too few unlabelled images: all there are, with a warning (Yang and Xu: silently).
     """
     chosen = subset_common(labels, counts, rng, order)
-    pools = class_positions(hidden, len(unlabeled))
-    short = [f"{c}: {len(pools[c])} of {n}" for c, n in enumerate(unlabeled) if n > len(pools[c])]
+    there = np.bincount(hidden, minlength=len(unlabeled))
+    short = [f"{c}: {there[c]} of {n}" for c, n in enumerate(unlabeled) if n > there[c]]
     if short:
         which = ", ".join(short[:5])
         warnings.warn(f"{len(short)} hidden classes have too few images ({which})", stacklevel=2)
-    for pool in pools:
-        rng.shuffle(pool)
-    return chosen, np.concatenate([pools[c][:n] for c, n in enumerate(unlabeled)])
+    return chosen, subset_common(hidden, np.minimum(unlabeled, there), rng)
 
 
 def largest_head(sizes: Ints, ratio: float, kind: str) -> int:
@@ -181,53 +177,52 @@ def holdout(labels: np.ndarray, num_classes: int, rng: torch.Generator) -> np.nd
 
 @dataclass
 class SetInfo:
-    """What is known of a set before it is read; None where only the files can tell (paths).
-
-    `n_max` is the size of the largest class (None: the largest that no class runs out of),
-    `ratio` the default imbalance (None: as it is), `class_order` the labels from head to tail
-    (None: ascending), `source` the name in torchvision.datasets, `layout` what lies under the data
-    root, `lists` the list of image files of each split, where there are some.
-    """
+    """What is known of a set before it is read; None where only the files can tell (paths)."""
 
     name: str = ""
     num_classes: int | None = None
     size: int | None = None
     mean: tuple[float, float, float] | None = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] | None = (0.5, 0.5, 0.5)
-    ratio: float | None = None
-    n_max: float | None = None
-    class_order: tuple[int, ...] | None = None
-    source: str | None = None
-    layout: str = ""
-    lists: dict[str, str] | None = None
+    ratio: float | None = None  # the default imbalance; None: as it is
+    n_max: float | None = None  # of the largest class; None: the most that no class runs out of
+    class_order: tuple[int, ...] | None = None  # labels from head to tail; None: ascending
+    source: str | None = None  # the name in torchvision.datasets
+    layout: str = ""  # what lies under the data root
+    lists: dict[str, str] | None = None  # the list of image files of each split
 
 
 class Files:
-    """Image files [N] below `root`; one piece of memory, where workers would copy N strings."""
+    """Image files [N] below `root`; one array of bytes, where workers would copy N strings."""
 
-    def __init__(self, root: str | Path, names: Sequence[str]):
-        encoded = [os.fsencode(name) for name in names]
-        self.root, self.joined = Path(root), b"".join(encoded)
-        self.ends = np.cumsum([0, *map(len, encoded)])
+    def __init__(self, root: str | Path, names: Sequence[str | bytes]):
+        self.root, self.encoded = Path(root), np.array([*map(os.fsencode, names)], dtype="S")
 
     def __len__(self) -> int:
-        return len(self.ends) - 1
-
-    def name(self, row: int) -> str:
-        return os.fsdecode(self.joined[self.ends[row] : self.ends[row + 1]])
+        return len(self.encoded)
 
     @property
     def names(self) -> list[str]:
-        return [self.name(row) for row in range(len(self))]
+        return [os.fsdecode(name) for name in self.encoded.tolist()]
 
     def __getitem__(self, rows: Tensor) -> Files:
-        return Files(self.root, [self.name(row) for row in rows.tolist()])
+        return Files(self.root, self.encoded[rows.numpy()])
 
     def path(self, row: int) -> Path:
-        return self.root / self.name(row)
+        return self.root / os.fsdecode(self.encoded[row].item())
 
-    def open(self, row: int) -> Image.Image:
-        return Image.open(self.path(row))
+    def read(self, row: int) -> np.ndarray:
+        """The pixels of an image, uint8 [H, W, 3]; decoders raise exceptions of many kinds."""
+        with Image.open(self.path(row)) as image:
+            return np.array(rgb(image))
+
+    def bytes(self, row: int) -> int:
+        """Size of the file; -1 where there is none."""
+        path = self.path(row)
+        return path.stat().st_size if path.is_file() else -1
+
+    def listing(self) -> bytes:
+        return b"\n".join(self.encoded.tolist())
 
     def to(self, device) -> Files:
         return self
@@ -270,20 +265,20 @@ class Set:
         images, labels, indices = self.images[at], self.labels[at], self.indices[at]
         return dataclasses.replace(self, images=images, labels=labels, indices=indices)
 
-    def to(self, device: torch.device | str) -> Set:
-        """The same items on `device`; no copy when they are there already."""
-        moved = {key: getattr(self, key).to(device) for key in ("images", "labels", "indices")}
-        return dataclasses.replace(self, **moved)
-
     def fingerprint(self) -> str:
-        """16 hex digits over images (or paths) and labels, in stored order."""
-        if self.in_memory:
-            digest = hashlib.sha256(str(tuple(self.images.shape)).encode())
-            digest.update(self.images.cpu().contiguous().numpy())
-        else:
-            digest = hashlib.sha256(os.fsencode("\n".join(self.images.names)))
-        digest.update(self.labels.cpu().contiguous().numpy())
-        return digest.hexdigest()[:16]
+        """`images:... labels:... classes:...`, 16 hex digits each, wherever the set lies.
+
+        Images in memory by their pixels, files by their names below the root, and those of a
+        user's folder by the sizes of up to 1000 of them, too; all in stored order.
+        """
+        images = self.images.cpu().contiguous().numpy() if self.in_memory else self.images.listing()
+        if not self.in_memory and self.info.name not in LISTED:
+            some = range(0, len(self), max(1, len(self) // 1000))
+            images += str([self.images.bytes(row) for row in some]).encode()
+        names = "\n".join(self.classes).encode(errors="surrogateescape")
+        parts = {"images": images, "labels": self.labels.cpu().numpy(), "classes": names}
+        digests = {key: hashlib.sha256(part).hexdigest()[:16] for key, part in parts.items()}
+        return " ".join(f"{key}:{digest}" for key, digest in digests.items())
 
 
 @dataclass
@@ -304,40 +299,41 @@ class Splits:
     num_classes = property(lambda self: len(self.train.classes))
     image_size = property(lambda self: self.train.size)
 
-
-def check_counts(pool: Set, counts: Ints) -> None:
-    """UserError (class, asked, there) when a class of `pool` has fewer images than `counts`."""
-    _pools(pool.labels.numpy(), counts, pool.classes)
+    @property
+    def about(self) -> dict:
+        """What a checkpoint keeps of them (`info` of `run.stage`), for `--eval`."""
+        known = {key: getattr(self, key) for key in ("counts", "classes", "mean", "std")}
+        return known | {"size": self.image_size}
 
 
 CIFAR = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}  # by custom 100's too
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 INAT = {"mean": (0.466, 0.471, 0.380), "std": (0.195, 0.194, 0.192)}
-CIFAR10_FILES = "cifar-10-batches-py/{data_batch_1..5,test_batch,batches.meta}"
-CIFAR100_FILES = "cifar-100-python/{train,test,meta}"
-SVHN = {"class_order": (*range(1, 10), 0), "layout": "{train,test}_32x32.mat"}
-MINI_LISTS = {"train": "train_ir{}.txt", "val": "val.txt", "test": "test.txt"}
-IMAGENET_LISTS = {split: f"ImageNet_LT_{split}.txt" for split in ("train", "val", "test")}
-IMAGENET_FILES = "{train,val}/<wnid>/* and ImageNet_LT_{train,val,test}.txt"
-INAT_LISTS = {"train": "iNaturalist18_train.txt", "test": "iNaturalist18_val.txt"}
-INAT_FILES = "train_val2018/<group>/<class>/* and iNaturalist18_{train,val}.txt (or the JSON)"
 KNOWN = (
     SetInfo("glyphs_lt", 10, 16, ratio=100, n_max=400),
     SetInfo("cifar10_lt", 10, 32, **CIFAR, ratio=100, n_max=5000, source="CIFAR10",
-            layout=CIFAR10_FILES),
+            layout="cifar-10-batches-py/{data_batch_1..5,test_batch,batches.meta}"),
     SetInfo("cifar100_lt", 100, 32, **CIFAR, ratio=100, n_max=500, source="CIFAR100",
-            layout=CIFAR100_FILES),
-    SetInfo("svhn_lt", 10, 32, ratio=100, n_max=1000, source="SVHN", **SVHN),
-    SetInfo("mini_imagenet_lt", 100, 224, **IMAGENET, layout="<wnid>/*", lists=MINI_LISTS),
-    SetInfo("imagenet_lt", 1000, 224, **IMAGENET, layout=IMAGENET_FILES, lists=IMAGENET_LISTS),
-    SetInfo("inat18", 8142, 224, **INAT, layout=INAT_FILES, lists=INAT_LISTS),
+            layout="cifar-100-python/{train,test,meta}"),
+    SetInfo("svhn_lt", 10, 32, ratio=100, n_max=1000, source="SVHN",
+            class_order=(*range(1, 10), 0), layout="{train,test}_32x32.mat"),
+    SetInfo("mini_imagenet_lt", 100, 224, **IMAGENET, layout="<wnid>/*",
+            lists={"train": "train_ir{}.txt", "val": "val.txt", "test": "test.txt"}),
+    SetInfo("imagenet_lt", 1000, 224, **IMAGENET,
+            layout="{train,val}/<wnid>/* and ImageNet_LT_{train,val,test}.txt",
+            lists={split: f"ImageNet_LT_{split}.txt" for split in ("train", "val", "test")}),
+    SetInfo("inat18", 8142, 224, **INAT,
+            layout="train_val2018/<group>/<class>/* and iNaturalist18_{train,val}.txt or the JSON",
+            lists={"train": "iNaturalist18_train.txt", "test": "iNaturalist18_val.txt"}),
 )  # fmt: skip
 DATASETS = {info.name: info for info in KNOWN}
 LISTED = {info.name for info in KNOWN if info.lists}
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 PATH_LAYOUT = f"a folder with train/<class>/*, test/<class>/*, or an .npz with {', '.join(ARRAYS)}"
 MAX_SIZE = 64  # px up to which images are held in memory
-IMAGE_SUFFIXES = set(".png .jpg .jpeg .bmp .gif .ppm .pgm .tif .tiff .webp".split())
+IMAGE_SUFFIXES = set(  # torchvision's, and others that Pillow reads
+    ".jpg .jpeg .png .ppm .bmp .pgm .tif .tiff .webp .gif .jfif .jpe .jp2 .avif .tga .pbm".split()
+)
 
 GLYPHS = "PECVDBYGFR"  # head first; class c has its look-alike in class 9 - c
 GLYPH_TRAIN, GLYPH_TEST, GLYPH_SEED = 400, 250, 0
@@ -361,9 +357,7 @@ def make_glyphs() -> list[tuple[np.ndarray, np.ndarray, list[str]]]:
         masks[c, size, stroke] = np.asarray(canvas) / 255
 
     rng, n = LegacyRng(GLYPH_SEED), GLYPH_TRAIN + GLYPH_TEST
-    images = np.empty((len(GLYPHS), n, 16, 16, 3), dtype=np.uint8)
-    for c in range(len(GLYPHS)):
-        images[c] = _draw_glyphs(rng, n, masks[c])
+    images = np.stack([_draw_glyphs(rng, n, mask) for mask in masks]).astype(np.uint8)
     parts = images[:, :GLYPH_TRAIN], images[:, GLYPH_TRAIN:]
     labels = (np.repeat(np.arange(len(GLYPHS)), part.shape[1]) for part in parts)
     pixels = (part.reshape(-1, 16, 16, 3) for part in parts)
@@ -395,13 +389,6 @@ def _draw_glyphs(rng: LegacyRng, n: int, masks: np.ndarray) -> np.ndarray:
 # --- reading ----------------------------------------------------------------------------------
 
 
-def centre(image: Image.Image, side: int, size: int) -> np.ndarray:
-    """Short side resized to `side`, then the central uint8 [S, S, 3]; as torchvision does."""
-    image = resize_short(image, side)
-    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
-    return np.asarray(image.crop((left, top, left + size, top + size)))
-
-
 def resize_short(image: Image.Image, side: int) -> Image.Image:
     """Short side to `side` px (bilinear, antialiased), the long one rounded down."""
     width, height = image.size
@@ -414,29 +401,47 @@ def resize_short(image: Image.Image, side: int) -> Image.Image:
     return image.resize(size, Image.Resampling.BILINEAR)
 
 
+def centre(pixels: np.ndarray, side: int, size: int) -> np.ndarray:
+    """Short side resized to `side`, then the central uint8 [S, S, 3]; as torchvision does."""
+    image = resize_short(Image.fromarray(pixels), side)
+    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
 def rgb(image: Image.Image) -> Image.Image:
+    """The image in RGB: 16 bit by their high byte, alpha dropped; ValueError names other modes."""
+    if image.mode == "RGB":
+        return image
+    sixteen = image.mode == "I" and image.format in ("PNG", "PPM")  # as Pillow opens some of them
+    if sixteen or image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"mode {image.mode}: 32-bit numbers have no range of their own")
     return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
+
+
+def reason(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def unreadable(part: Set, row: int, error: Exception | str) -> UserError:
     """The one line about an image that cannot be read; decoders raise exceptions of many kinds."""
-    reason = str(error).partition("\n")[0] or type(error).__name__
-    what = f"unreadable image of class {part.classes[int(part.labels[row])]!r} ({reason})"
+    why = error if isinstance(error, str) else reason(error)
+    what = f"unreadable image of class {part.classes[int(part.labels[row])]!r} ({why})"
     find = "`python -m tools.prepare check` finds all"
     return UserError(f"{part.images.path(row)}: {what}; replace or remove it; {find}")
 
 
-def _check_side(height: int, width: int, source: object, hint: str = "") -> int:
-    """The side of images that are used as they are: they must be square and small."""
-    if height != width or height > MAX_SIZE:
-        square = f"and images in memory have at most {MAX_SIZE} px"
-        why = "not square" if height != width else square
-        do = f"give --image-size S, S <= {MAX_SIZE} to shrink them{hint}"
-        raise UserError(f"{source}: {width}x{height} px, {why}; {do}")
+def check_side(shape: Ints, source: object, side: int | None = None) -> int:
+    """The side of images that are used as they are: square, small, and `side` px like the first."""
+    height, width = shape[:2]
+    wrong = "not square" if height != width else ""
+    wrong = wrong or (f"above {MAX_SIZE} px" if height > MAX_SIZE else "")
+    wrong = wrong or (f"the others have {side}" if side not in (None, height) else "")
+    if wrong:
+        give = f"give --image-size S, up to {MAX_SIZE} or, of class folders, above it"
+        raise UserError(f"{source}: {width}x{height} px, {wrong}; {give}")
     return height
-
-
-FROM_FILES = ", or S above it to train from the files"
 
 
 def in_memory(part: Set, size: int | None) -> Set:
@@ -444,19 +449,16 @@ def in_memory(part: Set, size: int | None) -> Set:
 
     def read(row: int) -> np.ndarray:
         try:
-            with part.images.open(row) as image:
-                return centre(rgb(image), size, size) if size else np.asarray(rgb(image))
+            pixels = part.images.read(row)
+            return centre(pixels, size, size) if size else pixels
         except Exception as error:
             raise unreadable(part, row, error) from error
 
     with ThreadPoolExecutor() as workers:
         pixels = list(workers.map(read, range(len(part))))
-    first = _check_side(*pixels[0].shape[:2], part.images.path(0), FROM_FILES)
+    side = None
     for row, image in enumerate(pixels):
-        side = _check_side(*image.shape[:2], part.images.path(row), FROM_FILES)
-        if side != first:
-            odd = f"{side}x{side} px among images of {first}x{first}; give --image-size S"
-            raise UserError(f"{part.images.path(row)}: {odd}")
+        side = check_side(image.shape, part.images.path(row), side)
     images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
     return dataclasses.replace(part, images=images)
 
@@ -464,105 +466,142 @@ def in_memory(part: Set, size: int | None) -> Set:
 def _pixel_set(x: np.ndarray, y, classes: list[str], info: SetInfo, size: int | None) -> Set:
     """Set of uint8 NHWC pixels, resized to `size` if that is another one than theirs."""
     if size is not None and x.shape[1:3] != (size, size):
-        x = np.stack([centre(Image.fromarray(image), size, size) for image in x])
+        x = np.stack([centre(image, size, size) for image in x])
     images = torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
     labels = torch.from_numpy(np.asarray(y).astype(np.int64))
     return Set(images, labels, torch.arange(len(labels)), classes, info)
 
 
-def fetch(info: SetInfo, root: str | Path, create: bool = False) -> list[tuple]:
-    """(pixels uint8 NHWC, labels, class names) of torchvision's train and test set of a name.
-
-    The md5 of every file is checked; what is missing is downloaded where the network allows, by
-    one process at a time. A root that does not exist is taken for a typing error unless it is the
-    default or `create` is set. UserError shows the expected layout.
-    """
+def _torchvision_sets(info: SetInfo, root: Path, download: bool) -> list[tuple]:
+    """(pixels uint8 NHWC, labels, class names) of train and test; RuntimeError: files or md5."""
     import torchvision
 
-    def parts(download: bool) -> list[tuple]:
-        kind = getattr(torchvision.datasets, info.source)
-        if info.source == "SVHN":
-            sets = [kind(str(root), split=split, download=download) for split in ("train", "test")]
-            names = list("0123456789")
-            return [(part.data.transpose(0, 2, 3, 1), part.labels, names) for part in sets]
-        sets = [kind(str(root), train=train, download=download) for train in (True, False)]
-        return [(part.data, part.targets, list(part.classes)) for part in sets]
+    kind, svhn = getattr(torchvision.datasets, info.source), info.source == "SVHN"
+    flags = ({"split": "train"}, {"split": "test"}) if svhn else ({"train": True}, {"train": False})
+    sets = [kind(str(root), **flag, download=download) for flag in flags]
+    if svhn:
+        return [(part.data.transpose(0, 2, 3, 1), part.labels, [*"0123456789"]) for part in sets]
+    return [(part.data, part.targets, list(part.classes)) for part in sets]
 
+
+def fetch(info: SetInfo, root: str | Path, create: bool = False) -> list[tuple]:
+    """`_torchvision_sets`, md5 verified; what is missing is downloaded by one process at a time.
+
+    A root that does not exist is taken for a typing error unless it is the default or `create`.
+    """
     root = Path(root)
+    expected = f"expected {root / info.layout}"
     if not (root.is_dir() or create or root == Path("data")):
-        raise UserError(f"{info.name}: no folder {root}; expected {root / info.layout}")
-    with contextlib.suppress(RuntimeError):  # missing, or an md5 differs
-        return parts(download=False)
+        raise UserError(f"{info.name}: no folder {root}; {expected}")
+    with permitted(root), contextlib.suppress(RuntimeError):  # missing, or an md5 differs
+        return _torchvision_sets(info, root, download=False)
     try:
         root.mkdir(parents=True, exist_ok=True)
         with open(root / ".download.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            return parts(download=True)
+            with contextlib.suppress(ImportError, OSError):  # not every system has locks
+                import fcntl
+
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            return _torchvision_sets(info, root, download=True)
     except Exception as error:  # network, TLS, archive, md5 and file errors alike
         with contextlib.suppress(OSError):  # leave nothing behind where there was nothing
             (root / ".download.lock").unlink()
             root.rmdir()
         why = f"the download failed ({' '.join(str(error).split())[:200]})"
-        expected = f"expected {root / info.layout}"
         raise UserError(f"{info.name}: missing or damaged, and {why}; {expected}") from error
 
 
+@contextlib.contextmanager
+def permitted(path: Path) -> Iterator[None]:
+    """Around reading a user's files: UserError where permission lacks."""
+    try:
+        yield
+    except PermissionError as error:
+        raise UserError(f"{error.filename or path}: no permission to read it") from None
+
+
+def image_files(folder: Path, inner: str = "") -> list[str]:
+    """Names below `folder` of the images in it and, after them, in its folders, sorted.
+
+    None are files with other endings than those of images, and what begins with a dot. UserError
+    for a link to nothing.
+    """
+    names, folders = [], []
+    with permitted(folder), os.scandir(folder / inner) as found:  # asks the disk for links alone
+        for entry in sorted(found, key=lambda entry: entry.name):
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                folders.append(f"{inner}{entry.name}/")
+            elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
+                if not entry.is_file():
+                    raise UserError(f"{entry.path}: a link to nothing; mend or remove it")
+                names.append(inner + entry.name)
+    if inner.count("/") > 20:
+        raise UserError(f"{folder / inner}: folders in folders without an end; is one a link?")
+    return names + [name for further in folders for name in image_files(folder, further)]
+
+
 def class_folders(folder: Path, beside: str = "") -> dict[str, list[str]]:
-    """Class name -> names of its images, both sorted; UserError when the split or a class is empty.
+    """Class name -> `image_files`, both sorted; UserError when the split or a class is empty.
 
     beside: folders called this and a number (`cache256`) lie among the classes and are none.
     """
-    classes = sorted(p for p in folder.glob("[!.]*") if p.is_dir())
-    classes = [p for p in classes if not (beside and re.fullmatch(beside + r"\d+", p.name))]
+    with permitted(folder):
+        inner = folder.iterdir() if folder.is_dir() else ()
+        classes = sorted(path.name for path in inner if path.name[0] != "." and path.is_dir())
+    classes = [name for name in classes if not (beside and re.fullmatch(beside + r"\d+", name))]
     if not classes:
         raise UserError(f"{folder}: no class folders; expected {folder}/<class>/*")
-    files = {}
-    for inner in classes:
-        with os.scandir(inner) as found:  # knows what is a file without asking the disk again
-            names = sorted(entry.name for entry in found if entry.is_file())
-        files[inner.name] = [n for n in names if os.path.splitext(n)[1].lower() in IMAGE_SUFFIXES]
-        if not files[inner.name]:
-            hint = "holds no image; add some or remove the folder"
-            raise UserError(f"{inner}: class {inner.name!r} {hint}")
+    files = {name: image_files(folder / name) for name in classes}
+    for name, images in files.items():
+        if not images:
+            other = f"{sum(len(names) for *_, names in os.walk(folder / name))} other files"
+            known = f"images end in {' '.join(sorted(IMAGE_SUFFIXES))}"
+            raise UserError(f"{folder / name}: class {name!r} holds no image, {other}; {known}")
     return files
 
 
-def _check_classes(source: object, split: str, train: Sequence[str], other: Sequence[str]) -> None:
-    odd = sorted(set(train) ^ set(other))
+def check_classes(source: object, split: str, train: Sequence[str], other: Sequence[str]) -> None:
+    """UserError when the classes of a split are not those of training; val may have fewer."""
+    odd = sorted(set(other) - set(train) if split == "val" else set(train) ^ set(other))
+    where = [f"{name!r} only in {'train' if name in train else split}" for name in odd]
     if odd:
-        where = [f"{name!r} only in {'train' if name in train else split}" for name in odd[:3]]
         more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
-        differ = f"{split} classes differ from train classes: {', '.join(where)}{more}"
+        differ = f"{split} classes differ from train classes: {', '.join(where[:3])}{more}"
         raise UserError(f"{source}: {differ}; make them the same")
 
 
 def folder_sets(root: Path, info: SetInfo) -> dict[str, Set]:
     """Splits of a folder train/<class>/* + test/<class>/* (+ val/), in the order of the names."""
-    if not ((root / "train").is_dir() and (root / "test").is_dir()):
+    with permitted(root):
+        splits = [split for split in ("train", "test", "val") if (root / split).is_dir()]
+    if splits[:2] != ["train", "test"]:
         raise UserError(f"{root}: no train/ and test/ in it; expected {PATH_LAYOUT}")
-    sets: dict[str, Set] = {}
-    for split in [split for split in ("train", "test", "val") if (root / split).is_dir()]:
+    sets, classes = {}, []
+    for split in splits:
         files = class_folders(root / split)
-        _check_classes(root, split, sets["train"].classes if sets else list(files), list(files))
+        classes = classes or list(files)
+        check_classes(root, split, classes, list(files))
         names = [f"{split}/{folder}/{name}" for folder, inner in files.items() for name in inner]
-        labels = torch.repeat_interleave(torch.tensor([len(inner) for inner in files.values()]))
-        where = torch.arange(len(names))
-        sets[split] = Set(Files(root, names), labels, where, list(files), info, split)
+        sizes = torch.tensor([len(files.get(name, ())) for name in classes])
+        labels, where = torch.repeat_interleave(sizes), torch.arange(len(names))
+        sets[split] = Set(Files(root, names), labels, where, classes, info, split)
     return sets
 
 
 def _npz_arrays(path: Path) -> dict[str, np.ndarray]:
     """The arrays of the file, without ever unpickling anything."""
-    arrays = {}
+    key, arrays = "the file", {}
     try:
         with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             for key in file.files:
-                arrays[key] = None
                 arrays[key] = file[key]
+    except PermissionError:
+        raise UserError(f"{path}: no permission to read it") from None
     except Exception as error:  # no zip, a bare .npy, a pickle, a bad checksum, object arrays
-        key = next((key for key, value in arrays.items() if value is None), "the file")
         why = "is damaged or no .npz of plain arrays; write it anew"
-        if "allow_pickle" in str(error) and arrays:
+        if "allow_pickle" in str(error) and key != "the file":
             why = "holds pickled Python objects; store plain arrays"
         raise UserError(f"{path}: {key} {why}") from error
     if missing := [key for key in ARRAYS if key not in arrays]:
@@ -570,126 +609,100 @@ def _npz_arrays(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _take_statistics(path: Path, arrays: dict[str, np.ndarray], info: SetInfo) -> None:
-    """mean and std of the file, where it has them."""
-    for key in {"mean", "std"} & set(arrays):
-        value = arrays[key]
-        if value.shape != (3,) or value.dtype.kind != "f":
-            shape = f"{value.dtype} {list(value.shape)}"
-            raise UserError(f"{path}: {key} is {shape}; expected 3 floats")
-        if not np.isfinite(value).all() or (key == "std" and value.min() <= 0):
-            wanted = "finite numbers" + ", above 0" * (key == "std")
-            raise UserError(f"{path}: {key} is {value.tolist()}; expected {wanted}")
-        setattr(info, key, tuple(value.tolist()))
-
-
 def npz_sets(path: Path, size: int | None, info: SetInfo) -> dict[str, Set]:
     """Reads x_*, y_*, and where present classes (names), mean and std (into `info`)."""
-    arrays = _npz_arrays(path)
-    splits = [split for split in ("train", "test", "val") if f"x_{split}" in arrays]
-    for split in splits:
-        x, y, name = arrays[f"x_{split}"], arrays.get(f"y_{split}"), f"{path}: x_{split}"
-        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] not in (1, 3) or 0 in x.shape:
-            wanted = "uint8 [N, H, W, 3] or [N, H, W, 1]"
-            raise UserError(f"{name} is {x.dtype} {list(x.shape)}; expected {wanted}")
-        if y is None or y.dtype.kind not in "iu" or y.shape != x.shape[:1]:
-            found = "missing" if y is None else f"{y.dtype} {list(y.shape)}"
-            wanted = f"integers [{len(x)}], one label an image"
-            raise UserError(f"{path}: y_{split} is {found}; expected {wanted}")
-        if size is None and _check_side(*x.shape[1:3], name) != arrays["x_train"].shape[1]:
-            other = f"x_train {arrays['x_train'].shape[1]}; give --image-size S"
-            raise UserError(f"{name} has {x.shape[1]} px, {other}")
-    labels = np.unique(arrays["y_train"]).tolist()
-    gap = next((label for label, found in enumerate(labels) if label != found), None)
-    if gap is not None:
-        wrong = f"label {gap} has no image" if labels[0] >= 0 else f"label {labels[0]} is negative"
-        rule = f"y_train must hold every label 0..C-1 (largest found: {labels[-1]})"
-        raise UserError(f"{path}: {wrong}; {rule}")
+    arrays, sets = _npz_arrays(path), {}
+
+    def need(fine: bool, key: str, wanted: str) -> None:
+        if not fine:
+            value = arrays.get(key, np.array("missing"))
+            shown = value.tolist() if value.size < 4 else f"{value.dtype} {list(value.shape)}"
+            raise UserError(f"{path}: {key} is {shown}; expected {wanted}")
+
+    labels = np.unique(arrays["y_train"])
+    fits = arrays["y_train"].dtype.kind in "iu" and len(labels) and labels[0] == 0
+    wanted = f"every label 0..C-1, not {len(labels)} kinds up to {labels[-1:].tolist()}"
+    need(fits and labels[-1] == len(labels) - 1, "y_train", wanted)
     names = [str(name) for name in np.atleast_1d(arrays.get("classes", labels))]
-    if len(set(names)) != len(labels) or len(names) != len(labels):
-        found = f"{len(set(names))} different class names for {len(labels)} labels"
-        raise UserError(f"{path}: {found}; give each label one")
-    _take_statistics(path, arrays, info)
-    sets = {}
-    for split in splits:
-        x, y = arrays[f"x_{split}"], arrays[f"y_{split}"]
-        _check_classes(path, split, [str(c) for c in labels], [str(c) for c in np.unique(y)])
+    for key in {"mean", "std"} & set(arrays):
+        value = arrays[key]
+        fits = value.shape == (3,) and value.dtype.kind == "f" and np.isfinite(value).all()
+        need(fits and (key == "mean" or value.min() > 0), key, "3 finite floats, of std above 0")
+        setattr(info, key, tuple(value.tolist()))
+    for split in [split for split in ("train", "test", "val") if f"x_{split}" in arrays]:
+        x, y = arrays[f"x_{split}"], arrays.get(f"y_{split}", np.array(None))
+        fits = x.dtype == np.uint8 and x.ndim == 4 and x.shape[3] in (1, 3) and x.size > 0
+        need(fits, f"x_{split}", "uint8 [N, H, W, 3] or [N, H, W, 1]")
+        fits = y.dtype.kind in "iu" and y.shape == x.shape[:1]
+        need(fits, f"y_{split}", f"integers [{len(x)}], one label an image")
+        if size is None:
+            check_side(x.shape[1:], f"{path}: x_{split}", arrays["x_train"].shape[1])
+        check_classes(path, split, [*range(len(labels))], np.unique(y).tolist())
         sets[split] = _pixel_set(np.broadcast_to(x, (*x.shape[:3], 3)), y, names, info, size)
+    fits = len(set(names)) == len(names) == len(labels)
+    need(fits, "classes", f"{len(labels)} different names, one a label")
     return sets
 
 
-def _lines(source: Path) -> list[str]:
-    try:
-        text = source.read_text(encoding="utf-8-sig").rstrip()
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "no text in UTF-8"
-        raise UserError(f"{source}: {why}; expected lines `relative/path label`") from error
-    return text.split("\n") if text else []
+LIST = "list, lines `relative/path label`"
 
 
 class ListReader:
     """Reads the lists of a set, lines `relative/path label`, and checks that they go together.
 
-    Labels are 0..C-1, C the largest + 1 of the first list and at most `most`, and none may be
-    without an image; folder and label go together one to one, in all lists, and name the classes.
-    Paths stay inside the root and differ, over all lists where they are `disjoint`. UserError
-    names file and line. The images are not looked for.
+    Labels are 0..C-1, C the largest + 1 of the first list and at most `most`, none without an
+    image; folder and label go together one to one, in all lists, and name the classes. Paths stay
+    inside the root and differ, over all lists where they are `disjoint`.
     """
 
     def __init__(self, root: Path, most: int | None = None, disjoint: bool = False):
         self.root, self.most, self.disjoint = root, most, disjoint
-        self.folder_of, self.label_of, self.seen, self.first = {}, {}, {}, None
+        self.folder_of, self.label_of, self.seen = {}, {}, {}
 
     def read(self, source: Path, lines: list[str] | None = None) -> Set:
         """The next list; `lines` where they were made of another file."""
-        paths, labels = [], []
+        paths, labels, first = [], [], not self.folder_of
         if not self.disjoint:
             self.seen = {}
-        for k, line in enumerate(_lines(source) if lines is None else lines, 1):
-            try:
-                path, label = self._checked(line, f"{source}:{k}")
-            except ValueError as error:
-                raise UserError(f"{source}:{k}: {error}") from None
-            paths.append(path)
-            labels.append(label)
+        try:
+            if lines is None:
+                lines = source.read_text(encoding="utf-8-sig").rstrip().split("\n")
+            for k, line in enumerate(lines, 1):
+                path, label = self._row(line, f"{source}:{k}")
+                paths.append(path)
+                labels.append(label)
+        except OSError as error:
+            raise UserError(f"{source}: {error.strerror}; expected a {LIST}") from error
+        except UnicodeDecodeError:
+            raise UserError(f"{source}: no text in UTF-8; expected a {LIST}") from None
         if not labels:
-            raise UserError(f"{source}: no image in it; expected lines `relative/path label`")
-        if self.first is None:
-            self.first, self.most = source, max(labels) + 1
+            raise UserError(f"{source}: no image in it; expected a {LIST}")
+        self.most = max(labels) + 1 if first else self.most
         present = set(labels)
         empty = next((label for label in range(self.most) if label not in present), None)
         if empty is not None:
-            name = f"label {empty}" + f" ({self.folder_of.get(empty)})" * (source != self.first)
-            every = f"every label 0..{self.most - 1} needs one"
-            raise UserError(f"{source}: {name} has no image; {every}")
+            name = f"label {empty} ({self.folder_of.get(empty, 'of no list')}) has no image"
+            raise UserError(f"{source}: {name}; every label 0..{self.most - 1} needs one")
         classes = [self.folder_of[label] for label in range(self.most)]
         return Set(Files(self.root, paths), torch.tensor(labels), torch.arange(len(paths)), classes)
 
-    def _checked(self, line: str, at: str) -> tuple[str, int]:
-        """Path and label of a line; ValueError says what is wrong with it."""
-        parts = line.rsplit(None, 1)
-        if len(parts) != 2:
-            raise ValueError(f"{line[:80]!r} is no line `relative/path label`")
-        path, label = parts
-        if not (label.isascii() and label.isdigit() and len(label) < 10):
-            raise ValueError(f"label {label[:40]!r} is no whole number 0..999999999")
-        label = int(label)
+    def _row(self, line: str, at: str) -> tuple[str, int]:
+        """Path and label of the line that stands `at` a place."""
+        *path, label = line.rsplit(None, 1) or [""]
+        if not (path and label.isascii() and label.isdigit() and len(label) < 10):
+            raise UserError(f"{at}: {line[:80]!r} is no line `relative/path label`")
+        path, label = posixpath.normpath(path[0]), int(label)
         if self.most is not None and label >= self.most:
-            first = "" if self.first is None else f", the classes of {self.first}"
-            raise ValueError(f"label {label}; expected 0..{self.most - 1}{first}")
-        if path.startswith("/") or "./" in path or "//" in path or path.endswith(".."):
-            path = posixpath.normpath(path)
-            if path.startswith("/") or path.split("/")[0] == "..":
-                raise ValueError(f"{path} lies outside {self.root}; paths must be relative to it")
+            raise UserError(f"{at}: label {label}; expected 0..{self.most - 1}")
+        if path.startswith("/") or path.split("/")[0] == "..":
+            raise UserError(f"{at}: {path} lies outside {self.root}; give paths relative to it")
         if self.seen.setdefault(path, at) != at:
-            raise ValueError(f"{path} stands at {self.seen[path]} already; remove one")
+            raise UserError(f"{at}: {path} stands at {self.seen[path]} already; remove one")
         folder = path.rpartition("/")[0].rpartition("/")[2]
-        if self.label_of.setdefault(folder, label) != label:
-            known = f"{folder} has label {self.label_of[folder]}"
-            raise ValueError(f"{path} has label {label}, but before that {known}")
-        if self.folder_of.setdefault(label, folder) != folder:
-            known = f"label {label} is {self.folder_of[label]}"
-            raise ValueError(f"{path} has label {label}, but before that {known}")
+        known = self.label_of.setdefault(folder, label), self.folder_of.setdefault(label, folder)
+        if known != (label, folder):
+            before = f"label {label} is {known[1]}, {folder} has label {known[0]}"
+            raise UserError(f"{at}: {path} has label {label}, but {before}")
         return path, label
 
 
@@ -703,10 +716,7 @@ def list_paths(info: SetInfo, root: Path, ratio: float | None) -> dict[str, Path
 
 
 def listed_sets(info: SetInfo, data_root: str | Path, ratio: float | None = None) -> dict[str, Set]:
-    """The splits of imagenet_lt, inat18 (its validation list is the test set), mini_imagenet_lt.
-
-    UserError names file, line or class, or shows the expected layout.
-    """
+    """The splits of imagenet_lt, inat18 (its validation list is the test set), mini_imagenet_lt."""
     root, mini = Path(data_root) / info.name, info.name == "mini_imagenet_lt"
     sources, expected = list_paths(info, root, ratio), f"expected {root}/{info.layout}"
     if not root.is_dir():
@@ -714,14 +724,12 @@ def listed_sets(info: SetInfo, data_root: str | Path, ratio: float | None = None
     reader, sets = ListReader(root, None if mini else info.num_classes, disjoint=mini), {}
     for split, source in sources.items():
         if not source.exists():
-            make = f"lists --dataset {info.name}"
-            if mini:
-                make = f"mini --imb-ratio {sources['train'].stem[8:]}"
+            ratio = sources["train"].stem[len("train_ir") :]
+            make = f"mini --imb-ratio {ratio}" if mini else f"lists --dataset {info.name}"
             make = f"`python -m tools.prepare {make}` puts it there"
             raise UserError(f"{info.name}: {source} is missing; {make}; {expected}")
-        sets[split] = reader.read(source)
-        sets[split].info = info
-        sets[split].split = source.stem if mini else split  # train_ir100, val, test
+        name = source.stem if mini else split  # train_ir100, val, test
+        sets[split] = dataclasses.replace(reader.read(source), info=info, split=name)
     return sets
 
 
@@ -730,9 +738,11 @@ def find(dataset: str) -> SetInfo:
     path = Path(dataset)
     if dataset in DATASETS:
         return dataclasses.replace(DATASETS[dataset])
-    if path.is_dir() or (path.suffix == ".npz" and path.is_file()):
-        return SetInfo(path.resolve().name if path.is_dir() else path.stem)
-    if path.exists() or path.suffix == ".npz" or os.sep in str(dataset):
+    with permitted(path):
+        if path.is_dir() or (path.suffix == ".npz" and path.is_file()):
+            return SetInfo(path.resolve().name if path.is_dir() else path.stem)
+        there = path.exists()
+    if there or path.suffix == ".npz" or os.sep in str(dataset):
         raise UserError(f"data set {dataset}: no such folder or .npz; expected {PATH_LAYOUT}")
     known = f"known: {', '.join(DATASETS)}; or the path of {PATH_LAYOUT}"
     raise UserError(f"unknown data set {dataset!r}; {known}")
@@ -757,21 +767,17 @@ def load_pool(dataset: str, root="data", image_size=None, files=False, ratio=Non
     exceed 64 px. `files`: the images of large sets (the known ones, and class folders at a size
     above 64 px) stay files; `ratio` names the training list where a set has several.
     """
-    info, path = find(dataset), Path(dataset)
-    if info.lists or (path.is_dir() and dataset not in DATASETS and (image_size or 0) > MAX_SIZE):
-        if not files:
-            wanted = "this needs small images in memory"
-            raise UserError(f"{dataset}: its images are files above {MAX_SIZE} px; {wanted}")
+    info, path, known = find(dataset), Path(dataset), dataset in DATASETS
+    large = info.lists or (path.is_dir() and not known and (image_size or 0) > MAX_SIZE)
+    if (large and not files) or not (large or 1 <= (image_size or 1) <= MAX_SIZE):
+        wanted = f"needs images of at most {MAX_SIZE} px, held in memory"
+        raise UserError(f"{dataset} at image size {image_size or info.size}: this {wanted}")
+    if large:
         info.size = image_size or info.size
-        if dataset in DATASETS:
-            sets = listed_sets(info, root, ratio)
-        else:
+        if not known:
             info.mean, info.std = IMAGENET.values()
-            sets = folder_sets(path, info)
-    elif image_size is not None and not 1 <= image_size <= MAX_SIZE:
-        wanted = f"give 1..{MAX_SIZE}: this needs small images in memory"
-        raise UserError(f"image size {image_size}: {wanted}")
-    elif dataset in DATASETS:
+        sets = listed_sets(info, root, ratio) if known else folder_sets(path, info)
+    elif known:
         parts = fetch(info, root) if info.source else make_glyphs()
         named = zip(("train", "test"), parts, strict=True)
         sets = {split: _pixel_set(*part, info, image_size) for split, part in named}
@@ -789,35 +795,35 @@ def load(args) -> Splits:
 
     `--imb-ratio` left alone: the set's default (100), or as it is for a path. A path is made
     long-tailed over its classes sorted by name, with the largest head for which no class runs out.
-    Published lists stay as they are, mini_imagenet_lt has a list of each ratio. Validation:
-    `--val-from train` a tenth of each class of the long-tailed training set, removed from it, drawn
-    by a generator of the data seed (at least one image of every class that has two); `test` the
-    test set itself; else the set's own, carved from train where `--select val` needs one and there
-    is none. UserError also when the profile empties a class.
+    Published lists stay as they are, mini_imagenet_lt has a list of each ratio. `--select val`: the
+    set's own validation images, else a tenth of each class of the long-tailed training set,
+    removed from it, drawn by a generator of the data seed (at least one image of every class that
+    has two); `--select test`: the test set itself.
     """
-    dataset, ratio, kind, seed = args.dataset, args.imb_ratio, args.imb_type, args.data_seed
-    source = getattr(args, "val_from", None)
-    if source not in (None, "train", "test"):
-        raise UserError(f"validation set from {source!r}: choose train or test")
+    dataset, ratio, seed = args.dataset, args.imb_ratio, args.data_seed
+    select = getattr(args, "select", None)
     if dataset in LISTED and seed:
         why = "its lists decide which images"
         raise UserError(f"--data-seed {seed} makes no sense for {dataset}: {why}")
-    if not 0 <= seed < 2**32:
-        raise UserError(f"data seed {seed}: give a whole number 0..{2**32 - 1}")
-    long_tail_counts(1, 1, 1.0 if ratio is None else ratio, kind)  # bad values end before reading
+    long_tail_counts(1, 1, 1.0 if ratio is None else ratio, args.imb_type)  # refuses bad ones
     data = load_pool(dataset, args.data_root, args.image_size, files=True, ratio=ratio)
+    if data.num_classes < 2:
+        raise UserError(
+            f"{dataset} has one class, {data.classes[0]!r}: there is none to tell it from"
+        )
     if ratio is None or dataset in LISTED:
         ratio = data.info.ratio
-    if ratio is None and kind != "exp":
-        raise UserError(f"imbalance type {kind!r} needs --imb-ratio: {dataset} is read as it is")
+    if ratio is None and args.imb_type != "exp":
+        why = f"needs --imb-ratio: {dataset} is read as it is"
+        raise UserError(f"imbalance type {args.imb_type!r} {why}")
     if ratio is not None:
-        labels, counts = data.train.labels.numpy(), profile(data, ratio, kind)
+        labels, counts = data.train.labels.numpy(), profile(data, ratio, args.imb_type)
         chosen = subset_common(labels, counts, LegacyRng(seed), data.info.class_order)
         data.leftover = np.setdiff1d(np.arange(len(data.train)), chosen)
         data.train = data.train.select(chosen)
-    if source == "test" or getattr(args, "select", None) == "test":
+    if select == "test":
         data.val = data.test
-    if source == "train" or (getattr(args, "select", None) == "val" and data.val is None):
+    if select == "val" and data.val is None:
         held = holdout(data.train.labels, data.num_classes, generator(seed, "holdout"))
         if not len(held):
             raise UserError(f"{dataset}: no class has two images to carve a validation set from")
@@ -951,6 +957,15 @@ def gaussian_blur(x: Tensor, sigma: Tensor, kernel: int = 3) -> Tensor:
         for tap in range(1, kernel):
             x.addcmul_(padded.narrow(axis, tap, length), per_sample(weight[:, tap]))
     return x
+
+
+def normalise(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """(x - mean) / std; mean and std [3], one for each channel, on the device of x."""
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return (x - mean.view(3, 1, 1)).div_(std.view(3, 1, 1))
+    rows = x.permute(0, 2, 3, 1).flatten(2)  # [n, H, 3 W]: broadcasting over 3 is five times slower
+    rows = (rows - mean.repeat(x.shape[3])).div_(std.repeat(x.shape[3]))
+    return rows.unflatten(2, (-1, 3)).permute(0, 3, 1, 2)
 
 
 def uniforms(n: int, rng: torch.Generator) -> Tensor:
@@ -1102,7 +1117,7 @@ class Augment:
             blurred = Draws(table[part])["sigma"].nonzero()[:, 0]
             inside = (ends - start).clamp(0, len(raw)).tolist()
             x = self._chain(raw, Draws(there[part]), inside, blurred)
-            out[order[part] if sort else part] = x
+            out[order[part] if sort else part] = normalise(x, *self.statistics)
         return out
 
     def _normalised(self, images: Tensor) -> Tensor:
@@ -1116,21 +1131,20 @@ class Augment:
         return out
 
     def _chain(self, images: Tensor, draws: Draws, ends: list[int], blurred: Tensor) -> Tensor:
-        """Augment images: the first ends[p] have hue place <= p, `blurred` (on the CPU) a blur."""
-        top, left, flip = draws["top"], draws["left"], draws["flip"]
+        """In [0, 1]; the first ends[p] have hue place <= p, `blurred` (on the CPU) a blur."""
+        flip, size = draws["flip"], self.size
         if self.crop == "resized":
-            window = top, left, draws["height"], draws["width"]
-            x = resized_crop(images.float().div_(255), *window, self.size, flip)
+            window = (draws[name] for name in ("top", "left", "height", "width"))
+            x = resized_crop(images.float().div_(255), *window, size, flip)
         else:
             if self.crop == "pad" or self.flip > 0:
-                images = crop_pad(images, top, left, self.pad, (self.size,) * 2, flip)
+                corner = draws["top"], draws["left"]
+                images = crop_pad(images, *corner, self.pad, (size, size), flip)
             x = images.float().div_(255)
 
         factor, operation = draws["factor"], draws["operation"]
-        grey, mean = (
-            (1 - factor) * (operation == SATURATION),
-            (1 - factor) * (operation == CONTRAST),
-        )
+        grey = (1 - factor) * (operation == SATURATION)
+        mean = (1 - factor) * (operation == CONTRAST)
         for blend, end in enumerate(ends[:3]):  # those that come before hue
             part = slice(end, ends[3])
             blend_(x[part], factor[part, blend], grey[part, blend], mean[part, blend])
@@ -1148,16 +1162,7 @@ class Augment:
             x[blurred] = gaussian_blur(x[blurred], draws["sigma"][blurred], self.blur_kernel)
         if self.blur_floor:
             x = x.mul_(255).add_(1e-3).floor_().div_(255)
-        return normalise(x, *self.statistics)
-
-
-def normalise(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """(x - mean) / std; mean and std [3], one for each channel, on the device of x."""
-    if not x.is_contiguous(memory_format=torch.channels_last):
-        return (x - mean.view(3, 1, 1)).div_(std.view(3, 1, 1))
-    rows = x.permute(0, 2, 3, 1).flatten(2)  # [n, H, 3 W]: broadcasting over 3 is five times slower
-    rows = (rows - mean.repeat(x.shape[3])).div_(std.repeat(x.shape[3]))
-    return rows.unflatten(2, (-1, 3)).permute(0, 3, 1, 2)
+        return x
 
 
 # --- samplers ---------------------------------------------------------------------------------
@@ -1251,17 +1256,13 @@ def crop_window(u: Sequence[float], height: int, width: int, scale, ratio) -> tu
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def cut(image: Image.Image | np.ndarray, window: Ints, size: int) -> Tensor:
+def cut(pixels: np.ndarray, window: Ints, size: int) -> Tensor:
     """The window (top, left, height, width) resized to uint8 [S, S, 3], bilinear, antialiased.
 
     As torchvision's on a Pillow image but for rounding (one of 255 levels), three times as fast.
     """
     top, left, height, width = window
-    if isinstance(image, np.ndarray):
-        part = image[top : top + height, left : left + width]
-    else:
-        part = image.crop((left, top, left + width, top + height))
-        part = np.array(part if part.mode == "RGB" else part.convert("RGB"))
+    part = pixels[top : top + height, left : left + width]
     x = torch.from_numpy(part)[None].permute(0, 3, 1, 2)  # uint8 and channels-last: the fast path
     x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
     return x[0].permute(1, 2, 0)
@@ -1269,69 +1270,70 @@ def cut(image: Image.Image | np.ndarray, window: Ints, size: int) -> Tensor:
 
 @dataclass
 class Reader:
-    """What a worker does: task (epoch, step, n, begin, end, rows [b]) -> uint8 [V b, S, S, 3].
+    """What a worker does: a task of `Loader.tasks` -> uint8 [V b, S, S, 3].
 
-    Rows are this rank's items begin..end - 1 of the n in the global batch; windows and flips are
-    those that `augment` draws for it. resize: short side of which the centre is cut; None for
-    windows. An image that cannot be read gives (row, why) instead.
+    side: the short side of
+    which the centre is cut; None: the windows and flips that `augment` draws for the batch. An
+    image that cannot be read gives (row, why) instead.
     """
 
     source: Files | Cache
     augment: Augment
     views: int
     seed: int
-    resize: int | None
+    side: int | None
 
     def __getitem__(self, task: tuple) -> Tensor | tuple[int, str]:
-        epoch, step, n, begin, end, rows = task
+        epoch, step, n, begin, rows = task
         u = uniforms(self.views * n, generator(self.seed, "augment", epoch, step))[:23]
-        u = u.view(23, self.views, n)[:, :, begin:end].permute(2, 1, 0).tolist()  # [b, V, 23]
+        u = u.view(23, self.views, n)[:, :, begin : begin + len(rows)]
+        u = u.permute(2, 1, 0).tolist()  # [b, V, 23]
         size = self.augment.size
-        out = np.empty((self.views, len(rows), size, size, 3), np.uint8)
+        out = torch.empty(self.views, len(rows), size, size, 3, dtype=torch.uint8)
+        if get_worker_info():  # what fails here is told; where the batch is sent it would not be
+            out.share_memory_()
         for place, row in enumerate(rows.tolist()):
             try:
-                with self.source.open(row) as image:
-                    self.fill(out[:, place], image, u[place])
+                self.fill(out[:, place].numpy(), self.source.read(row), u[place])
             except MemoryError:
                 raise
             except Exception as error:  # Pillow's readers raise many kinds
-                return row, str(error).partition("\n")[0] or type(error).__name__
-        return torch.from_numpy(out).flatten(0, 1)
+                return row, reason(error)
+        return out.flatten(0, 1)
 
-    def fill(self, out: np.ndarray, image: Image.Image | np.ndarray, u: list) -> None:
+    def fill(self, out: np.ndarray, pixels: np.ndarray, u: list) -> None:
         """The views [V, S, S, 3] of one image from its uniform numbers [V, 23]."""
-        a, stored = self.augment, isinstance(image, np.ndarray)
-        if self.resize:
-            out[:] = centre(Image.fromarray(image) if stored else rgb(image), self.resize, a.size)
+        a = self.augment
+        if self.side:
+            out[:] = centre(pixels, self.side, a.size)
             return
-        height, width = image.shape[:2] if stored else (image.height, image.width)
         for view, numbers in zip(out, u, strict=True):
-            window = crop_window(numbers, height, width, a.scale, a.ratio)
-            pixels = cut(image, window, a.size)
-            view[:] = (pixels.flip(1) if numbers[22] < a.flip else pixels).numpy()
+            window = crop_window(numbers, *pixels.shape[:2], a.scale, a.ratio)
+            x = cut(pixels, window, a.size)
+            view[:] = (x.flip(1) if numbers[22] < a.flip else x).numpy()
 
 
-def leave_signals(worker: int) -> None:
-    """In a worker: Ctrl-C is for the main process to answer, and SIGTERM ends it without a word."""
+def start_worker(worker: int) -> None:
+    """Ctrl-C is for the main process to answer, and SIGTERM ends a worker without a word."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextlib.contextmanager
-def sigint_held():
-    """Ctrl-C waits until the workers stand: they must not hear it in their first moment either."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
+def own_signals():
+    """Around the start of workers: none hears Ctrl-C, not even in its first moment, and what torch
+    does when one dies is undone: that is told where its batch is asked for."""
+    if sys.platform == "win32":
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    on_child = signal.getsignal(signal.SIGCHLD)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def as_it_is(batch):
-    return batch
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, on_child)
 
 
 def decoded(reader: Reader, tasks: list[tuple], workers: int, pin: bool) -> Iterator:
@@ -1339,23 +1341,21 @@ def decoded(reader: Reader, tasks: list[tuple], workers: int, pin: bool) -> Iter
     if workers == 0:
         yield from map(reader.__getitem__, tasks)
         return
-    on_child = signal.getsignal(signal.SIGCHLD)
     warnings.filterwarnings("ignore", "This DataLoader will create")  # --workers is the user's
-    batches = DataLoader(
-        reader, batch_size=None, sampler=tasks, num_workers=min(workers, len(tasks)),
-        pin_memory=pin, collate_fn=as_it_is, worker_init_fn=leave_signals,
-        generator=torch.Generator(),  # or it would draw from the one of the network's dropout
-    )  # fmt: skip
+    options = {"num_workers": min(workers, len(tasks)), "worker_init_fn": start_worker}
+    options["generator"] = torch.Generator()  # or it would draw from the network's own
+    batches = DataLoader(reader, batch_size=None, sampler=tasks, pin_memory=pin, **options)
     try:
-        with sigint_held():
+        with own_signals():
             batches = iter(batches)
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, on_child)  # a death is told when its batch is asked for
         while (batch := next(batches, None)) is not None:
             yield batch
     except (RuntimeError, OSError, EOFError) as error:
-        why = str(error).partition("\n")[0] or type(error).__name__
-        hint = "out of memory, or /dev/shm is full? try fewer --workers"
+        why, hint = reason(error), "out of memory, or /dev/shm is full? try fewer --workers"
+        for line in str(error).splitlines():
+            if "shared memory" in line:
+                why = line.strip()[:120]
+                hint = "give --workers 0, or enlarge /dev/shm (docker run --shm-size 8g)"
         raise RunError(f"a decoding worker failed ({why}); {hint}") from None
 
 
@@ -1382,8 +1382,7 @@ class Cache:
                 head = json.loads(saved["head"].tobytes())
             self.fingerprint, self.side, total = (head[k] for k in ("fingerprint", "side", "bytes"))
         except Exception as error:  # a foreign or damaged .npz raises many kinds
-            why = str(error).partition("\n")[0] or type(error).__name__
-            wrong = f"{index} is no index of a cache ({why})"
+            wrong = f"{index} is no index of a cache ({reason(error)})"
             raise UserError(f"{wrong}; delete it and {again}") from None
         size = self.file.stat().st_size if self.file.exists() else 0
         if size != total:
@@ -1400,21 +1399,21 @@ class Cache:
         if self.fingerprint != part.fingerprint():
             known, names = {path: row for row, path in enumerate(self.paths)}, part.images.names
             rows = np.array([known.get(name, -1) for name in names])
-            for row, name, label in zip(rows.tolist(), names, part.labels.tolist(), strict=True):
-                if row < 0 or self.labels[row] != label:
-                    what = "is not in it"
-                    if row >= 0:
-                        what = f"has label {self.labels[row]} in it, {label} in the list"
-                    raise UserError(f"cache {self.file} is of another list: {name} {what}")
+            wrong = (rows < 0) | (self.labels[rows] != part.labels.numpy())
+            if wrong.any():
+                row = int(wrong.argmax())
+                there = f"label {self.labels[rows[row]]}" if rows[row] >= 0 else "no such image"
+                here = f"{names[row]} with label {part.labels[row]}"
+                raise UserError(f"cache {self.file} is of another list: {here} has {there} in it")
         found.records, found.labels, found.paths = self.records[rows], self.labels[rows], None
         return found
 
-    def open(self, row: int) -> contextlib.nullcontext[np.ndarray]:
+    def read(self, row: int) -> np.ndarray:
+        """The stored pixels of an image, uint8 [H, W, 3]."""
         if self.pixels is None:
             self.pixels = np.memmap(self.file, np.uint8, "c")  # private: nothing is ever written
         offset, height, width, *_ = self.records[row].tolist()
-        pixels = self.pixels[offset : offset + height * width * 3]
-        return contextlib.nullcontext(pixels.reshape(height, width, 3))
+        return self.pixels[offset : offset + height * width * 3].reshape(height, width, 3)
 
 
 # --- loader -----------------------------------------------------------------------------------
@@ -1427,18 +1426,18 @@ class Loader:
     views float32 [V, b, 3, S, S] (channels-last strides), labels int64 [b], indices int64 [b] =
     positions in `dataset`; b is this rank's share of the global batch of `batch_size` items. Order
     and augmentation are computed on the CPU for the global batch and shared out, so N ranks see
-    the images that one would. All is a function of (seed, epoch, step): `set_epoch(e, s)`
-    continues with step s. `global_batch`: items of the last batch over all ranks.
+    the images that one would. All is a function of (seed, epoch, step). `global_batch`: items of
+    the last batch over all ranks.
 
-    Training: every rank gets the same number of rows, what is left of a batch is cut. Evaluation
-    (`evaluation=True`: normalise only) and sampler "sequential": every item exactly once over all
-    ranks. `epoch_length`: items visited in an epoch (default N). `shard`: (rank, ranks).
-    q, beta, samples_per_class: see `sampler_order`.
+    Training: every rank gets the same number of rows, what is left of a batch is cut, and a last
+    batch with less than two rows a rank is left out. Evaluation (`evaluation=True`: normalise only)
+    and sampler "sequential": every item exactly once over all ranks. `epoch_length`: items visited
+    in an epoch (default N). `shard`: (rank, ranks). q, beta, samples_per_class: `sampler_order`.
 
     Images in files: with crop "resized" the drawn window is cut and resized by `workers` processes
     (0: here), which changes nothing in the batches; else, and in evaluation, the short side
-    becomes `resize` (default S * 256 / 224) and the central S x S pixels are cut. An image that
-    cannot be read ends the iteration with a UserError, a worker that dies with a RunError.
+    becomes S * 256 / 224 and the central S x S pixels are cut. An image that cannot be read ends
+    the iteration with a UserError, a worker that dies with a RunError.
     """
 
     dataset: Set
@@ -1457,16 +1456,10 @@ class Loader:
     samples_per_class: int = 4
     workers: int = 0
     cache: str | Path | None = None
-    resize: int | None = None
 
     def __post_init__(self):
         if self.sampler not in SAMPLERS:
             raise UserError(f"unknown sampler {self.sampler!r}; known: {', '.join(SAMPLERS)}")
-        for name, least in (("batch_size", 1), ("views", 1), ("samples_per_class", 1),
-                            ("q", 0), ("beta", 0)):  # fmt: skip
-            if getattr(self, name) < least:
-                what = f"{name.replace('_', ' ')} {getattr(self, name)}"
-                raise UserError(f"{what}: too small; give at least {least}")
         self.rank, self.ranks = self.shard or (rank(), world_size())
         self.device, self.labels = torch.device(self.device), self.dataset.labels.cpu().numpy()
         if self.evaluation:
@@ -1474,90 +1467,83 @@ class Loader:
             self.augment = Augment(self.augment.size, self.augment.mean, self.augment.std)
         self.length = len(self.dataset) if self.epoch_length is None else self.epoch_length
         fewest = 1 if self.sampler == "sequential" else self.ranks
-        full, tail = divmod(self.length, self.batch_size)
-        self.steps = full + (tail >= fewest and (self.evaluation or not self.drop_last))
+        full, tail = divmod(self.length, max(self.batch_size, 1))
+        once = self.sampler == "sequential" or self.batch_size < 2 * fewest
+        least = fewest if once else 2 * fewest  # batch norm cannot train on a lone image
+        self.steps = full + (tail >= least and (self.evaluation or not self.drop_last))
         if self.steps < 1 or self.batch_size < fewest:
             what = f"no batch from {self.length} images on {self.ranks} rank(s)"
             give = f"give --batch-size {fewest}..{self.length}"
             raise UserError(f"batch size {self.batch_size}: {what}; {give}")
-        self.epoch, self.start_step, self.global_batch = 0, 0, 0
+        self.epoch, self.global_batch = 0, 0
         self.reader = None if self.dataset.in_memory else self._make_reader()
         self.images = self.dataset.images.to(self.device)
         self.device_labels = self.dataset.labels.to(self.device)
 
     def _make_reader(self) -> Reader:
         """For images in files; what is left to `augment` afterwards draws the same numbers."""
-        size, whole, windows = self.augment.size, self.augment, self.augment.crop == "resized"
-        resize = self.resize or round(size * 256 / 224)
-        if resize < size:
-            raise UserError(f"resize {resize}: smaller than the {size} px that are cut from it")
-        source = self.dataset.images
+        whole, windows, source = self.augment, self.augment.crop == "resized", self.dataset.images
+        side = round(whole.size * 256 / 224)
         if self.cache is not None:
             source = Cache(self.cache).match(self.dataset)
-            if source.side < resize:
-                what = f"has a short side of {source.side} px, {size} px images need {resize}"
-                make = f"make it with `python -m tools.prepare cache --side {resize}`"
-                other = "or give a smaller --image-size"
-                raise UserError(f"cache {self.cache} {what}: {make}, {other}")
+            if source.side < side:
+                what = f"has a short side of {source.side} px, {whole.size} px images need {side}"
+                make = f"make it with `python -m tools.prepare cache --side {side}`"
+                raise UserError(f"cache {self.cache} {what}: {make} or give a smaller --image-size")
         if windows:
             self.augment = dataclasses.replace(whole, crop="none", flip=0.0)
-        return Reader(source, whole, self.views, self.seed, None if windows else resize)
+        return Reader(source, whole, self.views, self.seed, None if windows else side)
 
     def __len__(self) -> int:
         return self.steps
 
-    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
-        """The next iteration yields the batches start_step, start_step + 1, ... of this epoch."""
-        self.epoch, self.start_step = epoch, start_step
+    def set_epoch(self, epoch: int) -> None:
+        """The next iteration yields the batches of this epoch."""
+        self.epoch = epoch
 
     def order(self, epoch: int) -> np.ndarray:
         """Positions int64 [epoch_length] visited in this epoch, over all ranks."""
         options = {"q": self.q, "beta": self.beta, "samples_per_class": self.samples_per_class}
         return sampler_order(self.sampler, self.labels, self.length, self.seed, epoch, **options)
 
-    def items(self, step: int) -> int:
-        """Items of the batch of this step, before it is cut to equal shares."""
-        return min(self.batch_size, self.length - step * self.batch_size)
-
     def share(self, step: int) -> tuple[int, int, int]:
         """Items of the global batch of this step, and where this rank's share begins and ends."""
-        n = self.items(step)
-        if self.sampler != "sequential":
-            n -= n % self.ranks
-        size, longer = divmod(n, self.ranks)
-        begin = self.rank * size + min(self.rank, longer)
-        return n, begin, begin + size + (self.rank < longer)
+        n = min(self.batch_size, self.length - step * self.batch_size)
+        n -= n % (1 if self.sampler == "sequential" else self.ranks)
+        return n, n * self.rank // self.ranks, n * (self.rank + 1) // self.ranks
 
-    def draw(self, epoch: int, step: int, height: int, width: int) -> Draws:
-        """This rank's share of the augmentation parameters of the global batch, view by view."""
-        _, begin, end = self.share(step)
-        whole, rng = self.items(step), generator(self.seed, "augment", epoch, step)
-        table = self.augment.draw(self.views * whole, rng, height, width).table
-        return Draws(table.unflatten(0, (self.views, whole))[:, begin:end].flatten(0, 1))
+    def tasks(self) -> list[tuple]:
+        """(epoch, step, n, begin, rows) of the batches in which this rank has a share.
+
+        n items of the global batch before it is cut; the `rows` [b] of this rank begin at `begin`.
+        """
+        order, found = self.order(self.epoch), []
+        for step in range(self.steps):
+            whole = order[step * self.batch_size :][: self.batch_size]
+            _, begin, end = self.share(step)
+            if begin < end:
+                found.append((self.epoch, step, len(whole), begin, whole[begin:end]))
+        return found
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        epoch, order = self.epoch, self.order(self.epoch)
-        shares = [(step, *self.share(step)) for step in range(self.start_step, self.steps)]
-        shares = [share for share in shares if share[2] < share[3]]
-        there = torch.from_numpy(order).to(self.device)
-        with contextlib.closing(self._pixels(epoch, shares, order, there)) as batches:
-            for (step, self.global_batch, begin, end), images in zip(shares, batches, strict=True):
-                draws = self.draw(epoch, step, *images.shape[2:])
-                x = self.augment(images, draws).unflatten(0, (self.views, end - begin))
-                rows = there[step * self.batch_size :][begin:end]
-                yield x, self.device_labels[rows], rows
+        tasks = self.tasks()
+        with contextlib.closing(self._pixels(tasks)) as batches:
+            for (epoch, step, n, begin, rows), images in zip(tasks, batches, strict=True):
+                rng = generator(self.seed, "augment", epoch, step)
+                draws = self.augment.draw(self.views * n, rng, *images.shape[2:]).table
+                draws = draws.unflatten(0, (self.views, n))[:, begin : begin + len(rows)]
+                x = self.augment(images, Draws(draws.flatten(0, 1)))
+                rows = to_device(torch.from_numpy(rows), self.device)
+                self.global_batch = self.share(step)[0]
+                yield x.unflatten(0, (self.views, len(rows))), self.device_labels[rows], rows
 
-    def _pixels(self, epoch: int, shares: list, order: np.ndarray, there: Tensor) -> Iterator:
-        """uint8 [V b, 3, H, W] on the device for every share; order [length], `there` as well."""
+    def _pixels(self, tasks: list[tuple]) -> Iterator[Tensor]:
+        """uint8 [V b, 3, H, W] on the device for every task."""
         if self.reader is None:
-            for step, _, begin, end in shares:
-                rows = there[step * self.batch_size :][begin:end]
+            for *_, rows in tasks:
+                rows = to_device(torch.from_numpy(rows), self.device)
                 yield self.images.index_select(0, rows.repeat(self.views))
             return
-        tasks = []
-        for step, _, begin, end in shares:
-            rows = order[step * self.batch_size :][begin:end]
-            tasks.append((epoch, step, self.items(step), begin, end, rows))
         pin = self.device.type == "cuda"
         with contextlib.closing(decoded(self.reader, tasks, self.workers, pin)) as batches:
             for found in batches:
@@ -1580,8 +1566,8 @@ def loader(args, dataset: Set, batch_size: int, *, augment=None, seed=None, **op
     if not dataset.in_memory:
         options["workers"] = args.workers
         if args.cache:
-            folder = Path(args.data_root, args.dataset, f"cache{args.cache}")
-            options["cache"] = folder / dataset.split
+            root = getattr(args, "cache_dir", None) or args.data_root
+            options["cache"] = Path(root, args.dataset, f"cache{args.cache}", dataset.split)
     elif args.cache:
         why = "its images are in memory"
         raise UserError(f"--cache makes no sense for --dataset {args.dataset}: {why}")
@@ -1606,19 +1592,77 @@ def judge(args, net: nn.Module, data: Splits) -> common.Judge:
 
 
 def examine(args, net: nn.Module, data: Splits, stage: str, *names: str) -> None:
-    """`--eval CKPT`: test figures of a checkpoint of `stage` made with the same `names`."""
+    """`--eval CKPT`: test figures of a checkpoint of `stage` made with the same `names`.
+
+    The set may be another one with the same classes. `--predict FOLDER`: its images instead.
+    """
     checkpoint = common.load_checkpoint(args.eval)
     script = Path(sys.argv[0]).stem
     if (checkpoint["script"], checkpoint["stage"]) != (script, stage):
         found = f"{checkpoint['script']}.py, stage {checkpoint['stage']}"
         raise UserError(f"{args.eval} is of {found}; {script}.py evaluates {stage}.pt")
-    names = ("dataset", "backbone", *names)
+    about, known = data.about | checkpoint["info"], "classes" in checkpoint["info"]
+    names = ("backbone", *names) if known else ("dataset", "backbone", *names)
+    test = in_order(data.test, about["classes"], args.eval)
+    if data.image_size != about["size"]:
+        sizes = f"is of {about['size']} px, --dataset {args.dataset} has {data.image_size}"
+        raise UserError(f"{args.eval} {sizes}; give --image-size {about['size']}")
     common.check_same(args.eval, checkpoint["args"], common.result_args(args), names)
     common.load_weights(net, checkpoint["state"]["model"], args.eval)
-    full = common.figures(
-        args, net, evaluation_loader(args, data.test), checkpoint["info"]["counts"]
-    )
-    common.tell_figures(args, checkpoint, full)
+    statistics = about["mean"], about["std"]
+    if getattr(args, "predict", None):
+        return predict(args, net, test, statistics)
+    loader = evaluation_loader(args, test, statistics)
+    common.tell_figures(args, checkpoint, common.figures(args, net, loader, about["counts"]))
+
+
+def in_order(part: Set, classes: Sequence[str], source: str) -> Set:
+    """The set with labels as in `classes`, which must be its own in some order."""
+    if odd := sorted(set(part.classes) ^ set(classes)):
+        raise UserError(f"{source} is of other classes: only one of the two knows {odd[0]!r}")
+    place = {name: label for label, name in enumerate(classes)}
+    labels = torch.tensor([place[name] for name in part.classes])[part.labels]
+    return dataclasses.replace(part, labels=labels, classes=list(classes))
+
+
+@torch.inference_mode()
+def predict(args, net: nn.Module, like: Set, statistics: tuple) -> None:
+    """`--predict FOLDER`: path, class and probability of the three likeliest of every image in it.
+
+    Prepared like the images of a set; written as <out>/<script>/examined/predict-<folder>.csv.
+    """
+    folder, net = Path(args.predict), net.eval()
+    names = image_files(folder) if folder.is_dir() else []
+    if not names:
+        raise UserError(f"--predict {folder}: no folder with images in it")
+    none = torch.zeros(len(names), dtype=torch.int64)
+    kept = {"images": Files(folder, names), "labels": none, "indices": none, "classes": ["?"]}
+    part = dataclasses.replace(like, **kept)
+    part = in_memory(part, like.size) if like.in_memory else part
+    ranked, options = [], {"evaluation": True, "shard": (0, 1), "workers": args.workers}
+    augment = Augment(like.size, *statistics)
+    for views, _, _ in Loader(part, 250, augment, device=args.device, **options):
+        with common.autocast(args):
+            logits = net(views[0])
+        values, labels = logits.float().softmax(1).topk(min(3, len(like.classes)))
+        ranked += zip(values.tolist(), labels.tolist(), strict=True)
+    text = io.StringIO()
+    table = csv.writer(text)
+    head = [f"{what}_{k + 1}" for k in range(labels.shape[1]) for what in ("class", "probability")]
+    table.writerow(["path", *head])
+    for name, (chances, found) in zip(names, ranked, strict=True):
+        row = [folder / name]
+        for chance, label in zip(chances, found, strict=True):
+            row += [like.classes[label], f"{chance:.6f}"]
+        table.writerow(row)
+    examined = Path(args.out, Path(sys.argv[0]).stem, "examined")
+    path = examined / f"predict-{folder.resolve().name}.csv"
+    if common.is_main():
+        common.make_folder(examined)
+        content = text.getvalue().encode(errors="surrogateescape")
+        common.write_atomic(path, lambda file: file.write(content))
+        print(f"wrote {path}: {len(names)} images")
+    common.barrier()
 
 
 def finish(run: common.Run, net: nn.Module, data: Splits, stage: str, **result) -> None:

@@ -1,4 +1,4 @@
-"""A small ImageNet-LT: real JPEGs of ImageNet's sizes, the lists, and a long-tailed profile; always the same files."""
+"""A small ImageNet-LT: JPEGs of ImageNet's sizes, lists, a long tail; always the same files."""
 
 from pathlib import Path
 
@@ -10,15 +10,21 @@ from data_lt import long_tail_counts
 SIZES = ((500, 375), (375, 500), (160, 120), (120, 160))  # (width, height), in turn
 
 
-def write_jpeg(path: Path, key: tuple[int, ...], size=(160, 120), mode: str = "RGB", label: int = 0) -> None:
-    """A soft pattern of random patches over the class's own colour, with some grain; decided by `key` alone."""
+def write_jpeg(
+    path: Path, key: tuple[int, ...], size=(160, 120), mode: str = "RGB", label: int = 0
+) -> None:
+    """Random patches over the class's own colour, with some grain; decided by `key` alone."""
     rng = np.random.RandomState(key)
     colour = np.random.RandomState(label).uniform(40, 215, 3)
     patches = np.clip(colour + rng.normal(0, 40, (6, 8, 3)), 0, 255).astype(np.uint8)
-    picture = np.asarray(Image.fromarray(patches).resize(size, Image.Resampling.BILINEAR)).astype(np.int16)
+    picture = np.asarray(Image.fromarray(patches).resize(size, Image.Resampling.BILINEAR)).astype(
+        np.int16
+    )
     grain = np.resize(rng.randint(-12, 13, 4099), picture.shape)
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.clip(picture + grain, 0, 255).astype(np.uint8)).convert(mode).save(path, "JPEG", quality=90)
+    Image.fromarray(np.clip(picture + grain, 0, 255).astype(np.uint8)).convert(mode).save(
+        path, "JPEG", quality=90
+    )
 
 
 def wnid(c: int) -> str:
@@ -26,12 +32,19 @@ def wnid(c: int) -> str:
 
 
 def make_imagenet_lt(
-    data_root: Path, num_classes: int = 5, n_max: int = 8, ratio: float = 4, val: int = 1, test: int = 2, sizes=SIZES
+    data_root: Path,
+    num_classes: int = 5,
+    n_max: int = 8,
+    ratio: float = 4,
+    val: int = 1,
+    test: int = 2,
+    sizes=SIZES,
 ) -> Path:
-    """<data_root>/imagenet_lt with {train,val}/<wnid>/*.JPEG and ImageNet_LT_{train,val,test}.txt; returns that folder.
+    """<data_root>/imagenet_lt: {train,val}/<wnid>/*.JPEG and the three lists; returns that folder.
 
-    Class c has trunc(n_max ratio^(-c / (C - 1))) training images; as in the original, those of the validation list
-    lie under train/ and those of the test list under val/. The second image of all is greyscale, the third CMYK.
+    Class c has trunc(n_max ratio^(-c / (C - 1))) training images; as in the original, those of the
+    validation list lie under train/ and those of the test list under val/. The second image of all
+    is greyscale, the third CMYK.
     """
     root, made = Path(data_root) / "imagenet_lt", 0
     lists: dict[str, list[str]] = {"train": [], "val": [], "test": []}
@@ -51,7 +64,7 @@ def make_imagenet_lt(
 
 
 def make_class_folders(root: Path, sizes: dict[str, int], content: bytes = b"x") -> Path:
-    """<root>/<class>/<class>_<k>.JPEG, `sizes[class]` of each: names only, no pictures, for what never decodes."""
+    """<root>/<class>/<class>_<k>.JPEG, `sizes[class]` of each: names only, no pictures."""
     for name, n in sizes.items():
         (root / name).mkdir(parents=True, exist_ok=True)
         for k in range(n):

@@ -6,7 +6,8 @@
     python -m tools.prepare lists --dataset imagenet_lt               # fetch and verify the lists
     python -m tools.prepare mini --imb-ratio 100                      # lists of mini-ImageNet-LT
     python -m tools.prepare check --dataset imagenet_lt               # decode every image once
-    python -m tools.prepare cache --dataset imagenet_lt --side 256    # and keep them decoded
+    python -m tools.prepare cache --dataset imagenet_lt --side 256    # and keep them decoded, in
+                              # the data root or below --cache-dir
 
 Layouts under the data root:
 
@@ -16,13 +17,11 @@ Layouts under the data root:
     mini_imagenet_lt/<wnid>/*        + train_ir<ratio>.txt, val.txt, test.txt as `mini` writes them
     any folder                         train/<class>/*, test/<class>/* and perhaps val/<class>/*
 
-The public lists (Liu et al. 2019; Van Horn et al. 2018) are checked by Git blob id, rows, classes
-and profile.
+The public lists (Liu et al. 2019; Van Horn et al. 2018) are checked by Git blob id.
 """
 
 import argparse
 import contextlib
-import fcntl
 import filecmp
 import hashlib
 import http.client
@@ -33,6 +32,7 @@ import shutil
 import sys
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -41,6 +41,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
+import common
 import data_lt
 from common import RunError, UserError, derive_seed, write_atomic
 from data_lt import Cache, Files, ListReader, Set, Splits, unreadable
@@ -48,28 +49,44 @@ from data_lt import Cache, Files, ListReader, Set, Splits, unreadable
 # --- show and export --------------------------------------------------------------------------
 
 
-def profile_text(splits: Splits) -> str:
+def profile_text(data: Splits) -> str:
     """The profile as text: a header, then one line a class with count, group and a bar.
 
     Groups by training images: many > 100, medium 20..100, few < 20.
     """
-    counts, names, held = splits.counts, splits.classes, len(splits.val or [])
+    counts, names = data.counts, data.classes
     groups = ["many" if n > 100 else "medium" if n >= 20 else "few" for n in counts]
-    width, high, low, size = max(map(len, names)), max(counts), min(counts), splits.image_size
+    width, high, low, size = max(map(len, names)), max(counts), min(counts), data.image_size
     of = f"{high} to {low} images (ratio {high / max(low, 1):g}), {size}x{size} px"
-    sums = f"train {sum(counts)}, val {held}, test {len(splits.test)}"
-    unused = f"unused {len(splits.leftover)}"
+    sums = f"train {sum(counts)}, val {len(data.val or [])}, test {len(data.test)}"
     by_group = ", ".join(f"{groups.count(group)} {group}" for group in ("many", "medium", "few"))
-    prints = f"train {splits.train.fingerprint()}, test {splits.test.fingerprint()}"
-    rows = zip(names, counts, groups, strict=True)
-    return "\n".join([
-        f"{splits.name}: {len(names)} classes, {of}",
-        f"{sums}, {unused}; {by_group}",
-        f"mean {splits.mean}, std {splits.std}",
-        f"fingerprint: {prints}",
-        *(f"{c:4d} {name:{width}} {n:6d} {group:6} {'#' * math.ceil(50 * n / high)}"
-          for c, (name, n, group) in enumerate(rows)),
-    ])  # fmt: skip
+    lines = [
+        f"{data.name}: {len(names)} classes, {of}",
+        f"{sums}, unused {len(data.leftover)}; {by_group}",
+        f"mean {data.mean}, std {data.std}",
+        f"fingerprint: train {data.train.fingerprint()}, test {data.test.fingerprint()}",
+    ]
+    for c, (name, n, group) in enumerate(zip(names, counts, groups, strict=True)):
+        lines.append(f"{c:4d} {name:{width}} {n:6d} {group:6} {'#' * math.ceil(50 * n / high)}")
+    return "\n".join(lines)
+
+
+def passed_over(root: Path, data: Splits) -> str:
+    """How many files of a folder are none of its images, and why."""
+    why = Counter()
+    for split in {"train", "test"} | ({"val"} if data.val else set()):
+        for folder, _, names in os.walk(root / split, followlinks=True):
+            inner = Path(folder).relative_to(root / split).parts
+            for name in names:
+                ending = os.path.splitext(name)[1].lower()
+                if any(part.startswith(".") for part in (*inner, name)):
+                    why["a name with a dot in front"] += 1
+                elif not inner:
+                    why["beside the class folders"] += 1
+                elif ending not in data_lt.IMAGE_SUFFIXES:
+                    why[f"ending {ending}" if ending else "no ending"] += 1
+    reasons = ", ".join(f"{n} {reason}" for reason, n in why.most_common())
+    return f"\npassed over: {reasons}" if why else ""
 
 
 def picture_grid(part: Set, per_class: int = 12) -> Image.Image:
@@ -89,25 +106,25 @@ def picture_grid(part: Set, per_class: int = 12) -> Image.Image:
     return sheet
 
 
-def export(splits: Splits, path: str | Path, force: bool = False) -> None:
+def export(data: Splits, path: str | Path, force: bool = False) -> None:
     """Write the subset to one .npz that `--dataset` reads back identically.
 
     x_*, y_*, classes, mean, std, index_train. A path without suffix becomes class folders of PNG
     files (classes are then sorted by name). A validation set that is not the test set itself goes
-    along. Refuses to overwrite unless `force`.
+    along. Overwrites a file where `force` is set, and nothing else.
     """
     path = Path(path)
     if path.suffix not in (".npz", ""):
         raise UserError(f"{path}: the name must end in .npz (or have no suffix: class folders)")
-    if path.exists() and not force:
-        raise UserError(f"{path} exists; give --force to overwrite it")
-    parts = {"train": splits.train, "test": splits.test}
-    if splits.val is not None and splits.val is not splits.test:
-        parts["val"] = splits.val
+    if path.exists() and not (force and path.is_file()):
+        raise UserError(f"{path} exists; give --force to overwrite a file, or another name")
+    parts = {"train": data.train, "test": data.test}
+    if data.val is not None and data.val is not data.test:
+        parts["val"] = data.val
     if not path.suffix:
         return _export_folders(parts, path)
-    arrays = {"classes": np.array(splits.classes), "index_train": splits.train.indices.numpy()}
-    arrays |= {"mean": np.array(splits.mean), "std": np.array(splits.std)}
+    arrays = {"classes": np.array(data.classes), "index_train": data.train.indices.numpy()}
+    arrays |= {"mean": np.array(data.mean), "std": np.array(data.std)}
     for split, part in parts.items():
         arrays[f"x_{split}"] = part.images.permute(0, 2, 3, 1).numpy()
         arrays[f"y_{split}"] = part.labels.numpy()
@@ -116,6 +133,9 @@ def export(splits: Splits, path: str | Path, force: bool = False) -> None:
 
 def _export_folders(parts: dict[str, Set], root: Path) -> None:
     """<root>/<split>/<class>/<position in the source>.png."""
+    for name in parts["train"].classes:
+        if name != os.path.basename(name) or name[:1] in ("", ".") or "\\" in name or "\0" in name:
+            raise UserError(f"class {name!r} cannot be the name of a folder; export to an .npz")
     try:
         for split, part in parts.items():
             images = part.images.permute(0, 2, 3, 1).numpy()
@@ -132,48 +152,22 @@ def _export_folders(parts: dict[str, Set], root: Path) -> None:
 
 
 class PublicList(NamedTuple):
-    """What is known of a public list; largest and smallest class: None where nobody says."""
-
-    name: str
-    blob: str
+    blob: str  # Git's id of the file
     rows: int
     classes: int
-    most: int | None = None
-    least: int | None = None
 
 
 PUBLIC = {
     "imagenet_lt": {
-        "train": PublicList(
-            "ImageNet_LT_train.txt",
-            "a063f095fcd475db4cf8b0658c4b73955535bbf9",
-            *(115846, 1000, 1280, 5),
-        ),
-        "val": PublicList(
-            "ImageNet_LT_val.txt",
-            "3ed3188b2f44829ce2dec1cc27040d8d40984088",
-            *(20000, 1000, 20, 20),
-        ),
-        "test": PublicList(
-            "ImageNet_LT_test.txt",
-            "76a2fb9749d6cd29e765cc4f8c270f2504131e2f",
-            *(50000, 1000, 50, 50),
-        ),
+        "train": PublicList("a063f095fcd475db4cf8b0658c4b73955535bbf9", 115846, 1000),
+        "val": PublicList("3ed3188b2f44829ce2dec1cc27040d8d40984088", 20000, 1000),
+        "test": PublicList("76a2fb9749d6cd29e765cc4f8c270f2504131e2f", 50000, 1000),
     },
     "inat18": {
-        "train": PublicList(
-            "iNaturalist18_train.txt",
-            "4accdb7584d2f0a5106c40a33ed6afa392189bcc",
-            *(437513, 8142),
-        ),
-        "test": PublicList(
-            "iNaturalist18_val.txt",
-            "4c23900857fd0f5adcd4cc0dffef345039eeb05f",
-            *(24426, 8142, 3, 3),
-        ),
+        "train": PublicList("4accdb7584d2f0a5106c40a33ed6afa392189bcc", 437513, 8142),
+        "test": PublicList("4c23900857fd0f5adcd4cc0dffef345039eeb05f", 24426, 8142),
     },
 }
-INAT_JSON = {"train": "train2018.json", "test": "val2018.json"}
 GITHUB = "https://raw.githubusercontent.com"
 SSP = "YyzHarry/imbalanced-semi-self/b91ad29fd8805ddf0a146f735905b0c869e68ae4"
 TSC = "LTH14/targeted-supcon/c4f15ebf67756088f40b672d7612b341529c7447"
@@ -183,13 +177,12 @@ SAMPLE = 1000  # images looked for in each list, besides one of every class
 
 def fetch(dataset: str, root: str | Path, image_size: int | None = None) -> str:
     """Download and verify a set of torchvision's, or read one from a path; what lies where."""
-    info, path = data_lt.find(dataset), Path(dataset)
+    info = data_lt.find(dataset)
     if info.lists:
         command = "mini" if dataset == "mini_imagenet_lt" else "lists"
         raise UserError(f"{dataset} is got by hand; `tools.prepare {command}` sees to its lists")
     if info.source:
-        sets = data_lt.fetch(info, root, create=True)
-        train, test = (labels for _, labels, _ in sets)
+        (_, train, _), (_, test, _) = data_lt.fetch(info, root, create=True)
         where = f"{Path(root) / info.layout}, md5 verified"
     elif dataset in data_lt.DATASETS:
         return f"{dataset} is drawn by the program: nothing to fetch"
@@ -197,9 +190,8 @@ def fetch(dataset: str, root: str | Path, image_size: int | None = None) -> str:
         data = data_lt.load_pool(dataset, root, image_size, files=True)
         train, test = data.train, data.test
         how = "every image read" if train.in_memory else "images listed, not read"
-        where = f"{path}, {how}, {data.num_classes} classes"
-    sums = f"{len(train)} training and {len(test)} test images"
-    return f"{info.name}: {where}, {sums}"
+        where = f"{dataset}, {how}, {data.num_classes} classes"
+    return f"{info.name}: {where}, {len(train)} training and {len(test)} test images"
 
 
 def git_blob(content: bytes) -> str:
@@ -207,50 +199,38 @@ def git_blob(content: bytes) -> str:
     return hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
 
 
-def difference(part: Set, source: Path, info: PublicList, text: bytes) -> str | None:
-    """The first check in which a list differs from the public one, or None.
-
-    Rows, classes, profile, Git blob id of its text; the official JSON has another order and so no
-    blob id.
-    """
-    blob, counts = git_blob(text), part.counts()
-    known = [other for lists in PUBLIC.values() for other in lists.values()]
-    twins = [f" (it is {other.name})" for other in known if other.blob == blob != info.blob]
-    most, least = max(counts), min(counts)
-    largest, smallest = (part.classes[counts.index(n)] for n in (most, least))
-    for check, expected, found, remark in (
-        ("rows", info.rows, len(part), "".join(twins)),
-        ("classes", info.classes, len(counts), ""),
-        ("images of the largest class", info.most, most, f" ({largest})"),
-        ("images of the smallest class", info.least, least, f" ({smallest})"),
-        ("Git blob id", None if source.suffix == ".json" else info.blob, blob, "; it was edited"),
-    ):  # fmt: skip
-        if expected is not None and found != expected:
-            return f"{source}: {check}: expected {expected}, found {found}{remark}"
-    return None
+def difference(part: Set, public: PublicList, text: bytes | None) -> str | None:
+    """In what a list differs from the public one, or None; text None: another order is allowed."""
+    found = PublicList(text and git_blob(text), len(part), len(part.classes))
+    if found == public or (text is None and found[1:] == public[1:]):
+        return None
+    shown = [
+        f"{rows} rows, {classes} classes, blob {blob}" for blob, rows, classes in (found, public)
+    ]
+    return f"{shown[0]}; the public list: {shown[1]}"
 
 
-def fetch_list(info: PublicList, target: Path) -> None:
-    """Download a public list, verify its blob id, and only then put it in place."""
-    base, failed, folder = os.environ.get("LT_LISTS_URL"), [], info.name.rpartition("_")[0]
+def download(target: Path, public: PublicList) -> bytes:
+    """A public list, its blob id verified."""
+    base, failed, folder = os.environ.get("LT_LISTS_URL"), [], target.name.rpartition("_")[0]
     for address in [base] if base else BASES:
-        url = f"{address.rstrip('/')}/{folder}/{info.name}"
+        url = f"{address.rstrip('/')}/{folder}/{target.name}"
         try:
             with urllib.request.urlopen(url, timeout=30) as response:
                 content = response.read()
         except (OSError, ValueError, http.client.HTTPException) as error:
             failed.append(" ".join(str(error).split())[:200])
             continue
-        if git_blob(content) == info.blob:
-            return write_atomic(target, lambda file, content=content: file.write(content))
-        failed.append(f"{url} has Git blob id {git_blob(content)}, expected {info.blob}")
+        if git_blob(content) == public.blob:
+            return content
+        failed.append(f"{url} has Git blob id {git_blob(content)}, expected {public.blob}")
     why = f"is missing and the download failed ({'; '.join(failed)})"
     raise UserError(f"{target} {why}; put the file there from {url}")
 
 
-def json_lines(source: Path) -> list[str]:
-    """List lines of iNaturalist's official JSON: images (id, file_name), annotations (image_id,
-    category_id), one an image."""
+def json_text(source: Path) -> bytes:
+    """The list that iNaturalist's official JSON makes: images (id, file_name), annotations
+    (image_id, category_id), one an image."""
     try:
         record = json.loads(source.read_bytes())
         names = {image["id"]: str(image["file_name"]) for image in record["images"]}
@@ -258,7 +238,7 @@ def json_lines(source: Path) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         why = f"no JSON with images and annotations ({type(error).__name__}: {error})"
         raise UserError(f"{source}: {why}; fetch it anew") from error
-    return [f"{path} {label}" for path, label in rows]
+    return "".join(f"{path} {label}\n" for path, label in rows).encode()
 
 
 def check_images(part: Set, source: Path, full: bool = False) -> int:
@@ -277,41 +257,37 @@ def check_images(part: Set, source: Path, full: bool = False) -> int:
             return -1
 
     with ThreadPoolExecutor(16) as workers:  # on a network disk a look-up is mostly waiting
-        sizes = list(workers.map(size, chosen))
-    bad = [(k, found) for k, found in zip(chosen, sizes, strict=True) if found < 1]
+        bad = [(k, n) for k, n in zip(chosen, workers.map(size, chosen), strict=True) if n < 1]
     if bad:
         (k, found), path = bad[0], part.images.path(bad[0][0])
-        flat = path.parent.parent / path.name
+        state, flat = "is missing" if found else "is empty", path.parent.parent / path.name
         hint = f"; {flat} must move into its class folder" if flat.exists() else ""
-        hint = "; paths are written with /" if "\\" in part.images.name(k) else hint
-        state = "is missing" if found else "is empty"
-        count = f"{len(bad)} of {len(chosen)} looked for"
-        name = part.classes[part.labels[k]]
-        raise UserError(f"{source}:{k + 1}: {path} {state} (class {name}; {count}){hint}")
+        hint = "; paths are written with /" if "\\" in str(path) else hint
+        what = f"class {part.classes[part.labels[k]]}; {len(bad)} of {len(chosen)} looked for"
+        raise UserError(f"{source}:{k + 1}: {path} {state} ({what}){hint}")
     return len(chosen)
 
 
-def _take(dataset: str, split: str, source: Path, reader: ListReader) -> tuple[Set, bytes, Path]:
-    """The list of a split, its text, and the file it is known by.
+def take_list(dataset: str, split: str, source: Path, reader: ListReader) -> tuple[Set, str | None]:
+    """The list of a split and in what it differs from the public one; written where it was not.
 
-    It is the one that lies there, else made of iNaturalist's JSON, else fetched.
+    It is the one that lies there, else made of iNaturalist's JSON, else downloaded.
     """
-    official, made = source.with_name(INAT_JSON[split]) if dataset == "inat18" else None, []
-    if official and official.exists():
-        made = json_lines(official)
-    text = "".join(f"{line}\n" for line in made).encode()
-    if made and not source.exists():
-        return reader.read(official, made), text, official
-    if not source.exists():
-        fetch_list(PUBLIC[dataset][split], source)
-    part = reader.read(source)
-    found = source.read_bytes()
-    return part, found, official if made and found == text else source
+    public, made = PUBLIC[dataset][split], None
+    official = source.with_name(source.stem.replace("iNaturalist18_", "") + "2018.json")
+    if dataset == "inat18" and official.exists():
+        made = json_text(official)
+    if source.exists():
+        part, text = reader.read(source), source.read_bytes()
+    else:
+        text = made or download(source, public)
+        lines = text.decode().rstrip().split("\n")
+        part = reader.read(official if made else source, lines)
+    wrong = difference(part, public, None if text == made else text)
+    return part, wrong, text
 
 
-def lists(
-    dataset: str, data_root: str | Path = "data", full: bool = False, trust_list: bool = False
-) -> str:
+def lists(dataset: str, data_root="data", full: bool = False, trust_list: bool = False) -> str:
     """Fetch the lists of a set or take those that lie there, verify them, look for the images.
 
     `trust_list` goes on with a list that differs from the public one. Returns what it found.
@@ -319,19 +295,15 @@ def lists(
     if dataset not in PUBLIC:
         raise UserError(f"lists makes no sense for {dataset}; it is for {', '.join(PUBLIC)}")
     info, root = data_lt.find(dataset), Path(data_root) / dataset
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        expected = f"expected {root}/{info.layout}"
-        raise UserError(f"cannot make {root}: {error.strerror}; {expected}") from error
-    sources, reader = data_lt.list_paths(info, root, None), ListReader(root, info.num_classes)
-    sets, lines = {}, []
+    common.make_folder(root)
+    reader, sets, lines = ListReader(root, info.num_classes), {}, []
+    sources = data_lt.list_paths(info, root, None)
     for split, source in sources.items():
-        sets[split], text, origin = _take(dataset, split, source, reader)
-        wrong = difference(sets[split], origin, PUBLIC[dataset][split], text)
+        sets[split], wrong, text = take_list(dataset, split, source, reader)
         if wrong and not trust_list:
-            raise UserError(f"{wrong}; remove it to fetch it anew, or go on with --trust-list")
-        lines += [f"note: {wrong}; trusted"] if wrong else []
+            remedy = "remove it to fetch it anew, or go on with --trust-list"
+            raise UserError(f"{source}: {wrong}; {remedy}")
+        lines += [f"note: {source}: {wrong}; trusted"] if wrong else []
         if not source.exists():
             write_atomic(source, lambda file, text=text: file.write(text))
     looked = sum(check_images(sets[split], source, full) for split, source in sources.items())
@@ -353,7 +325,7 @@ def lists(
 # --- mini-ImageNet-LT -------------------------------------------------------------------------
 
 
-def _slices_of(root: Path, files: dict[str, list[str]]) -> int:
+def slices_of(root: Path, files: dict[str, list[str]]) -> int:
     """Training images of a class to slice, 500 or 400; UserError where that cannot be done."""
     head, owner = 500 if max(map(len, files.values())) >= 700 else 400, {}
     for name, images in files.items():
@@ -361,6 +333,9 @@ def _slices_of(root: Path, files: dict[str, list[str]]) -> int:
             need = f"{head + 200} needed ({head} train, 100 val, 100 test)"
             raise UserError(f"{root / name}: class {name} has {len(images)} images, {need}")
         for image in images:
+            if "/" in image:
+                where = f"{root / name / image}: images must lie in the class folder itself"
+                raise UserError(f"{where}, the lists name a class by the folder of its images")
             other = owner.setdefault(image, name)
             if other == name or not filecmp.cmp(root / other / image, root / name / image, False):
                 continue
@@ -384,7 +359,7 @@ def mini(root: Path, ratio: float = 100.0, seed: int = 0) -> str:
         layout = data_lt.DATASETS["mini_imagenet_lt"].layout
         raise UserError(f"mini_imagenet_lt: no folder {root}; expected {root}/{layout}")
     files = data_lt.class_folders(root, "cache")
-    head, sizes = _slices_of(root, files), [len(images) for images in files.values()]
+    head, sizes = slices_of(root, files), [len(images) for images in files.values()]
     counts = data_lt.long_tail_counts(len(files), head, ratio)
     if not counts[-1]:
         lost = f"class {[*files][-1]} with 0 of {head} images"
@@ -407,12 +382,10 @@ def mini(root: Path, ratio: float = 100.0, seed: int = 0) -> str:
     few = ": the download of 600 a class has no 500 / 100 / 100" if head < 500 else ""
     odd = "" if len(files) == 100 else " (mini-ImageNet has 100)"
     tail = f"({counts[0]} to {counts[-1]} a class, ratio {ratio:g})"
-    return "\n".join([
-        f"mini_imagenet_lt: {len(files)} class folders{odd} of {min(sizes)} to {max(sizes)} images",
-        f"slices {head} / 100 / 100 a class{few}; data seed {seed}",
-        f"train {train:,} {tail}, val {val:,}, test {test:,}",
-        f"wrote {', '.join(rows)} in {root}",
-    ])  # fmt: skip
+    folders = f"{len(files)} class folders{odd} of {min(sizes)} to {max(sizes)} images"
+    slices = f"slices {head} / 100 / 100 a class{few}; data seed {seed}"
+    sums = f"train {train:,} {tail}, val {val:,}, test {test:,}"
+    return f"mini_imagenet_lt: {folders}\n{slices}\n{sums}\nwrote {', '.join(rows)} in {root}"
 
 
 # --- every image ------------------------------------------------------------------------------
@@ -447,8 +420,8 @@ class Progress:
 
 def shrunk(files: Files, row: int, side: int) -> np.ndarray:
     """The pixels [H, W, 3] of an image, the short side at most `side`, aspect kept."""
-    with files.open(row) as image:
-        return np.asarray(data_lt.resize_short(data_lt.rgb(image), min(side, *image.size)))
+    image = Image.fromarray(files.read(row))
+    return np.asarray(data_lt.resize_short(image, min(side, *image.size)))
 
 
 def check(sets: dict[str, Set], threads: int | None = None) -> str:
@@ -474,20 +447,6 @@ def check(sets: dict[str, Set], threads: int | None = None) -> str:
 
 
 # --- writing a cache --------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def only_writer(path: Path):
-    """Hold the lock of a cache; UserError when another process does. It ends with the process."""
-    with open(f"{path}.lock", "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise UserError(f"cache {path} is being made by {file.read().strip()}") from None
-        file.truncate(0)
-        print(f"process {os.getpid()}", file=file, flush=True)
-        yield
 
 
 def stored_bytes(records: np.ndarray) -> np.ndarray:
@@ -516,7 +475,10 @@ def bytes_needed(files: Files, rows: range, side: int) -> int:
     """Size of these images in a cache, from the headers of up to 500 of them."""
     sizes = []
     for row in rows[:: max(len(rows) // 500, 1)]:
-        with contextlib.suppress(Exception), files.open(row) as image:  # named in their turn
+        with (
+            contextlib.suppress(Exception),
+            Image.open(files.path(row)) as image,
+        ):  # named in their turn
             scale = min(1.0, side / min(image.size)) ** 2
             sizes.append(3 * scale * image.width * image.height)
     return int(sum(sizes) / max(len(sizes), 1) * len(rows))
@@ -529,41 +491,52 @@ def build_cache(part: Set, path: str | Path, side: int = 256, say=None) -> Cache
     cache is checked and returned. UserError: no space, another writer, files of another set, an
     image that cannot be read.
     """
-    path, fingerprint, say = Path(path), part.fingerprint(), say or Progress()
-    pixels, index, log = (Path(f"{path}.{kind}") for kind in ("u8", "npz", "part"))
+    path, index = Path(path), Path(f"{path}.npz")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with only_writer(path):
-            if index.exists():
-                cache = Cache(path)
-                if (cache.fingerprint, cache.side) != (fingerprint, side):
-                    other = "is the cache of another list or side"
-                    raise UserError(f"{index} {other}; delete it or choose another place")
-                return cache
-            magic = f"LTC2{fingerprint}{side:8d}".encode()
-            done = complete(log, pixels, magic)
-            need = bytes_needed(part.images, range(len(done), len(part)), side)
-            free = shutil.disk_usage(path.parent).free
-            if need > free:
-                space = f"needs about {need / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free there"
-                raise UserError(f"cache {path} {space}")
-            with open(log, "ab") as listing, open(pixels, "ab") as data:
-                listing.truncate(len(magic) * bool(len(done)) + done.nbytes)
-                listing.write(b"" if len(done) else magic)
-                offset = int(stored_bytes(done)[-1]) if len(done) else 0
-                data.truncate(offset)
-                for rows, fresh in _decode_chunks(part, len(done), offset, side, data):
-                    for file, content in (data, b""), (listing, fresh):
-                        file.write(content)  # an image is listed when it is safe on the disk
-                        file.flush()
-                        os.fsync(file.fileno())
-                    say(f"{path}: {rows.stop} of {len(part)} images")
-            _write_index(index, part, complete(log, pixels, magic), side)
-            log.unlink()
+        with common.lock(Path(f"{path}.lock")):
+            if not index.exists():
+                _write_cache(part, path, side, say or Progress())
     except OSError as error:
         again = "the same command goes on there"
         raise UserError(f"cannot write cache {path}: {error.strerror or error}; {again}") from None
-    return Cache(path)
+    cache = Cache(path)
+    if cache.side != side or len(cache) != len(part):
+        other = "is the cache of another list or side"
+        raise UserError(f"{index} {other}; delete it or choose another place")
+    cache.match(part)
+    return cache
+
+
+def _write_cache(part: Set, path: Path, side: int, say) -> None:
+    """Go on where the files end, image by image, and write the index."""
+    pixels, index, log = (Path(f"{path}.{kind}") for kind in ("u8", "npz", "part"))
+    magic = f"LTC2{part.fingerprint()}{side:8d}".encode()
+    done = complete(log, pixels, magic)
+    need = bytes_needed(part.images, range(len(done), len(part)), side)
+    free = shutil.disk_usage(path.parent).free
+    if need > free:
+        space = f"needs about {need / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free there"
+        raise UserError(f"cache {path} {space}")
+    with open(log, "ab") as listing, open(pixels, "ab") as data:
+        listing.truncate(len(magic) * bool(len(done)) + done.nbytes)
+        listing.write(b"" if len(done) else magic)
+        offset = int(stored_bytes(done)[-1]) if len(done) else 0
+        data.truncate(offset)
+        for rows, fresh in _decode_chunks(part, len(done), offset, side, data):
+            for file, content in (data, b""), (listing, fresh):
+                file.write(content)  # an image is listed when it is safe on the disk
+                file.flush()
+                os.fsync(file.fileno())
+            say(f"{path}: {rows.stop} of {len(part)} images")
+    records = complete(log, pixels, magic)
+    total = int(stored_bytes(records)[-1])
+    head = json.dumps({"fingerprint": part.fingerprint(), "side": side, "bytes": total})
+    text = {"head": head.encode(), "paths": os.fsencode("\0".join(part.images.names))}
+    arrays = {key: np.frombuffer(value, np.uint8) for key, value in text.items()}
+    arrays |= {"records": records, "labels": part.labels.numpy()}
+    write_atomic(index, lambda file: np.savez(file, **arrays))
+    log.unlink()
 
 
 def _decode_chunks(part: Set, done: int, offset: int, side: int, data) -> Iterator:
@@ -583,38 +556,11 @@ def _decode_chunks(part: Set, done: int, offset: int, side: int, data) -> Iterat
             yield rows, np.array(fresh, data_lt.RECORD)
 
 
-def _write_index(index: Path, part: Set, records: np.ndarray, side: int) -> None:
-    head = {
-        "fingerprint": part.fingerprint(),
-        "side": side,
-        "bytes": int(stored_bytes(records)[-1]),
-    }
-    text = {"head": json.dumps(head).encode(), "paths": os.fsencode("\0".join(part.images.names))}
-    arrays = {key: np.frombuffer(value, np.uint8) for key, value in text.items()}
-    arrays |= {"records": records, "labels": part.labels.numpy()}
-    write_atomic(index, lambda file: np.savez(file, **arrays))
-
-
 def cache(sets: dict[str, Set], folder: Path, side: int = 256) -> str:
     """Caches `folder`/cache<side>/<split> of the sets; lines that say what lies where."""
-    if not 8 <= side <= 2048:
-        raise UserError(f"--side {side}: give the short side in px, 8..2048 (usual: 256)")
-    need = 0
+    lines, place = [], folder / f"cache{side}"
     for name, part in sets.items():
-        target = folder / f"cache{side}" / name
-        if not Path(f"{target}.npz").exists():
-            pixels = Path(f"{target}.u8")
-            done = pixels.stat().st_size if pixels.exists() else 0
-            need += max(bytes_needed(part.images, range(len(part)), side) - done, 0)
-    free = shutil.disk_usage(folder).free
-    needed = f"needs about {need / 1e9:.3g} GB, {free / 1e9:.3g} GB are free"
-    if need > free:
-        raise UserError(f"the cache of {', '.join(sets)} {needed} in {folder}; nothing was written")
-    if need > 1e8:
-        print(f"the cache of {', '.join(sets)} {needed}", file=sys.stderr, flush=True)
-    lines = []
-    for name, part in sets.items():
-        made = build_cache(part, folder / f"cache{side}" / name, side)
+        made = build_cache(part, place / name, side)
         size = made.file.stat().st_size / 1e9
         lines.append(f"{made.file}: {len(made)} images, {size:.2f} GB")
     return "\n".join(lines)
@@ -635,21 +581,25 @@ FLAGS = {  # flag: (commands that have it, keywords of argparse)
         f"{', '.join(data_lt.DATASETS)} or a path (default glyphs_lt)"}),
     "--data-root": ("show export fetch lists mini check cache", {"default": "data", "help":
         "folder that holds the sets (default data)"}),
-    "--image-size": ("show export fetch", {"type": int, "help":
+    "--image-size": ("show export fetch", {"type": common.number(int, 1), "help":
         "resize the short side to this many px and crop the centre"}),
-    "--imb-ratio": ("show export mini check cache", {"type": float, "help":
+    "--imb-ratio": ("show export mini check cache", {"type": common.number(float, 1), "help":
         "largest / smallest class (default 100; a path: as it is)"}),
-    "--imb-type": ("show export", {"default": "exp", "help": "exp or step (default exp)"}),
-    "--data-seed": ("show export mini", {"type": int, "default": 0, "help":
-        "which images: the seed (default 0)"}),
-    "--val-from": ("show export", {"help": "train: carve a validation set; test: the test set"}),
+    "--imb-type": ("show export", {"choices": ("exp", "step"), "default": "exp", "help":
+        "profile of the class counts (default exp)"}),
+    "--data-seed": ("show export mini", {"type": common.number(int, 0, 2**32 - 1), "default": 0,
+        "help": "which images: the seed (default 0)"}),
+    "--select": ("show export", {"choices": ("last", "val"), "default": "last", "help":
+        "val: with the validation images that scripts take for --select val"}),
     "--png": ("show", {"type": Path, "help": "also write a picture: first images of every class"}),
     "--out": ("export", {"type": Path, "required": True, "help":
         "the .npz to write, or a folder of class folders"}),
     "--force": ("export", {"action": "store_true", "help": "overwrite it"}),
     "--full": ("lists", {"action": "store_true", "help": "look for every image, not for a sample"}),
     "--trust-list": ("lists", {"action": "store_true", "help": "go on with one that was edited"}),
-    "--side": ("cache", {"type": int, "default": 256, "help": "short side in px (default 256)"}),
+    "--cache-dir": ("cache", {"help": "where caches lie, if not in the data root"}),
+    "--side": ("cache", {"type": common.number(int, 8, 2048), "default": 256, "help":
+        "short side in px (default 256)"}),
 }  # fmt: skip
 COMMANDS = {
     "show": "print the class profile",
@@ -673,35 +623,41 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def run(args: argparse.Namespace) -> None:
-    root = args.data_root
+def run(args: argparse.Namespace) -> str:
+    """Does what a command asks for; what it says."""
+    root = Path(args.data_root)
     if args.command == "fetch":
-        return print(fetch(args.dataset, root, args.image_size))
+        return fetch(args.dataset, root, args.image_size)
     if args.command == "lists":
-        return print(lists(args.dataset, root, args.full, args.trust_list))
+        return lists(args.dataset, root, args.full, args.trust_list)
     if args.command == "mini":
-        ratio = 100.0 if args.imb_ratio is None else args.imb_ratio
-        return print(mini(Path(root) / "mini_imagenet_lt", ratio, args.data_seed))
+        return mini(root / "mini_imagenet_lt", args.imb_ratio or 100.0, args.data_seed)
     if args.command == "check":
-        return print(check(file_sets(args)))
+        return check(file_sets(args))
     if args.command == "cache":
-        return print(cache(file_sets(args), Path(root) / args.dataset, args.side))
-    splits = data_lt.load(args)
-    if not splits.train.in_memory and (args.command == "export" or args.png):
-        flag = "export" if args.command == "export" else "--png"
+        place = Path(args.cache_dir or root, args.dataset)
+        return cache(file_sets(args), place, args.side)
+    data = data_lt.load(args)
+    picture = args.command == "show" and args.png
+    if not data.train.in_memory and (args.command == "export" or picture):
+        flag = "--png" if picture else "export"
         raise UserError(f"{flag} makes no sense for {args.dataset}: its images are files")
-    print(profile_text(splits))
-    if args.command == "export":
-        export(splits, args.out, args.force)
-        print(f"wrote {args.out}")
-    elif args.png:
-        write_atomic(args.png, lambda file: picture_grid(splits.train).save(file, "png"))
-        print(f"wrote {args.png}")
+    if picture:
+        write_atomic(args.png, lambda file: picture_grid(data.train).save(file, "png"))
+    elif args.command == "export":
+        export(data, args.out, args.force)
+    text, own = profile_text(data), Path(args.dataset)
+    if args.dataset not in data_lt.DATASETS and own.is_dir():
+        text += passed_over(own, data)
+    wrote = picture or (args.command == "export" and args.out)
+    return text + (f"\nwrote {wrote}" if wrote else "")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal may not know the letters of a class
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        run(parse_args(argv))
+        print(run(parse_args(argv)))
     except (UserError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
