@@ -1,4 +1,4 @@
-"""common.parse: defaults, help, types, refusals and what names the run follow from one table of flags."""
+"""common.parse: defaults, help, types, refusals, the run's name follow from one table."""
 
 import math
 
@@ -137,9 +137,15 @@ def test_help_shows_the_three_defaults(capsys):
     with pytest.raises(SystemExit) as stopped:
         parsed("--help")
     shown = " ".join(capsys.readouterr().out.split())
-    assert stopped.value.code == 0 and shown.count("What it does. Three defaults") == 1 and "More." not in shown
-    for text in ("of first (default: 10 / 100 / 1000)", "rate (default: 0.1)", "(default: all / all / queue)",
-                 "in percent of 100 % (default: 0.5)", "a file (default: -)"):  # fmt: skip
+    assert (
+        stopped.value.code == 0
+        and shown.count("What it does. Three defaults") == 1
+        and "More." not in shown
+    )
+    for text in (
+        "of first (default: 10 / 100 / 1000)", "rate (default: 0.1)",
+        "(default: all / all / queue)", "in percent of 100 % (default: 0.5)", "a file (default: -)",
+    ):  # fmt: skip
         assert text in shown, text
     for text in ("--method {two,one}", "--select {last,val,test}", "--logger {tensorboard,none}"):
         assert text in shown, text

@@ -1,5 +1,8 @@
-"""The run folder's promises: continuing equals not having stopped, checkpoints survive what happens to disks and
-processes, ranks agree, bad input is one line. Each test breaks the promise on purpose."""
+"""The run folder's promises, each broken on purpose.
+
+Continuing equals not having stopped, checkpoints survive what happens to disks and processes, bad
+input is one line.
+"""
 
 import errno
 import json
@@ -21,32 +24,27 @@ import torch.nn.functional as F
 import common
 
 ROOT = Path(common.__file__).resolve().parent
-SMALL = "--experiment sweep2 --epochs 2 --batch-size 16 --backbone resnet8 --device cpu --logger none".split()
+SMALL = (
+    "--method kcl --epochs 2 --batch-size 20 --projection-dim 8 --classifier-epochs 2"
+    " --classifier-batch-size 20 --device cpu --logger none"
+).split()
+TINY = []
 
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny_set(tmp_path_factory):
-    """Twenty letters of each kind to train on and ten to test: a whole sweep takes seconds."""
+    """Twenty letters of each kind to train on and ten to test: a whole run takes seconds."""
     TINY.append(commands.tiny_letters(tmp_path_factory.mktemp("tiny") / "tiny.npz"))
-
-
-TINY = []
 
 
 def command(*flags, out, base=SMALL):
     dataset = [] if "--dataset" in flags else ["--dataset", TINY[0]]
-    return [sys.executable, str(ROOT / "toy_similarity.py"), *base, *dataset, "--out", str(out), *flags]
-
-
-def environment():
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    return [sys.executable, str(ROOT / "tsc.py"), *base, *dataset, "--out", str(out), *flags]
 
 
 def call(*flags, out, base=SMALL, **options):
-    done = subprocess.run(
-        command(*flags, out=out, base=base), capture_output=True, text=True, env=environment(), timeout=300, **options
-    )
-    return done
+    options |= {"capture_output": True, "text": True, "env": commands.environment(), "timeout": 300}
+    return subprocess.run(command(*flags, out=out, base=base), **options)
 
 
 def rows(folder: Path) -> list[dict]:
@@ -55,31 +53,19 @@ def rows(folder: Path) -> list[dict]:
     return [{key: value for key, value in line.items() if key != "timing"} for line in lines]
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {
-        f"{path.name}/{name}": tensor
-        for path in sorted(folder.glob("sweep2_*.pt"))
-        for name, tensor in torch.load(path, weights_only=True)["state"]["model"].items()
-    }
-
-
 def assert_same_run(one: Path, other: Path) -> None:
     assert rows(one) == rows(other)
-    first, second = weights(one), weights(other)
-    assert first.keys() == second.keys() and len(first) > 5
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    strip = ("timing", "machine", "args")
+    for name in ("kcl.pt", "classifier.pt"):
+        first, second = (common.load_checkpoint(f / name)["state"]["model"] for f in (one, other))
+        assert first.keys() == second.keys() and len(first) > 5
+        assert all(torch.equal(first[key], second[key]) for key in first)
     results = [json.loads((f / "result.json").read_text()) for f in (one, other)]
-    a, b = ({k: v for k, v in r.items() if k not in strip} for r in results)
-    assert a == b
+    for result in results:
+        del result["timing"], result["machine"]
+    assert results[0] == results[1]
 
 
-def folder_of(out: Path) -> Path:
-    (found,) = out.glob("toy_similarity/*/*/seed*")
-    return found
-
-
-# --- a tiny run in this process -------------------------------------------------------------------------------------
+# --- a tiny run in this process -------------------------------------------------------------------
 
 
 class FakeLoader:
@@ -102,13 +88,12 @@ class FakeLoader:
 
 
 def make_args(out, **extra):
-    fields = {
-        "dataset": "glyphs_lt", "imb_ratio": 10.0, "seed": 0, "out": str(out), "fresh": False,
-        "eval_every": 1, "select": "last", "save_features": None,
-        "quiet": True, "logger": "none", "device": "cpu", "precision": "fp32", "backbone": "linear", "lr": 0.1,
-        "changed": {}, "preset": "glyphs_lt",
-    }  # fmt: skip
-    return Namespace(**(fields | extra))
+    words = ["--out", str(out), "--quiet", "--logger", "none", "--device", "cpu"]
+    table = (("backbone", "resnet8", "network"), ("lr", 0.1, "rate"))
+    args = common.parse("A test.", table, {"fit": ("fit",)}, {}, None, words)
+    args.precision = "fp32"
+    vars(args).update(extra)
+    return args
 
 
 def train(out, stop_at=None, poison_at=None, epochs=3, args=None, data="data"):
@@ -121,7 +106,9 @@ def train(out, stop_at=None, poison_at=None, epochs=3, args=None, data="data"):
 
 
 def fit(run, stop_at, poison_at, epochs):
-    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 2)).double()
+    model = torch.nn.Sequential(
+        torch.nn.Linear(4, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 2)
+    ).double()
     optimizer = common.sgd(model.parameters(), 0.1)
     stage = run.stage("fit", epochs, model=model, optimizer=optimizer)
     for epoch in stage.epochs():
@@ -137,7 +124,9 @@ def fit(run, stop_at, poison_at, epochs):
             try:
                 stage.guard(loss)
             except common.RunError:
-                assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
+                assert all(
+                    torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True)
+                )
                 raise
             optimizer.step()
             stage.add(len(y), loss=loss)
@@ -154,26 +143,10 @@ def test_a_crash_between_and_inside_epochs_changes_nothing(tmp_path):
             train(out, stop_at=stop_at)
         again, model = train(out)
         assert rows(again.folder) == rows(straight.folder)
-        assert all(torch.equal(p, q) for p, q in zip(expected.parameters(), model.parameters(), strict=True))
-
-
-def test_what_was_begun_is_begun_again_with_the_same_numbers(tmp_path, monkeypatch):
-    straight, _ = train(tmp_path / "a")
-    add, seen = common.Stage.add, []
-
-    def note(stage, count, **values):
-        seen.append((stage.epoch, stage.step, values["loss"].item()))
-        add(stage, count, **values)
-
-    monkeypatch.setattr(common.Stage, "add", note)
-    with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "b", stop_at=(1, 4))
-    begun = seen[6:]
-    assert [place[:2] for place in begun] == [(1, 0), (1, 1), (1, 2), (1, 3)]
-    seen.clear()
-    again, _ = train(tmp_path / "b")
-    assert seen[:4] == begun and len(seen) == 12
-    assert rows(again.folder) == rows(straight.folder)
+        assert all(
+            torch.equal(p, q)
+            for p, q in zip(expected.parameters(), model.parameters(), strict=True)
+        )
 
 
 def test_a_nan_loss_never_reaches_the_weights_and_names_the_place(tmp_path):
@@ -181,14 +154,18 @@ def test_a_nan_loss_never_reaches_the_weights_and_names_the_place(tmp_path):
         train(tmp_path, poison_at=(1, 2))
     (last,) = tmp_path.glob("**/last.pt")
     saved = common.load_checkpoint(last)
-    assert saved["epoch"] == 1 and all(torch.isfinite(v).all() for v in saved["state"]["model"].values())
+    assert saved["epoch"] == 1 and all(
+        torch.isfinite(v).all() for v in saved["state"]["model"].values()
+    )
 
 
 @pytest.mark.parametrize("bad", [[2], [5], [3, 4, 5]])
 def test_a_gpu_is_asked_at_the_end_of_the_epoch_and_nothing_is_kept(tmp_path, monkeypatch, bad):
     """The device of the loss decides; `look` is what reads a number from it."""
     looked, look = [], common.Stage.look
-    monkeypatch.setattr(common.Stage, "look", lambda stage: looked.append(stage.step) or look(stage))
+    monkeypatch.setattr(
+        common.Stage, "look", lambda stage: looked.append(stage.step) or look(stage)
+    )
     run = common.Run(make_args(tmp_path), "unit", "data")
     weight = torch.nn.Parameter(torch.zeros(3))
     stage = run.stage("fit", 2, optimizer=common.sgd([weight], 0.1))
@@ -201,7 +178,9 @@ def test_a_gpu_is_asked_at_the_end_of_the_epoch_and_nothing_is_kept(tmp_path, mo
             found = super().__torch_function__(function, types, args, kwargs or {})
             return found.as_subclass(cls) if isinstance(found, torch.Tensor) else found
 
-    with pytest.raises(common.RunError, match=f"epoch 2 of 2, step {bad[0] + 1}, lr 0.1; what was saved"):
+    with pytest.raises(
+        common.RunError, match=f"epoch 2 of 2, step {bad[0] + 1}, lr 0.1; what was saved"
+    ):
         for epoch in stage.epochs():
             for _ in stage.batches(FakeLoader()):
                 wrong = epoch == 1 and stage.step in bad
@@ -213,16 +192,11 @@ def test_a_gpu_is_asked_at_the_end_of_the_epoch_and_nothing_is_kept(tmp_path, mo
     assert not (run.folder / "fit.pt").exists() and len(rows(run.folder)) == 1
 
 
-def test_a_nan_in_the_last_step_of_an_epoch_is_not_saved(tmp_path):
-    with pytest.raises(common.RunError, match="epoch 3 of 3, step 6"):
-        train(tmp_path, poison_at=(2, 5))
-    (last,) = tmp_path.glob("**/last.pt")
-    assert common.load_checkpoint(last)["epoch"] == 2
-
-
-@pytest.mark.parametrize("nth", [1, 3, 5])
-def test_a_full_disk_is_named_with_what_is_free_and_what_was_saved_is_intact(tmp_path, monkeypatch, nth):
-    """Whichever write it is: args.json, metrics.jsonl, a checkpoint."""
+@pytest.mark.parametrize("nth", [1, 2, 5])
+def test_a_full_disk_is_named_with_what_is_free_and_what_was_saved_is_intact(
+    tmp_path, monkeypatch, nth
+):
+    """Whichever write it is: args.json, then metrics.jsonl and last.pt of each epoch."""
     straight, _ = train(tmp_path / "a")
     real, calls = os.fsync, []
 
@@ -233,33 +207,16 @@ def test_a_full_disk_is_named_with_what_is_free_and_what_was_saved_is_intact(tmp
         real(number)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(common.RunError, match=r"cannot write .*seed0.*: the disk is full \([\d,.]+ MB free\).*intact"):
+    with pytest.raises(
+        common.RunError,
+        match=r"cannot write .*seed0.*: the disk is full \([\d,.]+ MB free\).*intact",
+    ):
         train(tmp_path / "b")
     monkeypatch.setattr(os, "fsync", real)
     (folder,) = (tmp_path / "b").glob("*/*/*/seed0")
-    if nth > 3:  # args.json, metrics.jsonl, last.pt, last.pt, fit.pt
-        assert common.load_checkpoint(folder / "last.pt")["epoch"] == 2
+    if nth == 5:
+        assert common.load_checkpoint(folder / "last.pt")["epoch"] == 1
     assert not list(folder.glob(".*.tmp"))
-    again, _ = train(tmp_path / "b")
-    assert rows(again.folder) == rows(straight.folder)
-
-
-def test_a_full_disk_in_the_middle_of_a_row(tmp_path, monkeypatch):
-    straight, _ = train(tmp_path / "a")
-    append = common.log_row
-
-    def torn(stage, row):
-        if stage.epoch == 2:
-            with open(stage.run.folder / "metrics.jsonl", "a") as file:
-                file.write('{"stage": "fi')
-            with common.writing(stage.run.folder / "metrics.jsonl"):
-                raise OSError(errno.EDQUOT, "Disk quota exceeded")
-        append(stage, row)
-
-    monkeypatch.setattr(common, "log_row", torn)
-    with pytest.raises(common.RunError, match="metrics.jsonl: the disk is full"):
-        train(tmp_path / "b")
-    monkeypatch.undo()
     again, _ = train(tmp_path / "b")
     assert rows(again.folder) == rows(straight.folder)
 
@@ -328,7 +285,9 @@ def test_a_damaged_last_says_what_to_delete_and_that_is_enough(tmp_path):
     (folder / "last.pt").unlink()
     again, model = train(tmp_path / "b")
     assert rows(again.folder) == rows(straight.folder)
-    assert all(torch.equal(p, q) for p, q in zip(expected.parameters(), model.parameters(), strict=True))
+    assert all(
+        torch.equal(p, q) for p, q in zip(expected.parameters(), model.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("change", [{"lr": 0.2}, {"backbone": "other"}, {"precision": "bf16"}])
@@ -358,15 +317,6 @@ def test_a_finished_stage_brings_its_rows_when_last_is_gone(tmp_path):
         (run.folder / name).unlink()
     again, _ = train(tmp_path / "b")
     assert rows(again.folder) == rows(straight.folder) and again.result is not None
-
-
-def test_the_file_of_a_finished_stage_comes_back(tmp_path):
-    run, _ = train(tmp_path)
-    content = common.load_checkpoint(run.folder / "fit.pt")
-    for name in ("fit.pt", "result.json"):
-        (run.folder / name).unlink()
-    train(tmp_path)
-    assert common.load_checkpoint(run.folder / "fit.pt")["rows"] == content["rows"]
 
 
 def test_a_finished_run_needs_only_its_result(tmp_path):
@@ -409,14 +359,18 @@ def test_without_locks_a_run_goes_on_with_one_warning(tmp_path, monkeypatch, cap
 
 
 def judged(tmp_path, select: str, test: list[float], val: list[float] | None):
-    """Four epochs whose figures are told in advance; the weight is the epoch. What is chosen, and the run."""
+    """Four epochs whose figures are told in advance; the weight is the epoch: chosen one, rows."""
     args = make_args(tmp_path / select, select=select, eval_every=2)
     run, net = common.Run(args, "unit", "data"), torch.nn.Linear(1, 1)
     stage = run.stage("fit", 4, model=net, optimizer=common.sgd(net.parameters(), 0.1))
     figure = {"per_class": [], "confusion": []}
-    judge = common.Judge(args, net, [1], "test", val and "val", lambda: {"test": figure | {"overall": test[epoch]}})
+    judge = common.Judge(
+        args, net, [1], "test", val and "val", lambda: {"test": figure | {"overall": test[epoch]}}
+    )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "figures", lambda args, net, loader, counts: figure | {"overall": val[epoch]})
+        patch.setattr(
+            common, "figures", lambda args, net, loader, counts: figure | {"overall": val[epoch]}
+        )
         for epoch in stage.epochs():
             for _ in stage.batches(FakeLoader()):
                 net.weight.data.fill_(epoch)
@@ -431,7 +385,9 @@ def test_the_judge_evaluates_where_due_and_chooses_as_told(tmp_path):
     for select, epoch in (("last", 3), ("test", 1), ("val", 3)):
         chosen, lines = judged(tmp_path, select, test, val if select == "val" else None)
         assert chosen == epoch
-        assert [line["epoch"] for line in lines if "test" in line] == [1, 3], "every second and the last"
+        assert [line["epoch"] for line in lines if "test" in line] == [1, 3], (
+            "every second and the last"
+        )
         assert ["val" in line for line in lines] == [False, select == "val"] * 2
         assert all("confusion" not in line["test"] for line in lines if "test" in line)
         assert bool(list(tmp_path.glob(f"{select}/**/fit_best.pt"))) == (select != "last")
@@ -462,13 +418,15 @@ def test_a_second_process_on_the_same_folder_is_refused_and_a_dead_one_is_not(tm
 
 def test_seeds_are_stable_and_distinct():
     assert common.derive_seed(0, "augment", 1, 2) == common.derive_seed(0, "augment", 1, 2)
-    keys = [(s, name, e, b) for s in range(3) for name in ("a", "b") for e in range(4) for b in range(4)]
+    keys = [
+        (s, name, e, b) for s in range(3) for name in ("a", "b") for e in range(4) for b in range(4)
+    ]
     assert len({common.derive_seed(*key) for key in keys}) == len(keys)
     assert common.derive_seed(torch.tensor(3).item(), "x") == common.derive_seed(np.int64(3), "x")
     assert common.derive_seed(0, "x") == 7329383403727699100
 
 
-# --- whole processes ------------------------------------------------------------------------------------------------
+# --- whole processes ------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -476,90 +434,42 @@ def uninterrupted(tmp_path_factory):
     out = tmp_path_factory.mktemp("whole")
     done = call(out=out)
     assert done.returncode == 0, done.stderr
-    return folder_of(out)
+    return commands.folder(out)
 
 
-def wait_for(path: Path, lines: int, process) -> None:
+def test_ctrl_c_ends_the_process_and_it_continues_to_the_same_result(tmp_path, uninterrupted):
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": commands.environment()}
+    process = subprocess.Popen(command(out=tmp_path), **pipes)
     deadline = time.time() + 120
-    while time.time() < deadline and process.poll() is None:
-        found = list(path.glob("toy_similarity/*/*/seed0/metrics.jsonl"))
-        if found and len(found[0].read_text().splitlines()) >= lines:
-            return
+    while not list(tmp_path.glob("**/last.pt")):
+        assert process.poll() is None and time.time() < deadline, process.communicate()
         time.sleep(0.005)
-    raise AssertionError(f"the process ended or hung: {process.communicate()}")
-
-
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_killed_process_continues_to_the_same_result(tmp_path, uninterrupted, sent):
-    process = subprocess.Popen(
-        command(out=tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
-    )
-    wait_for(tmp_path, 2, process)
-    process.send_signal(sent)
+    process.send_signal(signal.SIGINT)
     process.communicate(timeout=120)
-    assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[sent]
-    assert not list(tmp_path.glob("toy_similarity/*/*/*/result.json")), "the run must have been cut short"
+    assert process.returncode == 130
+    assert not list(tmp_path.glob("**/result.json")), "the run must have been cut short"
     done = call(out=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert_same_run(folder_of(tmp_path), uninterrupted)
+    assert_same_run(commands.folder(tmp_path), uninterrupted)
 
 
-def test_a_full_disk_is_one_line_and_costs_nothing_saved(tmp_path, uninterrupted):
-    """A file-size limit stands in for the full disk: the write fails in the middle of a checkpoint."""
-    process = subprocess.Popen(command(out=tmp_path), stdout=subprocess.PIPE, text=True, env=environment())
-    wait_for(tmp_path, 1, process)
-    process.kill()
-    process.wait()
-    limited = ["bash", "-c", 'ulimit -f 100; exec "$0" "$@"', *command(out=tmp_path)]
-    done = subprocess.run(limited, capture_output=True, text=True, env=environment(), timeout=120)
-    assert done.returncode == 1 and "intact" in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
-    common.load_checkpoint(folder_of(tmp_path) / "last.pt")
-    assert call(out=tmp_path).returncode == 0
-    assert_same_run(folder_of(tmp_path), uninterrupted)
-
-
-def test_same_seed_twice_gives_the_same_metrics_and_a_finished_run_does_nothing(tmp_path, uninterrupted):
-    assert call(out=tmp_path).returncode == 0
-    assert_same_run(folder_of(tmp_path), uninterrupted)
-    before = {p: p.stat().st_mtime_ns for p in folder_of(tmp_path).iterdir() if p.name != "lock"}
-    again = call(out=tmp_path)
+def test_a_finished_run_does_nothing_and_another_seed_is_another_run(tmp_path, uninterrupted):
+    before = {p: p.stat().st_mtime_ns for p in uninterrupted.iterdir() if p.name != "lock"}
+    again = call(out=uninterrupted.parents[3])
     assert again.returncode == 0 and again.stdout.splitlines()[-1].startswith("result: ")
-    assert before == {p: p.stat().st_mtime_ns for p in folder_of(tmp_path).iterdir() if p.name != "lock"}
-
-
-def test_the_seed_changes_the_training_and_not_the_subset(tmp_path, uninterrupted):
+    after = {p: p.stat().st_mtime_ns for p in uninterrupted.iterdir() if p.name != "lock"}
+    assert before == after
     assert call("--seed", "1", out=tmp_path).returncode == 0
-    other = folder_of(tmp_path)
-    assert rows(other) != rows(uninterrupted)
+    assert rows(commands.folder(tmp_path)) != rows(uninterrupted)
 
 
 BAD = [
     (["--dataset", "cifar11"], "cifar11"),
     (["--dataset", "cifar10_lt", "--data-root", "nowhere"], "cifar-10-batches-py"),
-    (["--imb-ratio", "0.5"], "0.5"),
-    (["--imb-ratio", "nan"], "nan"),
-    (["--imb-ratio", "100000", "--experiment", "verification"], "leaves class"),
-    (["--dataset", "glyphs_lt", "--experiment", "sweep1", "--tail-count", "5000"], "5000"),
-    (["--batch-size", "0"], "batch-size"),
+    (["--imb-ratio", "100000"], "with 0 of its"),
     (["--gpus", "4", "--device", "auto"], "GPU"),
-    (["--fresh", "--eval", "x.pt"], "contradict"),
-    (["--resume-from", "x.pt"], "--resume-from"),
-    (["--control"], "control"),
     (["--out", "/proc/nothing"], "/proc/nothing"),
-    (["--backbone", "vgg"], "vgg"),
     (["--device", "tpu"], "tpu"),
-    (["--head-class", "3", "--tail-class", "3"], "3"),
-    (["--head-class", "10"], "10"),
-    (["--lr", "-1"], "lr"),
-    (["--unknown"], "unknown"),
-    (["--precision", "fp16"], "fp16"),
-    (["--val-from", "test"], "select val"),
-    (["--steps", "5", "--epochs", "5"], "contradict"),
-    (["--data-seed", "5000000000"], "data-seed"),
-    (["--seed", "9" * 400], "seed"),
-    (["--recipe", "released", "--dataset", "glyphs_lt"], "released"),
-    (["--tail-count", "5"], "tail-count"),
-    (["--save-features", "val"], "select val"),
     (["@flags.txt"], "@file"),
     (["--eval", "missing.pt"], "missing.pt"),
 ]
@@ -567,17 +477,24 @@ BAD = [
 
 @pytest.mark.parametrize(("flags", "named"), BAD, ids=[" ".join(flags) for flags, _ in BAD])
 def test_bad_input_is_one_line_and_exit_2(tmp_path, flags, named):
-    base = [] if "--experiment" in flags else SMALL
     (tmp_path / "flags.txt").write_text('--out "open quote')
+    base = ["--device", "cpu"] if "--device" not in flags else []
     done = call(*flags, out=tmp_path / "o", base=base, cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
     lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1 and "error" in lines[0] and named in lines[0], done.stderr
+    assert done.returncode == 2 and len(lines) == 1, done.stderr
+    assert "error" in lines[0] and named in lines[0], done.stderr
 
 
-@pytest.mark.parametrize(("capability", "chosen"), [((7, 5), "fp32"), ((8, 0), "bf16"), ((12, 0), "bf16")])
+@pytest.mark.parametrize(
+    ("capability", "chosen"), [((7, 5), "fp32"), ((8, 0), "bf16"), ((12, 0), "bf16")]
+)
 def test_auto_takes_bf16_where_the_gpu_has_it(monkeypatch, capability, chosen):
-    here = {"is_available": True, "device_count": 1, "set_device": None, "get_device_capability": capability}
+    here = {
+        "is_available": True,
+        "device_count": 1,
+        "set_device": None,
+        "get_device_capability": capability,
+    }
     for name, value in here.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     args = Namespace(device="auto", gpus=1, precision="auto")
@@ -592,23 +509,33 @@ def test_auto_takes_bf16_where_the_gpu_has_it(monkeypatch, capability, chosen):
 def test_a_home_in_a_path_is_the_home(tmp_path, monkeypatch):
     """Quoted, or after an equals sign, the shell leaves `~` to the program."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    words = ["--out=~/a", "--data-root=~/b", "--dataset=~/c", "--eval=~/d.pt", "--init-from=~/e.pt"]
-    args = common.base_parser("A test").parse_args(words)
-    said = [args.out, args.data_root, args.dataset, args.eval, args.init_from]
-    assert said == [f"{tmp_path}/{name}" for name in ("a", "b", "c", "d.pt", "e.pt")]
+    words = ["--out=~/a", "--data-root=~/b", "--dataset=~/c", "--eval=~/d.pt"]
+    args = common.parse("A test.", (), {"fit": ("fit",)}, {}, lambda *rest: 32, words)
+    said = [args.out, args.data_root, args.dataset, args.eval]
+    assert said == [f"{tmp_path}/{name}" for name in ("a", "b", "c", "d.pt")]
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_progress_is_a_bar_on_a_terminal_and_a_line_an_epoch_elsewhere(tmp_path, capsys, monkeypatch, terminal):
+def test_progress_is_a_bar_on_a_terminal_and_a_line_an_epoch_elsewhere(
+    tmp_path, capsys, monkeypatch, terminal
+):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
     train(tmp_path, args=make_args(tmp_path, quiet=False))
     printed = capsys.readouterr().out
     assert ("[" in printed and "\r" in printed) == terminal
-    lines = [line for line in printed.replace("\r", "\n").splitlines() if "images/s" in line and "[" not in line]
+    lines = [
+        line
+        for line in printed.replace("\r", "\n").splitlines()
+        if "images/s" in line and "[" not in line
+    ]
     assert len(lines) == 3 and all("s left" in line and "loss" in line for line in lines)
 
 
 def test_quiet_prints_only_the_result(tmp_path, capsys):
     train(tmp_path, args=make_args(tmp_path, quiet=True))
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 and lines[0].startswith("overall 50.0 %") and lines[1].startswith("result: ")
+    assert (
+        len(lines) == 2
+        and lines[0].startswith("overall 50.0 %")
+        and lines[1].startswith("result: ")
+    )
