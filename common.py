@@ -28,8 +28,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import functools
 import hashlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -40,6 +42,7 @@ import shlex
 import shutil
 import signal
 import socket
+import stat
 import sys
 import time
 import uuid
@@ -159,7 +162,7 @@ def weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:
 
 # How and where a run is done, not what it computes: may differ when a run continues.
 NEUTRAL = frozenset(
-    "out data_root fresh eval quiet logger workers device save_features recipe".split()
+    "out data_root fresh eval quiet logger workers device gpus save_features recipe".split()
     + ["command_line", "changed"]
 )
 KNOWN_SETS = "glyphs_lt cifar10_lt cifar100_lt svhn_lt mini_imagenet_lt imagenet_lt inat18".split()
@@ -168,8 +171,27 @@ KINDS = ("letters", "small", "large")  # glyphs_lt; images up to 64 px; above
 file_path = os.path.expanduser  # argparse type of a flag that names a file or folder
 
 
+@contextlib.contextmanager
+def printing():
+    """Around what prints: any terminal will do, and a closed pipe (`| head`) ends it quietly."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # what it has no letter for
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not stat.S_ISFIFO(os.fstat(1).st_mode):
+            raise  # it was another pipe
+        os._exit(128 + signal.SIGPIPE)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with one-line errors and `@file` lines read like a shell would."""
+
+    def _print_message(self, message: str, file=None) -> None:
+        with printing():
+            super()._print_message(message, file)
 
     def error(self, message: str):
         if int(os.environ.get("RANK", 0)) > 0:
@@ -390,15 +412,31 @@ def refuse(parser, args, table, said) -> None:
     for one, two in (("eval", "fresh"), ("eval", "init_from"), ("eval", "save_features")):
         if getattr(args, one) and getattr(args, two):
             parser.error(f"--{one} and --{two.replace('_', '-')} contradict each other")
+    for name in ("init_from", "eval"):
+        path = getattr(args, name)
+        if path and not os.path.exists(path):
+            parser.error(f"--{name.replace('_', '-')} {path}: checkpoint {path} does not exist")
     if args.save_features == "val" and args.select != "val":
         parser.error("--save-features val: there is a validation split only with --select val")
 
 
 def result_args(args) -> dict:
-    """The arguments that decide the result, as plain values."""
+    """The arguments that decide the result, as plain values; files by name and content."""
     kept = {key: value for key, value in sorted(vars(args).items()) if key not in NEUTRAL}
     kept = {key: list(value) if isinstance(value, tuple) else value for key, value in kept.items()}
+    if kept.get("init_from"):
+        kept["init_from"] = file_identity(kept["init_from"])
     return kept | {"dataset": dataset_name(args.dataset)}
+
+
+@functools.cache
+def file_identity(path: str) -> str:
+    """A file's name and a code of its content, the same wherever it lies: `kcl-1a2b3c4d`."""
+    try:
+        code = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    return f"{Path(path).stem}-{code}"
 
 
 # --- launch ---------------------------------------------------------------------------------------
@@ -422,17 +460,19 @@ def launch(main, args) -> None:
     """
     under_torchrun = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     try:
+        if under_torchrun and not {"MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
+            why = "but not MASTER_ADDR and MASTER_PORT: start with torchrun, or unset RANK"
+            raise UserError(f"RANK and WORLD_SIZE are set, {why}")
         _choose_device(args, under_torchrun)
         if under_torchrun:
             dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
             args.gpus = world_size()
-            if args.gpus > 1:
-                args.changed["gpus"] = args.gpus
         elif args.gpus > 1:
             sys.exit(_start_ranks(args.gpus))
         signal.signal(signal.SIGTERM, _on_signal)
         signal.signal(signal.SIGINT, _on_signal)
-        main(args)
+        with printing():
+            main(args)
     except (UserError, RunError) as error:
         _tell_and_exit(error)
     except ValueError as error:
@@ -525,7 +565,7 @@ def _start_ranks(count: int) -> int:
     except ChildFailedError as failed:
         number_, first = failed.get_first_failure()
         code = first.exitcode
-        if code not in (1, 2, 130, 143):  # those have said why themselves
+        if code not in (1, 2, 130, 141, 143):  # those have said why themselves
             how = f"died with exit code {code}"
             if code < 0:
                 hint = " (out of memory?)" if code == -signal.SIGKILL else ""
@@ -546,7 +586,6 @@ def autocast(args):
 # --- files ----------------------------------------------------------------------------------------
 
 KEPT = "what was saved before is intact"
-OTHER_DATA = "was trained on other images or labels than --dataset {} gives now"
 
 
 @contextlib.contextmanager
@@ -598,14 +637,21 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
     write_atomic(path, lambda file: file.write(content.getbuffer()))
 
 
-def load_checkpoint(path: str | Path, hint: str = "") -> dict:
-    """One of our checkpoints, without running code in it; UserError when damaged or foreign."""
+def read_file(path: str | Path, hint: str = "") -> dict:
+    """What torch.save wrote, without running code in it; UserError when it is damaged."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"checkpoint {path} does not exist") from None
+    except PermissionError:
+        raise UserError(f"checkpoint {path}: no permission to read it") from None
     except Exception:  # unpickling raises many kinds; whichever it was, the file is of no use
         raise UserError(f"checkpoint {path} is damaged or not one of ours{hint}") from None
+
+
+def load_checkpoint(path: str | Path, hint: str = "") -> dict:
+    """One of our checkpoints; UserError when it is damaged or foreign."""
+    checkpoint = read_file(path, hint)
     if not isinstance(checkpoint, dict) or checkpoint.get("kind") != "long-tail-run":
         raise UserError(f"checkpoint {path} was not written by these scripts{hint}")
     return checkpoint
@@ -633,24 +679,28 @@ def load_weights(module: nn.Module, state: dict[str, Tensor], source) -> None:
     module.load_state_dict(state)
 
 
-def load_backbone(backbone: nn.Module, path, args, names=("dataset", "backbone"), data=None):
-    """Fill a backbone, every tensor, from any script's checkpoint; returns the checkpoint.
+def load_backbone(backbone: nn.Module, path, args=None, names=(), data=None) -> dict:
+    """Fill a backbone, every tensor, from a network of any script and data set, or torchvision's.
 
-    Scripts keep their network as the part `model`, its backbone as `backbone.*`; a head is left
-    out. UserError when a tensor is missing or left over, an argument in `names` differs from the
-    saved one, or `data`, the fingerprint of the training images here, is not that of those there.
+    Scripts keep their network as the part `model`, its backbone as `backbone.*`; a file of plain
+    tensors is torchvision's, its classifier `fc`. Heads are left out. Returns the checkpoint, of
+    torchvision's weights one without parts. UserError when a tensor is missing, left over or of
+    another shape. args, names, data: nothing depends on them any more.
     """
-    checkpoint = load_checkpoint(path)
-    check_same(path, checkpoint["args"], result_args(args), names)
-    if data not in (None, checkpoint["data"]):
-        raise UserError(f"{path} {OTHER_DATA.format(args.dataset)}")
-    state = checkpoint["state"].get("model")
-    if state is None:
-        raise UserError(f"{path} holds no network under the name model")
-    start = "backbone."
-    own = {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
+    found = read_file(path)
+    plain = isinstance(found, dict) and all(isinstance(v, Tensor) for v in found.values())
+    if plain:
+        own = {k: v for k, v in backbone.state_dict().items() if k.endswith("batches_tracked")}
+        own |= {k: v for k, v in found.items() if not k.startswith("fc.")}  # older files lack these
+        found = {"script": "torchvision", "stage": "", "args": {}, "info": {}, "state": {}}
+    else:
+        found = load_checkpoint(path)
+        start, state = "backbone.", found["state"].get("model")
+        if state is None:
+            raise UserError(f"{path} holds no network under the name model")
+        own = {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
     load_weights(backbone, own, path)
-    return checkpoint
+    return found
 
 
 # --- run folder -----------------------------------------------------------------------------------
@@ -659,12 +709,19 @@ DELETE = "; delete it (what it held is then trained again) or use --fresh"
 
 
 def dataset_name(dataset: str) -> str:
-    """A known set's name; for a path its last part and a hash of the whole."""
+    """A known set's name; of a path its last part, wherever it lies: Run compares what it holds."""
     if dataset in KNOWN_SETS:
         return dataset
     path = Path(dataset).resolve()
-    code = hashlib.sha256(str(path).encode()).hexdigest()[:6]
-    return re.sub(r"[^\w.+-]", "-", f"{path.stem}-{code}")
+    return re.sub(r"[^\w.+-]", "-", path.stem if path.suffix == ".npz" else path.name)
+
+
+def differing(one: str, other: str) -> list[str]:
+    """What differs in two fingerprints `images:1a2b labels:3c4d ...`; all of it in older ones."""
+    parts = [dict(word.split(":") for word in text.split() if ":" in word) for text in (one, other)]
+    names = parts[1] if parts[0].keys() == parts[1].keys() != set() else ()
+    found = [name for name in names if parts[0][name] != parts[1][name]]
+    return found or ([] if one == other else ["images or labels"])
 
 
 def dataset_tag(args) -> str:
@@ -676,8 +733,8 @@ def dataset_tag(args) -> str:
 def variant_name(args, method: str) -> str:
     """Method and every result-changing flag that is not the default: `kcl_epochs100_queue4096`."""
     parts = [method]
-    for key, value in sorted(args.changed.items(), key=lambda item: item[0] == "gpus"):
-        if isinstance(value, str) and os.sep in value:
+    for key, value in args.changed.items():
+        if isinstance(value, str) and (os.sep in value or key == "init_from"):
             value = Path(value).stem
         shown = f"{value:g}" if isinstance(value, float) else f"{value}"
         parts.append(key.replace("_", "-") + ("" if value is True else shown))
@@ -767,8 +824,9 @@ class Run:
             raise UserError(f"{path} is a checkpoint of {script}.py, this is {self.script}.py")
         remedy = "give the saved value, another --out, or --fresh"
         check_same(path, saved, now, ["dataset", "backbone", *now, *saved], remedy)
-        if checkpoint["data"] != self.fingerprint:
-            raise UserError(f"{path} {OTHER_DATA.format(self.args.dataset)}")
+        if other := differing(checkpoint["data"], self.fingerprint):
+            data = f"than --dataset {self.args.dataset} gives now"
+            raise UserError(f"{path} was trained on other {' and '.join(other)} {data}")
 
     def say(self, text: str) -> None:
         if is_main() and not self.args.quiet:
@@ -792,7 +850,8 @@ class Run:
         full = {"kind": "long-tail-result", "data": self.fingerprint, "script": self.script}
         full |= {"dataset": dataset_tag(args), "variant": self.variant, "method": self.method}
         full |= {"seed": args.seed, "args": result_args(args), "changed": args.changed}
-        full |= {"headline": None, "best_on_test": None} | result | {"machine": machine(args)}
+        full |= {"headline": None, "best_on_test": None} | result
+        full["machine"] = machine(args) | {"stretches": stretches(self.rows)}
         full["timing"] = {"seconds": round(seconds, 2)} | result.get("timing", {})
         if is_main():
             write_json(self.folder / "result.json", full)
@@ -915,12 +974,14 @@ class Stage:
             "images_per_second": round(self.images / self.trained, 1),  # without the evaluation
             "passes_per_second": round(self.sent / self.trained, 1),
             "data_wait_share": round(self.wait / self.trained, 4),
+            "ranks": world_size(),
         }
         score = judge.score(row) if judge else None
         better = score is not None and (self.best is None or score > self.best)
         self.best, self.epoch = score if better else self.best, self.epoch + 1
         self.run.rows.append(row)
         if is_main():
+            warn_of_collapse(self)
             log_row(self, row)
             self.save(better)
         barrier()
@@ -952,6 +1013,12 @@ def machine(args) -> dict:
     }
 
 
+def stretches(rows: list[dict]) -> list[dict]:
+    """On how many ranks epochs in a row were trained: [{"ranks": 2, "epochs": 40}, ...]."""
+    ranks = [row["timing"].get("ranks", 1) for row in rows]
+    return [{"ranks": n, "epochs": len([*same])} for n, same in itertools.groupby(ranks)]
+
+
 def means_over_ranks(sums: dict[str, tuple[Tensor, int]]) -> dict[str, float]:
     """Means of {name: (sum on the device, items)} over all ranks; the one wait for the device."""
     if not sums:
@@ -967,12 +1034,40 @@ def means_over_ranks(sums: dict[str, tuple[Tensor, int]]) -> dict[str, float]:
 
 
 def in_words(figures: dict, form: str = "{:.1f} %") -> str:
-    """`overall 77.8 %  many 92.0 %  ...` of a report; n/a where a group has no class."""
-    shown = {name: figures[name] for name in ("overall", *GROUPS) if name in figures}
+    """`overall 77.8 %  many 92.0 %  ...` of a report; n/a where a group has no class.
+
+    The mean over classes is told where it is another figure: the test set is not balanced.
+    """
+    shown = {name: figures[name] for name in ("overall", "mean_class", *GROUPS) if name in figures}
+    if round(100 * (shown.get("mean_class") or 0) - 100 * (shown["overall"] or 0), 2) == 0:
+        shown.pop("mean_class", None)
     return "  ".join(
         f"{name} {'n/a' if value is None else form.format(100 * value)}"
         for name, value in shown.items()
     )
+
+
+def trouble(row: dict, total: int) -> str | None:
+    """What the cosines of an epoch's embeddings tell against a contrastive stage of `total`."""
+    same, other = row.get("same_label"), row.get("other_label")
+    if same is None or other is None:
+        return None
+    if other > 0.999:
+        return "all embeddings have collapsed into one point"
+    if 2 * (row["epoch"] + 1) >= total and same - other < 0.01 * (1 - other):
+        return "images of one label are no closer than images of two"
+    return None
+
+
+def warn_of_collapse(stage: Stage) -> None:
+    """Say once what is wrong with the embeddings of a stage, and since which epoch."""
+    rows = [row for row in stage.run.rows if row["stage"] == stage.name]
+    found = [trouble(row, stage.total) for row in rows]
+    if found[-1] and found[-1] not in found[:-1]:
+        row = rows[-1]
+        cosines = f"mean cosines {row['same_label']:.4f} and {row['other_label']:.4f}"
+        where = f"stage {stage.name}, epoch {row['epoch'] + 1} of {stage.total}"
+        print(f"warning: {where}: {found[-1]} ({cosines})", file=sys.stderr, flush=True)
 
 
 def event_writer(run: Run):
@@ -1137,7 +1232,8 @@ def report(
 
     labels, predictions: [N] class ids (a prediction of -1 is no class: always wrong); counts:
     training images of each class [C]; confidence, nll, topk_hits: [N]. O(N + C); numpy, torch or
-    lists. many, medium, few: mean recall of the group's classes that have test images. macro_f1:
+    lists. mean_class: mean recall of the classes that have test images (balanced accuracy); many,
+    medium, few: that of each group. macro_f1:
     over the classes that occur in labels or predictions. worst_class: lowest recall. confusion (up
     to 200 classes): rows are the true class. groups: options of `group_of`, weighting="image".
     """
@@ -1154,7 +1250,10 @@ def report(
     per_class[tested] = recall.tolist()
     f1 = 2.0 * correct / np.maximum(support + predicted, 1)
     loss = None if nll is None or not len(hit) else float(_array(nll).astype(np.float64).mean())
-    figures = {"overall": _ratio(hit.sum(), len(hit))}
+    figures = {
+        "overall": _ratio(hit.sum(), len(hit)),
+        "mean_class": _ratio(recall.sum(), recall.size),
+    }
     figures |= _group_figures(counts, support, correct, **groups)
     figures |= {
         "macro_f1": _ratio(f1.sum(), np.count_nonzero(support + predicted)),
@@ -1327,10 +1426,13 @@ class Judge:
         return {name: logged(full) for name, full in found.items()}
 
     def score(self, row: dict) -> float | None:
-        """By what epochs are compared; None where nothing is chosen or the row was not judged."""
+        """By what epochs are compared; None where nothing is chosen or the row was not judged.
+
+        On validation images the mean over classes: they may be as long-tailed as the training set.
+        """
         if self.args.select == "last" or "test" not in row:
             return None
-        return row[self.args.select]["overall"]
+        return row["test"]["overall"] if self.args.select == "test" else row["val"]["mean_class"]
 
     def chosen(self, stage: Stage) -> None:
         """Put the weights of the chosen epoch into the parts of a finished stage."""
@@ -1406,14 +1508,17 @@ def keep_examined(args, checkpoint: dict, result: dict) -> None:
     barrier()
 
 
-def pair_cosines(z: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Mean cosine of pairs of one label and of two labels, over unit rows z [N, d]."""
-    same = labels[:, None] == labels
-    cosine, pairs = z @ z.T, same.sum()
-    own = (cosine * same).sum()
-    alike = (own - cosine.diagonal().sum()) / (pairs - len(z)).clamp(min=1)
-    other = (cosine.sum() - own) / (same.numel() - pairs).clamp(min=1)
-    return {"same_label": alike, "other_label": other}
+def pair_cosines(z: Tensor, labels: Tensor, views: int = 1) -> dict[str, Tensor]:
+    """Mean cosine of pairs of one label and of two labels, over unit rows z [views N, d].
+
+    Views lie one after the other; those of one image make no pair.
+    """
+    image = torch.arange(len(z), device=z.device) % (len(z) // views)
+    cosine, same = z @ z.T, labels[:, None] == labels
+    pairs = {"same_label": same & (image[:, None] != image), "other_label": ~same}
+    return {
+        name: (cosine * found).sum() / found.sum().clamp(min=1) for name, found in pairs.items()
+    }
 
 
 def class_similarity(features: Tensor, labels: Tensor, num_classes: int) -> dict[str, Tensor]:

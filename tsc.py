@@ -197,7 +197,7 @@ class Encoder(nn.Module):
 class Pairs(nn.Module):
     """All pairs of the batch (SupCon): the other 2B - 1 embeddings are columns. Small images."""
 
-    passes, drop_last = 2, False  # how often an image goes forward and backward in a step
+    passes, drop_last = 2, False  # views that go forward and backward
 
     def __init__(self, net: nn.Module, args):
         super().__init__()
@@ -363,7 +363,7 @@ def pretrain(run: common.Run, args, name: str, epochs: int, data, net, carried: 
             common.set_lr(optimizer, rate(args, name, epoch + stage.step / len(loader), epochs))
             rng = common.generator(args.seed, name, "positives", epoch, stage.step)
             z, y, *columns = scheme(encode, views, labels, rng)
-            logs = common.pair_cosines(*scheme.seen)
+            logs = common.pair_cosines(*scheme.seen, scheme.passes)
             weight = torch.ones(columns[1].shape[1] + int(targeted), device=z.device)
             if matching:
                 matching.update(*scheme.seen)
@@ -506,7 +506,7 @@ def main(args) -> None:
     net = build(args)
     carried = carry(args, data, net)
     if args.init_from:
-        saved = common.load_backbone(net.backbone, args.init_from, args, ("backbone",))["state"]
+        saved = common.load_backbone(net.backbone, args.init_from)["state"]
         for name, part in {"model": net, **carried}.items() if args.stages[0] == "tsc" else ():
             if name not in saved:
                 why = "make it with --stages kcl and the same --method and --contrast"

@@ -104,7 +104,13 @@ def test_golden_inclusive_few(golden):
 def test_golden_second_profile_with_an_empty_group(golden):
     labels, predictions = golden["labels"], golden["preds"]
     figures = common.report(labels, predictions, golden["train_counts"])
-    same = {"overall": "acc", "many": "many", "medium": "median", "few": "low", "macro_f1": "macro_f1"}
+    same = {
+        "overall": "acc",
+        "many": "many",
+        "medium": "median",
+        "few": "low",
+        "macro_f1": "macro_f1",
+    }
     for ours, theirs in same.items():
         assert or_zero(figures[ours]) == pytest.approx(golden.scalar(theirs), rel=1e-9), ours
     np.testing.assert_allclose(recalls(figures), golden["per_class"], **CLOSE)
@@ -137,6 +143,7 @@ def naive_report(labels, predictions, counts) -> dict:
 
     return {
         "overall": (labels == predictions).mean(),
+        "mean_class": mean(lambda n: True),
         "many": mean(lambda n: n > 100),
         "medium": mean(lambda n: 20 <= n <= 100),
         "few": mean(lambda n: n < 20),
@@ -185,11 +192,27 @@ def test_empty_groups_and_absent_classes_are_none_not_zero():
     assert never["harmonic_mean"] == 0.0 and never["worst_class"] == 0.0
 
 
+def test_the_mean_over_classes_does_not_follow_the_largest_class():
+    """Of 18 test images 4 and 10 are of two of the four classes: naming one class is 25 %."""
+    labels = [0] * 4 + [1] * 10 + [2] * 2 + [3] * 2
+    for named, overall in ((0, 22.2), (1, 55.6)):
+        figures = common.report(labels, [named] * 18, [4, 10, 2, 2])
+        assert 100 * figures["overall"] == pytest.approx(overall, abs=0.05)
+        assert figures["mean_class"] == 0.25
+        assert f"overall {overall} %  mean_class 25.0 %" in common.in_words(figures)
+    assert "mean_class" not in common.in_words(common.report([0, 1], [0, 0], [5, 5]))
+
+
 def test_a_prediction_of_no_class_is_wrong_and_labels_outside_are_refused():
     figures = common.report([0, 1, 1], [0, -1, 1], [200, 5])
     assert figures["overall"] == pytest.approx(2 / 3)
     assert figures["confusion"] == [[1, 0], [0, 1]], "in no column"
-    for labels, predictions in (([0, 2], [0, 0]), ([0, -1], [0, 0]), ([0, 0], [0, 2]), ([0, 0], [0])):
+    for labels, predictions in (
+        ([0, 2], [0, 0]),
+        ([0, -1], [0, 0]),
+        ([0, 0], [0, 2]),
+        ([0, 0], [0]),
+    ):
         with pytest.raises((ValueError, IndexError)):
             common.report(np.array(labels), np.array(predictions), [5, 5])
 
@@ -326,7 +349,9 @@ def test_logits_that_are_not_finite_classify_nothing():
 def test_evaluate_refuses_missing_double_and_foreign_items():
     logits, labels = problem(20)
     model, every = Lookup(logits), Batches(labels, 8)
-    with pytest.raises(RuntimeError, match="each of 24 items once: 4 missing, 0 more than once, 0 ind"):
+    with pytest.raises(
+        RuntimeError, match="each of 24 items once: 4 missing, 0 more than once, 0 ind"
+    ):
         common.evaluate(model, Batches(labels, 8, items=24))
     with pytest.raises(RuntimeError, match="0 missing, 0 more than once, 1 indices out of range"):
         common.evaluate(model, Batches(labels, 8, items=19))

@@ -1,5 +1,6 @@
 """Several ranks against one: loss and gradients in float64, whole commands and launchers."""
 
+import json
 import os
 import signal
 import socket
@@ -317,12 +318,15 @@ def test_a_rank_that_dies_ends_all_with_one_line_and_costs_an_epoch_at_most(
     assert commands.rows(tmp_path) == two_ranks
 
 
-def test_sigterm_ends_both_ranks_and_they_continue_to_the_same(tree, two_ranks, tmp_path):
-    line = on_tree(tree, tmp_path, "--gpus", 2)
-    process = started(line, tmp_path)
+def test_sigterm_ends_both_ranks_and_another_number_continues(tree, two_ranks, tmp_path):
+    process = started(on_tree(tree, tmp_path, "--gpus", 2), tmp_path)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=100)
     assert process.returncode == 143 and not errors.strip(), errors
-    assert common.load_checkpoint(commands.folder(tmp_path) / "last.pt")["epoch"] < 3
-    finish(line)
-    assert commands.rows(tmp_path) == two_ranks
+    done = common.load_checkpoint(commands.folder(tmp_path) / "last.pt")["epoch"]
+    assert done < 3
+    finish(on_tree(tree, tmp_path))  # one rank: in the same folder, with the same batches
+    full = json.loads((commands.folder(tmp_path) / "result.json").read_text())
+    stretches = [{"ranks": 2, "epochs": done}, {"ranks": 1, "epochs": 3 - done}]
+    assert full["machine"]["stretches"] == stretches
+    assert commands.rows(tmp_path)[:done] == two_ranks[:done]

@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import pickle
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,8 +21,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 
 import common
+import models
 
 ROOT = Path(common.__file__).resolve().parent
 SMALL = (
@@ -310,6 +313,105 @@ def test_other_data_and_another_script_are_refused(tmp_path, monkeypatch):
         common.Run(make_args(tmp_path), "unit", "data").read(last)
 
 
+def test_a_moved_copied_or_linked_set_is_the_same_and_other_content_is_named(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.v2.npz").touch()
+        (tmp_path / name / "pictures.v2").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "a" / "pictures.v2")
+    names = [common.dataset_name(str(path)) for path in sorted(tmp_path.glob("[ab]/*"))]
+    assert names == ["mine.v2", "pictures.v2"] * 2
+    assert common.dataset_name(str(tmp_path / "link")) == "pictures.v2"
+    here, there = (str(tmp_path / name / "mine.v2.npz") for name in ("a", "b"))
+    data = "images:1a labels:2b classes:3c"
+    run, _ = train(tmp_path, args=make_args(tmp_path, dataset=here), data=data)
+    again = common.Run(make_args(tmp_path, dataset=there), "unit", data)
+    assert again.folder == run.folder and again.result
+    again.lock.close()
+    for other, named in (
+        ("images:1a labels:2b classes:ff", "other classes than"),
+        ("images:00 labels:ff classes:3c", "other images and labels than"),
+        ("0123abcd", "other images or labels than"),
+    ):
+        with pytest.raises(common.UserError, match=f"{named} --dataset {there}"):
+            common.Run(make_args(tmp_path, dataset=there), "unit", other)
+
+
+def test_a_finished_run_from_another_checkpoint_of_that_name_is_not_shown(tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "kcl.pt").write_bytes(b"same")
+    start, moved = (str(tmp_path / name / "kcl.pt") for name in ("a", "b"))
+    changed = {"init_from": start}
+    train(tmp_path, args=make_args(tmp_path, init_from=start, changed=changed))
+    common.Run(make_args(tmp_path, init_from=moved, changed=changed), "unit", "data").lock.close()
+    Path(moved).write_bytes(b"trained once more")
+    common.file_identity.cache_clear()  # as in another process
+    with pytest.raises(common.UserError, match="--init-from kcl-.*this has kcl-"):
+        common.Run(make_args(tmp_path, init_from=moved, changed=changed), "unit", "data")
+    for flag in ("--init-from", "--eval"):
+        with pytest.raises(SystemExit):
+            words = [flag, str(tmp_path / "gone.pt")]
+            common.parse("A test.", (), {"fit": ("fit",)}, {}, None, words)
+        assert f"{flag} {words[1]}: " in capsys.readouterr().err
+
+
+def test_a_backbone_comes_from_torchvision_or_another_data_set(tmp_path):
+    theirs = torchvision.models.resnet18().state_dict()
+    old = {key: value for key, value in theirs.items() if "batches_tracked" not in key}
+    bare = {key: value for key, value in old.items() if not key.startswith("fc.")}
+    for number, state in enumerate((theirs, old, bare)):
+        torch.save(state, tmp_path / f"{number}.pth")
+        net = models.backbone("resnet18", stem="imagenet")
+        common.load_backbone(net, tmp_path / f"{number}.pth")
+        assert all(torch.equal(value, net.state_dict()[key]) for key, value in bare.items())
+    bare.pop("layer1.0.conv1.weight")
+    torch.save(bare, tmp_path / "3.pth")
+    with pytest.raises(common.UserError, match="no tensor layer1.0.conv1.weight"):
+        common.load_backbone(net, tmp_path / "3.pth")
+    with pytest.raises(common.UserError, match="conv1.weight is .*7, 7.*needs .*3, 3"):
+        common.load_backbone(models.backbone("resnet18"), tmp_path / "0.pth")
+    run = common.Run(make_args(tmp_path, dataset="cifar10_lt"), "unit", "data")
+    net = models.Net(models.backbone("resnet8"), models.linear_head(64, 10))
+    stage = run.stage("fit", 1, model=net, optimizer=common.sgd(net.parameters(), 0.1))
+    for _ in stage.epochs():
+        list(stage.batches(FakeLoader()))
+        stage.end_epoch()
+    run.lock.close()
+    other = models.backbone("resnet8")
+    found = common.load_backbone(other, run.folder / "fit.pt", make_args(tmp_path))
+    assert found["stage"] == "fit" and torch.equal(other.conv1.weight, net.backbone.conv1.weight)
+    with pytest.raises(common.UserError, match="layer1.1.conv1.weight"):
+        common.load_backbone(models.backbone("resnet14"), run.folder / "fit.pt")
+
+
+def cosines(tmp_path, pairs: list[tuple[float, float]], capsys) -> list[str]:
+    """The warnings of a stage whose epochs have these mean cosines; begun again in the middle."""
+    args = make_args(tmp_path)
+    for stop in (len(pairs) // 2, len(pairs)):
+        run = common.Run(args, "unit", "data")
+        net = torch.nn.Linear(1, 1)
+        stage = run.stage("kcl", len(pairs), optimizer=common.sgd(net.parameters(), 0.1))
+        for epoch in stage.epochs():
+            for _ in stage.batches(FakeLoader(1)):
+                same, other = (torch.tensor(value) for value in pairs[epoch])
+                stage.add(8, same_label=same, other_label=other)
+            stage.end_epoch()
+            if epoch + 1 == stop:
+                break
+        run.lock.close()
+    return capsys.readouterr().err.splitlines()
+
+
+def test_a_collapse_is_told_once_with_its_epoch(tmp_path, capsys):
+    fine = [(0.97, 0.969), (0.95, 0.94), (0.9, 0.7), (0.9, 0.5)]
+    assert cosines(tmp_path / "a", fine, capsys) == []
+    (said,) = cosines(tmp_path / "b", [(0.9, 0.5), (1.0, 0.9995), (1.0, 1.0), (1.0, 1.0)], capsys)
+    assert "stage kcl, epoch 2 of 4: all embeddings have collapsed" in said
+    (said,) = cosines(tmp_path / "c", [(0.9, 0.9), (0.9, 0.8999), (0.9, 0.9), (0.9, 0.9)], capsys)
+    assert "epoch 2 of 4: images of one label are no closer" in said and "0.9000" in said
+
+
 def test_a_finished_stage_brings_its_rows_when_last_is_gone(tmp_path):
     straight, _ = train(tmp_path / "a")
     run, _ = train(tmp_path / "b")
@@ -369,7 +471,7 @@ def judged(tmp_path, select: str, test: list[float], val: list[float] | None):
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            common, "figures", lambda args, net, loader, counts: figure | {"overall": val[epoch]}
+            common, "figures", lambda args, net, loader, counts: figure | {"mean_class": val[epoch]}
         )
         for epoch in stage.epochs():
             for _ in stage.batches(FakeLoader()):
@@ -504,6 +606,29 @@ def test_auto_takes_bf16_where_the_gpu_has_it(monkeypatch, capability, chosen):
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = kept
     assert (args.device, args.precision) == ("cuda:0", chosen)
+
+
+def test_a_closed_pipe_and_a_plain_terminal_end_without_a_traceback(tmp_path):
+    for flags, codes in ((["--help"], (0, 141)), (["--data-seed", "1"], (141,))):
+        line = shlex.join(command(*flags, out=tmp_path / "ö"))
+        script = f"set -o pipefail; {line} | head -1"
+        env = commands.environment() | {"PYTHONIOENCODING": "ascii"}
+        options = {"capture_output": True, "text": True, "env": env, "timeout": 120}
+        done = subprocess.run(["bash", "-c", script], **options)
+        assert done.returncode in codes and not done.stderr and done.stdout.count("\n") == 1, done
+    done = subprocess.run(command(out=tmp_path / "ö"), **options)
+    assert done.returncode == 0 and "\\xf6" in done.stdout and not done.stderr, done
+
+
+def test_ranks_without_an_address_are_one_line(tmp_path, monkeypatch, capsys):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1")):
+        monkeypatch.setenv(name, value)
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(SystemExit) as stopped:
+        common.launch(lambda args: None, make_args(tmp_path))
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and "not MASTER_ADDR" in said and said.count("\n") == 1
 
 
 def test_a_home_in_a_path_is_the_home(tmp_path, monkeypatch):

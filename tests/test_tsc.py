@@ -435,15 +435,15 @@ def test_centres_of_absent_classes_and_zero_means_stay():
 
 
 def test_cosines_of_pairs_against_a_double_loop():
-    z, labels = (
-        unit(torch.randn(7, 3, generator=common.generator(0))),
-        torch.tensor([0, 0, 1, 1, 1, 2, 0]),
-    )
-    ours, loops = common.pair_cosines(z, labels), {True: [], False: []}
-    for i, j in itertools.permutations(range(7), 2):
-        loops[bool(labels[i] == labels[j])].append(float(z[i] @ z[j]))
-    assert float(ours["same_label"]) == pytest.approx(np.mean(loops[True]), rel=1e-5)
-    assert float(ours["other_label"]) == pytest.approx(np.mean(loops[False]), rel=1e-5)
+    z = unit(torch.randn(14, 3, generator=common.generator(0)))
+    labels = torch.tensor([0, 0, 1, 1, 1, 2, 0]).repeat(2)
+    for views in (1, 2):
+        ours, loops = common.pair_cosines(z, labels, views), {True: [], False: []}
+        for i, j in itertools.permutations(range(14), 2):
+            if views == 1 or i % 7 != j % 7:
+                loops[bool(labels[i] == labels[j])].append(float(z[i] @ z[j]))
+        assert float(ours["same_label"]) == pytest.approx(np.mean(loops[True]), rel=1e-5)
+        assert float(ours["other_label"]) == pytest.approx(np.mean(loops[False]), rel=1e-5)
 
 
 @pytest.mark.golden("tsc_schedule")
