@@ -412,10 +412,6 @@ def refuse(parser, args, table, said) -> None:
     for one, two in (("eval", "fresh"), ("eval", "init_from"), ("eval", "save_features")):
         if getattr(args, one) and getattr(args, two):
             parser.error(f"--{one} and --{two.replace('_', '-')} contradict each other")
-    for name in ("init_from", "eval"):
-        path = getattr(args, name)
-        if path and not os.path.exists(path):
-            parser.error(f"--{name.replace('_', '-')} {path}: checkpoint {path} does not exist")
     if args.save_features == "val" and args.select != "val":
         parser.error("--save-features val: there is a validation split only with --select val")
 
@@ -460,6 +456,9 @@ def launch(main, args) -> None:
     """
     under_torchrun = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     try:
+        for path in (args.init_from, args.eval):  # also where a result is there already
+            if path and not os.path.exists(path):
+                raise UserError(f"checkpoint {path} does not exist")
         if under_torchrun and not {"MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
             why = "but not MASTER_ADDR and MASTER_PORT: start with torchrun, or unset RANK"
             raise UserError(f"RANK and WORLD_SIZE are set, {why}")
@@ -679,26 +678,45 @@ def load_weights(module: nn.Module, state: dict[str, Tensor], source) -> None:
     module.load_state_dict(state)
 
 
-def load_backbone(backbone: nn.Module, path, args=None, names=(), data=None) -> dict:
+def check_data(path, saved: str, now: str, dataset: str) -> None:
+    """Refuse a checkpoint of other images, naming what differs in `images:1a2b labels:3c4d ...`.
+
+    Fingerprints without names differ as a whole.
+    """
+    was, here = (
+        dict(word.split(":") for word in text.split() if ":" in word) for text in (saved, now)
+    )
+    other = [name for name in here if was.get(name, here[name]) != here[name]]
+    if saved != now:
+        other = " and ".join(other) or "images or labels"
+        raise UserError(f"{path} was trained on other {other} than --dataset {dataset} gives now")
+
+
+def load_backbone(
+    backbone: nn.Module, path, args, names=("dataset", "backbone"), data: str | None = None
+) -> dict:
     """Fill a backbone, every tensor, from a network of any script and data set, or torchvision's.
 
     Scripts keep their network as the part `model`, its backbone as `backbone.*`; a file of plain
     tensors is torchvision's, its classifier `fc`. Heads are left out. Returns the checkpoint, of
     torchvision's weights one without parts. UserError when a tensor is missing, left over or of
-    another shape. args, names, data: nothing depends on them any more.
+    another shape; or, where the checkpoint is of this very data set, when an argument in `names` or
+    `data`, the fingerprint of the training images, differs: what is held out here was seen there.
     """
     found = read_file(path)
-    plain = isinstance(found, dict) and all(isinstance(v, Tensor) for v in found.values())
-    if plain:
+    if isinstance(found, dict) and all(isinstance(value, Tensor) for value in found.values()):
         own = {k: v for k, v in backbone.state_dict().items() if k.endswith("batches_tracked")}
         own |= {k: v for k, v in found.items() if not k.startswith("fc.")}  # older files lack these
-        found = {"script": "torchvision", "stage": "", "args": {}, "info": {}, "state": {}}
-    else:
-        found = load_checkpoint(path)
-        start, state = "backbone.", found["state"].get("model")
-        if state is None:
-            raise UserError(f"{path} holds no network under the name model")
-        own = {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
+        load_weights(backbone, own, path)
+        return {"script": "torchvision", "stage": "", "args": {}, "info": {}, "state": {}}
+    found, now = load_checkpoint(path), result_args(args)
+    if found["args"]["dataset"] == now["dataset"]:
+        check_same(path, found["args"], now, names)
+        check_data(path, found["data"], data or found["data"], args.dataset)
+    start, state = "backbone.", found["state"].get("model")
+    if state is None:
+        raise UserError(f"{path} holds no network under the name model")
+    own = {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
     load_weights(backbone, own, path)
     return found
 
@@ -714,14 +732,6 @@ def dataset_name(dataset: str) -> str:
         return dataset
     path = Path(dataset).resolve()
     return re.sub(r"[^\w.+-]", "-", path.stem if path.suffix == ".npz" else path.name)
-
-
-def differing(one: str, other: str) -> list[str]:
-    """What differs in two fingerprints `images:1a2b labels:3c4d ...`; all of it in older ones."""
-    parts = [dict(word.split(":") for word in text.split() if ":" in word) for text in (one, other)]
-    names = parts[1] if parts[0].keys() == parts[1].keys() != set() else ()
-    found = [name for name in names if parts[0][name] != parts[1][name]]
-    return found or ([] if one == other else ["images or labels"])
 
 
 def dataset_tag(args) -> str:
@@ -776,6 +786,7 @@ class Run:
     def __init__(self, args, method: str, fingerprint: str):
         self.args, self.method, self.fingerprint = args, method, fingerprint
         self.script, self.variant = Path(sys.argv[0]).stem, variant_name(args, method)
+        self.made = {"script": self.script, "args": result_args(args), "data": fingerprint}
         place = Path(args.out, self.script, dataset_tag(args), self.variant)
         self.folder = place / f"seed{args.seed}"
         self.rows, self.saved, self.writer = [], None, None
@@ -819,24 +830,19 @@ class Run:
 
     def check(self, path, checkpoint: dict) -> None:
         """Refuse a checkpoint of another script, other arguments or other data."""
-        script, saved, now = checkpoint["script"], checkpoint["args"], result_args(self.args)
+        script, now = checkpoint["script"], self.made["args"]
         if script != self.script:
             raise UserError(f"{path} is a checkpoint of {script}.py, this is {self.script}.py")
-        remedy = "give the saved value, another --out, or --fresh"
+        remedy, saved = "give the saved value, another --out, or --fresh", checkpoint["args"]
         check_same(path, saved, now, ["dataset", "backbone", *now, *saved], remedy)
-        if other := differing(checkpoint["data"], self.fingerprint):
-            data = f"than --dataset {self.args.dataset} gives now"
-            raise UserError(f"{path} was trained on other {' and '.join(other)} {data}")
+        check_data(path, checkpoint["data"], self.fingerprint, self.args.dataset)
 
     def say(self, text: str) -> None:
         if is_main() and not self.args.quiet:
             print(text, flush=True)
 
     def stage(self, name: str, epochs: int, info: dict | None = None, **parts) -> Stage:
-        """A stage whose `parts` (whatever has a state_dict) make up its checkpoints.
-
-        info: plain values that whoever evaluates it needs, such as the class counts.
-        """
+        """A stage of `parts` with a state_dict; info: plain values its evaluation needs."""
         return Stage(self, name, epochs, info or {}, parts)
 
     @property
@@ -847,10 +853,9 @@ class Run:
     def finish(self, **result) -> dict:
         """Write result.json and return it; what is clocked or of the machine stays apart."""
         args, seconds = self.args, sum(row["timing"]["seconds"] for row in self.rows)
-        full = {"kind": "long-tail-result", "data": self.fingerprint, "script": self.script}
-        full |= {"dataset": dataset_tag(args), "variant": self.variant, "method": self.method}
-        full |= {"seed": args.seed, "args": result_args(args), "changed": args.changed}
-        full |= {"headline": None, "best_on_test": None} | result
+        full = {"kind": "long-tail-result", **self.made, "dataset": dataset_tag(args)}
+        full |= {"variant": self.variant, "method": self.method, "seed": args.seed}
+        full |= {"changed": args.changed, "headline": None, "best_on_test": None} | result
         full["machine"] = machine(args) | {"stretches": stretches(self.rows)}
         full["timing"] = {"seconds": round(seconds, 2)} | result.get("timing", {})
         if is_main():
@@ -905,10 +910,9 @@ class Stage:
                 raise RuntimeError(f"stage {self.name}: the loop must call end_epoch")
 
     def batches(self, loader, passes: int = 1):
-        """Yield an epoch's batches.
+        """Yield an epoch's batches; passes: how often a step sends an image forward and backward.
 
-        passes: how often a step sends an image forward and backward (views, SAM; 0 where the
-        backbone is frozen), for the count of image passes.
+        That is the number of views, twice with SAM, 0 where the backbone is frozen.
         """
         loader.set_epoch(self.epoch)
         self.steps, self.images, self.wait, self.bar = len(loader), 0, 0.0, 0.0
@@ -927,8 +931,7 @@ class Stage:
     def guard(self, loss: Tensor) -> None:
         """Between backward and step: a loss that is not finite ends the run before it is kept.
 
-        A CPU looks at once, and the weights are still sound; a GPU, without a wait in every step,
-        at the end of the epoch. Either way no checkpoint holds what came of it.
+        A CPU looks at once; a GPU, without a wait in every step, at the end of the epoch.
         """
         step = torch.where(torch.isfinite(loss.detach()), math.inf, float(self.step))
         self.bad = step if self.bad is None else torch.minimum(self.bad, step)
@@ -943,10 +946,9 @@ class Stage:
             dist.all_reduce(self.bad, op=dist.ReduceOp.MIN)
         step = self.bad.item()
         if step < math.inf:
-            where = (
-                f"stage {self.name}, epoch {self.epoch + 1} of {self.total}, step {step + 1:.0f}"
-            )
-            raise RunError(f"the loss is not finite in {where}, lr {self.lr:g}; {KEPT}")
+            epoch = f"epoch {self.epoch + 1} of {self.total}, step {step + 1:.0f}"
+            where = f"stage {self.name}, {epoch}, lr {self.lr:g}"
+            raise RunError(f"the loss is not finite in {where}; {KEPT}")
 
     def add(self, count: int, **values: Tensor) -> None:
         """Add means over `count` images of this rank to those of the epoch; no host sync."""
@@ -966,16 +968,10 @@ class Stage:
         """
         self.look()
         row = {"stage": self.name, "epoch": self.epoch, "steps": self.step, "passes": self.passes}
-        row |= {"lr": self.lr} | means_over_ranks(self.sums) | metrics
+        row |= {"lr": self.lr, **means_over_ranks(self.sums), **metrics}
         if judge and self.due(self.run.args.eval_every):
             row |= judge()
-        row["timing"] = {
-            "seconds": round(time.perf_counter() - self.begin, 3),
-            "images_per_second": round(self.images / self.trained, 1),  # without the evaluation
-            "passes_per_second": round(self.sent / self.trained, 1),
-            "data_wait_share": round(self.wait / self.trained, 4),
-            "ranks": world_size(),
-        }
+        row["timing"] = timing(self)
         score = judge.score(row) if judge else None
         better = score is not None and (self.best is None or score > self.best)
         self.best, self.epoch = score if better else self.best, self.epoch + 1
@@ -989,15 +985,25 @@ class Stage:
 
     def save(self, better: bool) -> None:
         run, state = self.run, {key: part.state_dict() for key, part in self.parts.items()}
-        checkpoint = {"kind": "long-tail-run", "script": run.script, "args": result_args(run.args)}
-        checkpoint |= {"data": run.fingerprint, "stage": self.name, "info": self.info}
-        checkpoint |= {"epoch": self.epoch, "passes": self.passes, "best": self.best}
-        checkpoint |= {"rows": run.rows, "state": state}
+        checkpoint = {"kind": "long-tail-run", **run.made, "rows": run.rows, "state": state}
+        checkpoint |= {"stage": self.name, "info": self.info, "epoch": self.epoch}
+        checkpoint |= {"passes": self.passes, "best": self.best}
         if better:
             save_checkpoint(run.folder / f"{self.name}_best.pt", checkpoint)
         if self.finished:
             save_checkpoint(self.own, checkpoint)
         save_checkpoint(run.folder / "last.pt", checkpoint)
+
+
+def timing(stage: Stage) -> dict:
+    """What is clocked of an epoch; images and passes a second are those of the training alone."""
+    return {
+        "seconds": round(time.perf_counter() - stage.begin, 3),
+        "images_per_second": round(stage.images / stage.trained, 1),
+        "passes_per_second": round(stage.sent / stage.trained, 1),
+        "data_wait_share": round(stage.wait / stage.trained, 4),
+        "ranks": world_size(),
+    }
 
 
 def machine(args) -> dict:

@@ -506,7 +506,7 @@ def main(args) -> None:
     net = build(args)
     carried = carry(args, data, net)
     if args.init_from:
-        saved = common.load_backbone(net.backbone, args.init_from)["state"]
+        saved = common.load_backbone(net.backbone, args.init_from, args)["state"]
         for name, part in {"model": net, **carried}.items() if args.stages[0] == "tsc" else ():
             if name not in saved:
                 why = "make it with --stages kcl and the same --method and --contrast"

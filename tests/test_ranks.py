@@ -264,20 +264,6 @@ def started(line: list[str], out: Path) -> subprocess.Popen:
     return process
 
 
-def test_torchrun_gives_the_same_and_every_test_image_counts_once(tree, two_ranks, tmp_path):
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-    ]
-    finish(launcher + on_tree(tree, tmp_path)[1:])
-    assert commands.rows(tmp_path) == two_ranks
-    assert sum(map(sum, commands.result(tmp_path)["confusion"])) == 10
-
-
 def test_two_launchers_with_a_rendezvous_equal_one(tree, two_ranks, tmp_path):
     """A dry run of two nodes: each its own torchrun, one rank each, on the loopback device."""
     with socket.socket() as free:
@@ -291,6 +277,7 @@ def test_two_launchers_with_a_rendezvous_equal_one(tree, two_ranks, tmp_path):
         _, errors = process.communicate(timeout=200)
         assert process.returncode == 0, errors[-2000:]
     assert commands.rows(tmp_path) == two_ranks
+    assert sum(map(sum, commands.result(tmp_path)["confusion"])) == 10, "each test image once"
 
 
 def test_a_mistake_under_two_ranks_is_told_once(tree, tmp_path):

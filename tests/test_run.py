@@ -349,11 +349,11 @@ def test_a_finished_run_from_another_checkpoint_of_that_name_is_not_shown(tmp_pa
     common.file_identity.cache_clear()  # as in another process
     with pytest.raises(common.UserError, match="--init-from kcl-.*this has kcl-"):
         common.Run(make_args(tmp_path, init_from=moved, changed=changed), "unit", "data")
-    for flag in ("--init-from", "--eval"):
+    for name in ("init_from", "eval"):
         with pytest.raises(SystemExit):
-            words = [flag, str(tmp_path / "gone.pt")]
-            common.parse("A test.", (), {"fit": ("fit",)}, {}, None, words)
-        assert f"{flag} {words[1]}: " in capsys.readouterr().err
+            args = make_args(tmp_path, **{name: str(tmp_path / "gone.pt")})
+            common.launch(lambda args: pytest.fail("the old result would be shown"), args)
+        assert "gone.pt does not exist" in capsys.readouterr().err
 
 
 def test_a_backbone_comes_from_torchvision_or_another_data_set(tmp_path):
@@ -363,14 +363,14 @@ def test_a_backbone_comes_from_torchvision_or_another_data_set(tmp_path):
     for number, state in enumerate((theirs, old, bare)):
         torch.save(state, tmp_path / f"{number}.pth")
         net = models.backbone("resnet18", stem="imagenet")
-        common.load_backbone(net, tmp_path / f"{number}.pth")
+        common.load_backbone(net, tmp_path / f"{number}.pth", make_args(tmp_path))
         assert all(torch.equal(value, net.state_dict()[key]) for key, value in bare.items())
     bare.pop("layer1.0.conv1.weight")
     torch.save(bare, tmp_path / "3.pth")
     with pytest.raises(common.UserError, match="no tensor layer1.0.conv1.weight"):
-        common.load_backbone(net, tmp_path / "3.pth")
+        common.load_backbone(net, tmp_path / "3.pth", make_args(tmp_path))
     with pytest.raises(common.UserError, match="conv1.weight is .*7, 7.*needs .*3, 3"):
-        common.load_backbone(models.backbone("resnet18"), tmp_path / "0.pth")
+        common.load_backbone(models.backbone("resnet18"), tmp_path / "0.pth", make_args(tmp_path))
     run = common.Run(make_args(tmp_path, dataset="cifar10_lt"), "unit", "data")
     net = models.Net(models.backbone("resnet8"), models.linear_head(64, 10))
     stage = run.stage("fit", 1, model=net, optimizer=common.sgd(net.parameters(), 0.1))
@@ -382,7 +382,12 @@ def test_a_backbone_comes_from_torchvision_or_another_data_set(tmp_path):
     found = common.load_backbone(other, run.folder / "fit.pt", make_args(tmp_path))
     assert found["stage"] == "fit" and torch.equal(other.conv1.weight, net.backbone.conv1.weight)
     with pytest.raises(common.UserError, match="layer1.1.conv1.weight"):
-        common.load_backbone(models.backbone("resnet14"), run.folder / "fit.pt")
+        common.load_backbone(
+            models.backbone("resnet14"), run.folder / "fit.pt", make_args(tmp_path)
+        )
+    same = make_args(tmp_path, dataset="cifar10_lt")
+    with pytest.raises(common.UserError, match="other images or labels"):
+        common.load_backbone(other, run.folder / "fit.pt", same, data="of another subset")
 
 
 def cosines(tmp_path, pairs: list[tuple[float, float]], capsys) -> list[str]:
@@ -429,21 +434,15 @@ def test_a_finished_run_needs_only_its_result(tmp_path):
         common.Run(make_args(tmp_path, lr=0.5), "unit", "data")
 
 
-def test_a_damaged_result_is_made_again(tmp_path):
+def test_a_damaged_result_is_made_again_and_a_damaged_stage_names_the_remedy(tmp_path):
     run, _ = train(tmp_path)
     (run.folder / "result.json").write_text('{"headline": ')
-    again, _ = train(tmp_path)
-    assert again.result["headline"] == {"overall": 0.5}
-
-
-def test_a_damaged_stage_names_the_remedy(tmp_path):
-    run, _ = train(tmp_path)
-    (run.folder / "result.json").unlink()
     (run.folder / "fit.pt").write_bytes(b"damaged")
-    with pytest.raises(common.UserError, match="delete it"):
+    with pytest.raises(common.UserError, match="fit.pt is damaged.*delete it"):
         train(tmp_path)
     (run.folder / "fit.pt").unlink()
-    train(tmp_path)
+    again, _ = train(tmp_path)
+    assert again.result["headline"] == {"overall": 0.5}
 
 
 @pytest.mark.parametrize("why", ["no such module", "no such call", "no locks here"])
