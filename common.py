@@ -1060,7 +1060,8 @@ def trouble(row: dict, total: int) -> str | None:
         return None
     if other > 0.999:
         return "all embeddings have collapsed into one point"
-    if 2 * (row["epoch"] + 1) >= total and same - other < 0.01 * (1 - other):
+    late = row["epoch"] + 1 >= max(total / 2, 5)  # a shorter stage only tries whether all runs
+    if late and same - other < 0.01 * (1 - other):
         return "images of one label are no closer than images of two"
     return None
 
