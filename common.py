@@ -325,9 +325,10 @@ def parse(doc: str, flags, methods: dict, other: dict, side, argv=None, named: s
 
     doc: the script's docstring. flags: its rows, laid over SHARED. methods: {name: its stages}, the
     default first. other: {key: {flag: default}} lays other defaults over the table, in this order
-    where a key is the kind, the data set, the method, (method, kind) or (method, data set); of the
-    stages of a method it can take fewer ("stages": "a,b") as what is done unasked. side: (dataset,
-    data_root, image_size) -> pixels, of a path. named: the flag that chooses the method.
+    where a key is the kind, the data set, (kind, --imb-ratio), the method, (method, kind) or
+    (method, data set); of the stages of a method it can take fewer ("stages": "a,b") as what is
+    done unasked. side: (dataset, data_root, image_size) -> pixels, of a path. named: the flag that
+    chooses the method.
     Sets `kind` (see KINDS), `stages` (a tuple) and `changed`, the flags that differ from their
     defaults and change the result.
     """
@@ -378,7 +379,8 @@ def standards(args, table: dict, other: dict) -> dict:
     for key in (args.kind, args.dataset):
         standard |= other.get(key, {})
     args.method = method = args.method or standard["method"]
-    for key in (method, (method, args.kind), (method, args.dataset)):
+    ratio = args.imb_ratio or standard["imb_ratio"]
+    for key in ((args.kind, ratio), method, (method, args.kind), (method, args.dataset)):
         standard |= other.get(key, {})
     return standard
 

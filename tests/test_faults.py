@@ -35,8 +35,8 @@ SMALL = {
     "ssp_pretrain": "--epochs 1 --batch-size 20 --train-epochs 2 --train-batch-size 20",
     "tsc": "--epochs 2 --batch-size 20 --projection-dim 8 --classifier-epochs 1 "
     "--classifier-batch-size 20",
-    "bns_ipdpp": "--epochs 1 --batch-size 20 --projection 8 --projection-hidden 8 "
-    "--finetune-epochs 2 --finetune-batch-size 20 --num-samples 5 --resample-every 1",
+    "bns_ipdpp": "--epochs 1 --batch-size 20 --projection 8 --projection-hidden 8 --finetune-epochs 2 "
+    "--finetune-batch-size 20 --num-samples 5 --resample-every 1",
     "fsgl": "--epochs 3 --batch-size 20 --projection-dim 8",
     "tailcalibx": "--epochs 2 --batch-size 20 --clf-epochs 2",
 }  # fmt: skip

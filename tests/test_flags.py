@@ -20,6 +20,7 @@ FLAGS = (
 OTHER = {
     "cifar100_lt": {"lr": 0.3},
     "inat18": {"method": "one"},
+    ("small", 50.0): {"weight": 0.9},
     "one": {"decay": 1e-3},
     ("one", "small"): {"decay": 1e-2, "stages": "first"},
     ("one", "cifar100_lt"): {"lr": 0.4},
@@ -38,6 +39,8 @@ def test_methods_and_kinds_may_have_defaults_of_their_own():
     args = parsed("--method", "one", "--dataset", "cifar100_lt", "--stages", "first,probe")
     assert args.lr == 0.4 and args.changed == {"stages": "first-probe"}
     assert parsed("--dataset", "inat18").method == "one"
+    weights = [parsed("--dataset", "cifar10_lt", "--imb-ratio", r).weight for r in (50, 100)]
+    assert weights == [0.9, 0.5]
 
 
 def test_the_method_may_be_chosen_by_another_flag(capsys):
