@@ -485,36 +485,26 @@ def launch(main, args) -> None:
         lost = re.search("gloo|nccl|connection (reset|closed|refused)", str(error), re.IGNORECASE)
         if world_size() == 1 or not lost:
             raise
-        _leave_after_lost_rank(error)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(20)  # the launcher says which rank is gone, and ends us before this is over
+        _tell_and_exit(RunError(f"lost the other ranks: {str(error).splitlines()[0][:200]}"))
     finally:
         if dist.is_initialized() and sys.exc_info()[0] is None:
             dist.destroy_process_group()
 
 
-def _say_error(text: str) -> None:
-    sys.stdout.flush()
-    where = f" (rank {rank()})" if rank() else ""
-    print(f"{Path(sys.argv[0]).name}: error{where}: {text}", file=sys.stderr, flush=True)
-
-
 def _tell_and_exit(error: Exception) -> None:
     """One line on stderr and the exit code; what all ranks find is told by rank 0 alone."""
-    code = 2 if isinstance(error, UserError) else 1
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if not is_main():
         time.sleep(30)  # when rank 0 has left as well, the launcher ends us before this is over
-    _say_error(str(error))
+    sys.stdout.flush()
+    where = f" (rank {rank()})" if rank() else ""
+    print(f"{Path(sys.argv[0]).name}: error{where}: {error}", file=sys.stderr, flush=True)
+    code = 2 if isinstance(error, UserError) else 1
     if world_size() > 1:
         os._exit(code)  # leaving a process group in good order would wait for the other ranks
     sys.exit(code)
-
-
-def _leave_after_lost_rank(error: Exception) -> None:
-    """Another rank is gone: the launcher says which one and ends us before this is over."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(20)
-    _say_error(f"lost the other ranks: {str(error).splitlines()[0][:200]}")
-    os._exit(1)
 
 
 def _choose_device(args, under_torchrun: bool) -> None:
@@ -572,7 +562,7 @@ def _start_ranks(count: int) -> int:
                 hint = " (out of memory?)" if code == -signal.SIGKILL else ""
                 how = f"was killed by {signal.Signals(-code).name}{hint}"
             rest = "all ranks were stopped, the same command continues from what was saved"
-            _say_error(f"rank {number_} {how}; {rest}")
+            print(f"error: rank {number_} {how}; {rest}", file=sys.stderr)
         return code if code > 0 else 1
     return 0
 

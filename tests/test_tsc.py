@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import shutil
 import sys
 
 import commands
@@ -691,8 +692,14 @@ def test_features_evaluation_and_compile(tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     call(*flags, "--save-features", "train", out=tmp_path / "a")
     assert (run["folder"] / "features_train.npz").exists() and "overall" in capsys.readouterr().out
-    common.launch(tsc.main, parsed("--method", "kcl", "--eval", run["folder"] / "classifier.pt"))
-    assert f"overall {100 * run['result']['headline']['overall']:.2f}%" in capsys.readouterr().out
+    moved = tmp_path / "moved" / "tiny.npz"
+    moved.parent.mkdir()
+    shutil.copy(TINY[0], moved)
+    for dataset in (TINY[0], moved):
+        found = ["--dataset", dataset, "--eval", run["folder"] / "classifier.pt"]
+        common.launch(tsc.main, parsed("--method", "kcl", *found))
+        figure = f"overall {100 * run['result']['headline']['overall']:.2f}%"
+        assert figure in capsys.readouterr().out
     with pytest.raises(SystemExit):
         common.launch(tsc.main, parsed("--eval", run["folder"] / "kcl.pt"))
     assert "evaluates classifier.pt" in capsys.readouterr().err
