@@ -1328,21 +1328,24 @@ class Scores:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader, autocast=None, features: Callable | None = None) -> Scores:
+def evaluate(
+    model: nn.Module, loader, num_items=None, device=None, autocast=None, features=None
+) -> Scores:
     """Scores of `model` on an evaluation loader, every item exactly once over all ranks.
 
-    loader yields (views [V, b, 3, H, W], labels [b], indices [b]); the first view counts. autocast:
-    makes the context of a forward pass, `lambda: autocast(args)`. features: a second function of
-    the images whose output [b, d] is kept, `net.features`. Modules are in eval mode inside and have
-    their own again afterwards; no host sync per batch. RuntimeError when an item is missing or
-    comes twice.
+    loader yields (views [V, b, 3, H, W], labels [b], indices [b]); the first view counts. num_items
+    and device are the loader's own by default. autocast: makes the context of a forward pass,
+    `lambda: autocast(args)`. features: a second function of the images whose output [b, d] is kept,
+    `net.features`. Modules are in eval mode inside and have their own again afterwards; no host
+    sync per batch. RuntimeError when an item is missing or comes twice.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module  # ranks may have different numbers of batches
     if dist.is_initialized():
         for buffer in model.buffers():  # batch norm: the statistics that rank 0 saves
             dist.broadcast(buffer, 0)
-    size, table = len(loader.dataset), torch.zeros(0, 0, device=loader.device)
+    size = len(loader.dataset) if num_items is None else num_items
+    table = torch.zeros(0, 0, device=loader.device if device is None else device)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

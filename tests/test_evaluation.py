@@ -331,7 +331,7 @@ def test_evaluate_under_autocast_scores_in_float32():
     def cast():
         return torch.autocast("cpu", dtype=torch.bfloat16)
 
-    check_scores(common.evaluate(Mixed(logits), Batches(labels, 16), cast), logits, labels)
+    check_scores(common.evaluate(Mixed(logits), Batches(labels, 16), autocast=cast), logits, labels)
 
 
 def test_logits_that_are_not_finite_classify_nothing():
