@@ -671,17 +671,21 @@ def load_weights(module: nn.Module, state: dict[str, Tensor], source) -> None:
 
 
 def check_data(path, saved: str, now: str, dataset: str) -> None:
-    """Refuse a checkpoint of other images, naming what differs in `images:1a2b labels:3c4d ...`.
+    """Refuse a checkpoint of other data, naming what differs in `images:1a2b classes:3c4d`.
 
-    Fingerprints without names differ as a whole.
+    A code without a name is that of the images with their labels.
     """
     was, here = (
-        dict(word.split(":") for word in text.split() if ":" in word) for text in (saved, now)
+        {
+            name or "images": code
+            for name, _, code in (word.rpartition(":") for word in text.split())
+        }
+        for text in (saved, now)
     )
     other = [name for name in here if was.get(name, here[name]) != here[name]]
-    if saved != now:
-        other = " and ".join(other) or "images or labels"
-        raise UserError(f"{path} was trained on other {other} than --dataset {dataset} gives now")
+    if other:
+        why = f"was trained on other {' and '.join(other)} than --dataset {dataset} gives now"
+        raise UserError(f"{path} {why}")
 
 
 def load_backbone(
@@ -826,7 +830,8 @@ class Run:
         if script != self.script:
             raise UserError(f"{path} is a checkpoint of {script}.py, this is {self.script}.py")
         remedy, saved = "give the saved value, another --out, or --fresh", checkpoint["args"]
-        check_same(path, saved, now, ["dataset", "backbone", *now, *saved], remedy)
+        names = [name for name in ("dataset", "backbone", *now, *saved) if name not in NEUTRAL]
+        check_same(path, saved, now, names, remedy)
         check_data(path, checkpoint["data"], self.fingerprint, self.args.dataset)
 
     def say(self, text: str) -> None:

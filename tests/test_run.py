@@ -305,7 +305,7 @@ def test_other_arguments_than_the_saved_ones_are_refused_by_name(tmp_path, chang
 def test_other_data_and_another_script_are_refused(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, stop_at=(2, 3))
-    with pytest.raises(common.UserError, match="other images or labels"):
+    with pytest.raises(common.UserError, match="other images than"):
         train(tmp_path, data="changed")
     (last,) = tmp_path.glob("**/last.pt")
     monkeypatch.setattr(sys, "argv", ["another_script.py"])
@@ -324,6 +324,7 @@ def test_a_moved_copied_or_linked_set_is_the_same_and_other_content_is_named(tmp
     assert common.dataset_name(str(tmp_path / "link")) == "pictures.v2"
     here, there = (str(tmp_path / name / "mine.v2.npz") for name in ("a", "b"))
     data = "images:1a labels:2b classes:3c"
+    common.check_data("x.pt", "1a", data, here)  # of a checkpoint from before there were names
     run, _ = train(tmp_path, args=make_args(tmp_path, dataset=here), data=data)
     again = common.Run(make_args(tmp_path, dataset=there), "unit", data)
     assert again.folder == run.folder and again.result
@@ -331,7 +332,7 @@ def test_a_moved_copied_or_linked_set_is_the_same_and_other_content_is_named(tmp
     for other, named in (
         ("images:1a labels:2b classes:ff", "other classes than"),
         ("images:00 labels:ff classes:3c", "other images and labels than"),
-        ("0123abcd", "other images or labels than"),
+        ("0123abcd", "other images than"),
     ):
         with pytest.raises(common.UserError, match=f"{named} --dataset {there}"):
             common.Run(make_args(tmp_path, dataset=there), "unit", other)
@@ -386,7 +387,7 @@ def test_a_backbone_comes_from_torchvision_or_another_data_set(tmp_path):
             models.backbone("resnet14"), run.folder / "fit.pt", make_args(tmp_path)
         )
     same = make_args(tmp_path, dataset="cifar10_lt")
-    with pytest.raises(common.UserError, match="other images or labels"):
+    with pytest.raises(common.UserError, match="other images than"):
         common.load_backbone(other, run.folder / "fit.pt", same, data="of another subset")
 
 
