@@ -1395,11 +1395,13 @@ def score(logits: Tensor, labels: Tensor, extra: Tensor | None) -> Tensor:
 
 def sum_over_ranks(table: Tensor, length: int) -> Tensor:
     """The sum of the ranks' tables [length, width]; a rank without a batch has no table."""
-    width = torch.tensor(max(6, table.shape[1]), device=table.device)
+    width = max(6, table.shape[1])
     if dist.is_initialized():
-        dist.all_reduce(width, op=dist.ReduceOp.MAX)
+        widest = torch.tensor(width, device=table.device)
+        dist.all_reduce(widest, op=dist.ReduceOp.MAX)
+        width = int(widest)
     if not len(table):
-        table = torch.zeros(length, int(width), device=table.device)
+        table = torch.zeros(length, width, device=table.device)
     if dist.is_initialized():
         dist.all_reduce(table)
     return table
