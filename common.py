@@ -53,7 +53,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import models
@@ -162,7 +161,7 @@ def weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:
 
 # How and where a run is done, not what it computes: may differ when a run continues.
 NEUTRAL = frozenset(
-    "out data_root fresh eval quiet logger workers device gpus save_features recipe".split()
+    "out data_root fresh eval quiet logger workers device gpus save_features".split()
     + ["command_line", "changed"]
 )
 KNOWN_SETS = "glyphs_lt cifar10_lt cifar100_lt svhn_lt mini_imagenet_lt imagenet_lt inat18".split()
@@ -1160,25 +1159,21 @@ def milestone_lr(base_lr: float, epoch: float, milestones: Sequence[float], fact
     return base_lr * factor ** sum(epoch >= m for m in milestones)
 
 
-def step_lr(base_lr: float, epoch: float, epochs: int, *, lr_bug: bool = False) -> float:
+def step_lr(base_lr: float, epoch: float, epochs: int) -> float:
     """The CIFAR schedule of LDAM-DRW, published at 200 epochs; constant inside an epoch.
 
     (epoch + 1) / 5 of the rate for 5 epochs; x 0.01 from epoch 160, again x 0.01 from 180 on.
-    `lr_bug`: the order of branches in one released code, which never reaches the last drop.
     """
     warmup, first, second = scale_milestones((5, 160, 180), 200, epochs)
     second = max(second, first + 1)  # in very short runs the two drops would fall together
     if epoch < warmup:
         return base_lr * (math.floor(epoch) + 1) / warmup
-    return milestone_lr(base_lr, epoch, (first,) if lr_bug else (first, second), 0.01)
+    return milestone_lr(base_lr, epoch, (first, second), 0.01)
 
 
-def cosine_lr(base_lr: float, epoch: float, epochs: int, *, shift: bool = False) -> float:
-    """Half cosine from base_lr to 0: base_lr / 2 (1 + cos(pi e / epochs)), e the whole epoch.
-
-    `shift`: e + 1 in place of e, as codes that step the scheduler at the start of an epoch.
-    """
-    return warmup_cosine_lr(base_lr, math.floor(epoch) + shift, epochs)
+def cosine_lr(base_lr: float, epoch: float, epochs: int) -> float:
+    """Half cosine from base_lr to 0: base_lr / 2 (1 + cos(pi e / epochs)), e the whole epoch."""
+    return warmup_cosine_lr(base_lr, math.floor(epoch), epochs)
 
 
 def warmup_cosine_lr(base_lr: float, epoch: float, epochs: float, warmup=0.0, floor=0.0) -> float:
@@ -1187,21 +1182,6 @@ def warmup_cosine_lr(base_lr: float, epoch: float, epochs: float, warmup=0.0, fl
         return base_lr * epoch / warmup
     done = (epoch - warmup) / (epochs - warmup) if epochs > warmup else 1.0
     return floor + (base_lr - floor) * 0.5 * (1.0 + math.cos(math.pi * done))
-
-
-def fsgl_lr(base_lr: float, epoch: float, epochs: int, *, warmup: int = 10, timing: str = "start"):
-    """FSGL's ImageNet-LT schedule: base_lr (e + 1) / warmup up to e = warmup, then a cosine.
-
-    timing "start": epoch e trains with h(e). "legacy": with h(e - 1), epoch 0 with base_lr.
-    """
-    if timing not in ("start", "legacy"):
-        raise ValueError(f"timing is {timing!r}: start or legacy")
-    e = math.floor(epoch) - (timing == "legacy")
-    if e < 0 or warmup < 1:
-        return base_lr if e < 0 else cosine_lr(base_lr, e, epochs)
-    if e <= warmup:
-        return base_lr * (e + 1) / warmup
-    return warmup_cosine_lr(base_lr, e - (warmup - 1), epochs - (warmup - 1))
 
 
 # --- evaluation -----------------------------------------------------------------------------------
@@ -1222,11 +1202,10 @@ def _ratio(part: float, whole: float) -> float | None:
     return float(part / whole) if whole else None
 
 
-def group_of(counts, many: int = 100, few: int = 20, few_inclusive: bool = False) -> np.ndarray:
-    """Group of each class by its training count, int64 [C]: 0 > many, 2 < few (or <=), else 1."""
+def group_of(counts, many: int = 100, few: int = 20) -> np.ndarray:
+    """Group of each class by its training count, int64 [C]: 0 above many, 2 below few, else 1."""
     counts = _array(counts)
-    is_few = counts <= few if few_inclusive else counts < few
-    return np.where(counts > many, 0, np.where(is_few, 2, 1)).astype(np.int64)
+    return np.where(counts > many, 0, np.where(counts < few, 2, 1)).astype(np.int64)
 
 
 def report(
@@ -1239,7 +1218,7 @@ def report(
     lists. mean_class: mean recall of the classes that have test images (balanced accuracy); many,
     medium, few: that of each group. macro_f1:
     over the classes that occur in labels or predictions. worst_class: lowest recall. confusion (up
-    to 200 classes): rows are the true class. groups: options of `group_of`, weighting="image".
+    to 200 classes): rows are the true class. groups: the bounds of `group_of`.
     """
     labels, predictions, counts = (
         _array(values).astype(np.int64) for values in (labels, predictions, counts)
@@ -1258,7 +1237,9 @@ def report(
         "overall": _ratio(hit.sum(), len(hit)),
         "mean_class": _ratio(recall.sum(), recall.size),
     }
-    figures |= _group_figures(counts, support, correct, **groups)
+    group = group_of(counts, **groups)[tested]
+    total, classes = np.bincount(group, recall, minlength=3), np.bincount(group, minlength=3)
+    figures |= {name: _ratio(total[g], classes[g]) for g, name in enumerate(GROUPS)}
     figures |= {
         "macro_f1": _ratio(f1.sum(), np.count_nonzero(support + predicted)),
         "harmonic_mean": _ratio(recall.size, (1.0 / recall).sum()) if recall.all() else 0.0,
@@ -1272,17 +1253,6 @@ def report(
         pairs = np.bincount((labels * size + predictions)[named], minlength=size * size)
         figures["confusion"] = pairs.reshape(size, size).tolist()
     return figures
-
-
-def _group_figures(counts, support, correct, weighting: str = "class", **bounds) -> dict:
-    """many, medium, few; weighting "image": correct / all of the group's images."""
-    group = group_of(counts, **bounds)
-    if weighting == "class":
-        tested = support > 0
-        correct, group = correct[tested] / support[tested], group[tested]
-        support = np.ones(len(group))
-    part, whole = (np.bincount(group, of, minlength=3) for of in (correct, support))
-    return {name: _ratio(part[g], whole[g]) for g, name in enumerate(GROUPS)}
 
 
 def calibration(confidence, hit: np.ndarray, bins: int = 15) -> dict:
@@ -1528,230 +1498,3 @@ def pair_cosines(z: Tensor, labels: Tensor, views: int = 1) -> dict[str, Tensor]
     return {
         name: (cosine * found).sum() / found.sum().clamp(min=1) for name, found in pairs.items()
     }
-
-
-def class_similarity(features: Tensor, labels: Tensor, num_classes: int) -> dict[str, Tensor]:
-    """How close the classes lie in feature space.
-
-    features [N, d], labels [N] -> cosine [C, C] of class means; distance [C, C] of class means in
-    units of the pooled standard deviation sqrt((tr S_a + tr S_b) / 2). Without a sample: nan.
-    """
-    features = features.double()
-    count = torch.bincount(labels, minlength=num_classes).double()[:, None]  # [C, 1]
-    total = torch.zeros(num_classes, features.shape[1], dtype=torch.double)
-    mean = total.index_add_(0, labels, features) / count  # [C, d]
-    spread = (features - mean[labels]).square().sum(1)  # [N]
-    variance = torch.zeros(num_classes, dtype=torch.double).index_add_(0, labels, spread)
-    variance = variance / count[:, 0]  # tr S_c
-    unit = F.normalize(mean, dim=1)
-    pooled = ((variance[:, None] + variance[None, :]) / 2).sqrt()
-    exact = "donot_use_mm_for_euclid_dist"  # and without a [C, C, d] in between
-    return {
-        "cosine": unit @ unit.T,
-        "distance": torch.cdist(mean, mean, compute_mode=exact) / pooled,
-    }
-
-
-# --- the older scripts' parser: goes with the last of them ----------------------------------------
-
-
-def base_parser(doc: str) -> argparse.ArgumentParser:
-    """Parser with the flags that all scripts share; those at None take `resolve`'s preset."""
-    parser = Parser(
-        description=doc.strip().split("\n\n")[0], allow_abbrev=False, fromfile_prefix_chars="@",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    add = parser.add_argument_group("data").add_argument
-    known = ", ".join(KNOWN_SETS)
-    add(
-        "--dataset",
-        type=file_path,
-        default="glyphs_lt",
-        help=f"one of {known}, a folder of classes, or an .npz",
-    )
-    add(
-        "--data-root",
-        type=file_path,
-        default="data",
-        help="folder of the data sets (default: data)",
-    )
-    add(
-        "--imb-ratio",
-        type=number(float, 1),
-        help="largest / smallest class, >= 1 (default: by data set)",
-    )
-    add(
-        "--imb-type",
-        choices=("exp", "step"),
-        default="exp",
-        help="profile of the class counts (default: exp)",
-    )
-    add(
-        "--data-seed",
-        type=number(int, 0, 2**32 - 1),
-        default=0,
-        help="which images form the subset (default: 0)",
-    )
-    add("--image-size", type=number(int, 1), help="side in pixels (default: by data set)")
-    add(
-        "--val-from",
-        choices=("train", "test"),
-        help="carve the validation split from train, or let test serve",
-    )
-    add = parser.add_argument_group("training").add_argument
-    add(
-        "--seed",
-        type=number(int, 0, 2**32 - 1),
-        default=0,
-        help="initialisation, order, augmentation (default: 0)",
-    )
-    add("--epochs", type=number(int, 1), help="epochs of stage 1 (default: by data set)")
-    add(
-        "--batch-size",
-        type=number(int, 1),
-        help="images of a batch over all ranks (default: by data set)",
-    )
-    add(
-        "--lr",
-        type=number(float, 0, open_low=True),
-        help="base learning rate of stage 1 (default: by data set)",
-    )
-    add("--backbone", type=models.backbone_name, help="network (default: by data set)")
-    add(
-        "--recipe",
-        choices=("default", "released"),
-        default="default",
-        help="released: the settings of the released run",
-    )
-    add(
-        "--init-from",
-        type=file_path,
-        metavar="CKPT",
-        help="checkpoint to start from (toy_similarity.py: to examine)",
-    )
-    add(
-        "--eval-every",
-        type=number(int, 1),
-        help="epochs between evaluations, the last is always one (default: 1)",
-    )
-    add(
-        "--select",
-        choices=("last", "val", "test"),
-        default="last",
-        help="headline: last epoch, or best on val or test",
-    )
-    add = parser.add_argument_group("machine").add_argument
-    add(
-        "--gpus",
-        type=number(int, 1),
-        default=1,
-        help="local ranks to start, one GPU each (default: 1)",
-    )
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    add(
-        "--workers",
-        type=number(int, 0),
-        default=4,
-        help="decoding processes a rank for large sets (default: 4)",
-    )
-    add(
-        "--cache",
-        type=number(int, 8),
-        metavar="N",
-        help="large sets: read the cache of N px that tools.prepare wrote",
-    )
-    add(
-        "--precision",
-        choices=("auto", "fp32", "bf16"),
-        default="auto",
-        help="auto: bf16 on GPUs that have it",
-    )
-    add(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="torch.compile the network",
-    )
-    add = parser.add_argument_group("run folder").add_argument
-    add("--out", type=file_path, default="runs", help="folder of all runs (default: runs)")
-    add("--fresh", action="store_true", help="start over, dropping what the run folder holds")
-    add("--eval", type=file_path, metavar="CKPT", help="only evaluate this checkpoint")
-    add(
-        "--save-features",
-        choices=("train", "val", "test"),
-        help="write features_<split>.npz at the end",
-    )
-    add(
-        "--logger",
-        choices=("tensorboard", "none"),
-        default="tensorboard",
-        help="event files beside metrics.jsonl",
-    )
-    add("--quiet", action="store_true", help="print nothing but the result")
-    return parser
-
-
-def resolve(
-    parser, args, presets: dict[str, dict], image_size, released: dict[str, dict] | None = None
-):
-    """Fill the flags left alone from the data set's preset and note what the user changed.
-
-    presets: data set name (or "small" / "large": up to / above 64 px) -> {flag: value}; `released`
-    likewise, laid over it by `--recipe released`. image_size: callable giving the side in pixels.
-    Sets args.preset (which one serves) and args.changed ({flag: value} that differ from it).
-    """
-    try:
-        name = (
-            args.dataset
-            if args.dataset in presets
-            else ("small" if image_size() <= 64 else "large")
-        )
-    except UserError as error:
-        parser.error(str(error))
-    if name not in presets:
-        parser.error(
-            f"--dataset {args.dataset} makes no sense here: no preset for images above 64 px"
-        )
-    chosen = {"eval_every": 1} | presets[name]
-    if args.dataset not in KNOWN_SETS:
-        chosen["imb_ratio"] = None  # a user's own images stay as they are
-    if args.recipe == "released":
-        if name not in (released or {}):
-            parser.error(
-                f"--recipe released: nothing was released for --dataset {args.dataset} here"
-            )
-        chosen |= released[name]
-    standard = {key: parser.get_default(key) for key in vars(args)} | chosen
-    words = {word.partition("=")[0] for word in args.command_line}
-    said = {
-        action.dest for action in parser._actions if words & set(action.option_strings)
-    }  # even if the default
-    for key, value in chosen.items():
-        own = getattr(args, key)
-        if own is None or (
-            args.recipe == "released" and key not in said and own == parser.get_default(key)
-        ):
-            setattr(args, key, value)
-    if (
-        args.select != "val" and "val_from" not in said
-    ):  # the recipe's goes with the recipe's --select
-        args.val_from = standard["val_from"] = None
-    for one, other in (("eval", "fresh"), ("eval", "init_from")):
-        if getattr(args, one) and getattr(args, other):
-            parser.error(
-                f"--{one.replace('_', '-')} and --{other.replace('_', '-')} contradict each other"
-            )
-    if args.val_from and args.select != "val":
-        parser.error("--val-from says where validation data come from: it needs --select val")
-    in_path = {"dataset", "imb_ratio", "seed", "changed", "preset", "precision"} | NEUTRAL
-    args.changed = {
-        key: value
-        for key, value in vars(args).items()
-        if key not in in_path and value != standard[key]
-    }
-    if args.precision != "auto":
-        args.changed["precision"] = args.precision
-    if args.recipe != "default":
-        args.changed = {"recipe": args.recipe} | args.changed
-    args.preset = name
-    return args
