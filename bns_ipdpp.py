@@ -328,7 +328,7 @@ def pretrain(run: common.Run, args, data, net: models.Net) -> None:
     """Stage pretrain: batch -> unit embeddings of two views -> loss over all pairs -> step."""
     optimizer = adamw(args, net, "pretrain")
     parts = {"model": net, "optimizer": optimizer}
-    stage = run.stage("pretrain", args.epochs, {"counts": data.counts}, **parts)
+    stage = run.stage("pretrain", args.epochs, data.about, **parts)
     options = {"augment": views_of(args, "pretrain", data), "views": 2, "drop_last": True}
     loader = data_lt.loader(args, data.train, args.batch_size, **options)
     encode = common.replicate(args, Encoder(net, args))
@@ -362,7 +362,7 @@ def train_classifier(run: common.Run, args, name: str, data, net: models.Net) ->
     optimizer, subset = adamw(args, net, name), Subset(args, name, data)
     epochs, size = (setting(args, name, key) for key in ("epochs", "batch_size"))
     frozen, parts = name == "probe", {"model": net, "optimizer": optimizer, "subset": subset}
-    stage = run.stage(name, epochs, {"counts": data.counts}, **parts)
+    stage = run.stage(name, epochs, data.about, **parts)
     run.say(f"{name}: {len(subset.positions)} of {len(data.train)} images an epoch")
     options = {"augment": views_of(args, name, data), "seed": (args.seed, name)}
     judge, replica = data_lt.judge(args, net, data), common.replicate(args, net)

@@ -1,13 +1,12 @@
-"""What every method script shares: arguments, 1..N ranks, the run folder with its checkpoints, learning-rate schedules,
-evaluation on a balanced test set.
+"""What every method script shares: arguments, ranks, run folder, schedules, evaluation.
 
 A script reads
 
-    args = common.parse(__doc__, FLAGS, METHODS, OTHER, side)  # older scripts: base_parser and resolve
-    common.launch(main, args)                            # one process, --gpus N local ranks, or under torchrun
+    args = common.parse(__doc__, FLAGS, METHODS, OTHER, side)
+    common.launch(main, args)                            # 1 process, --gpus N ranks, or torchrun
 
-    run = common.Run(args, "tsc", fingerprint)           # folder, lock, logs, what was finished before
-    stage = run.stage("pretrain", epochs, model=model, optimizer=optimizer)
+    run = common.Run(args, "tsc", fingerprint)           # folder, lock, what was finished before
+    stage = run.stage("kcl", epochs, model=model, optimizer=optimizer)
     judge = common.Judge(args, model, counts, test_loader)
     for epoch in stage.epochs():                         # those still to be done
         common.set_lr(optimizer, common.step_lr(args.lr, epoch, epochs))
@@ -15,14 +14,13 @@ A script reads
             loss = ...
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            stage.guard(loss)                            # a non-finite loss ends the run before it is kept
+            stage.guard(loss)                            # not finite: ends before it is kept
             optimizer.step()
             stage.add(len(labels), loss=loss)            # running means, kept on the device
-        stage.end_epoch(judge)                           # figures, metrics.jsonl, TensorBoard, last.pt, pretrain.pt
+        stage.end_epoch(judge)                           # figures, logs, last.pt, kcl.pt
 
-The unit of resume is the epoch: a checkpoint is written at its end, and what was begun is begun again.
-Randomness is counter-based: every draw comes from `generator(seed, purpose, epoch, step)`, so what is begun
-again sees the same batches and gives the same numbers.
+The unit of resume is the epoch: a checkpoint is written at its end, and what was begun is begun
+again. Every draw comes from `generator(seed, purpose, epoch, step)`, so it sees the same batches.
 """
 
 from __future__ import annotations
@@ -30,8 +28,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import functools
 import hashlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -42,6 +42,7 @@ import shlex
 import shutil
 import signal
 import socket
+import stat
 import sys
 import time
 import uuid
@@ -52,7 +53,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import models
@@ -60,19 +60,19 @@ import models
 ROOT = Path(__file__).resolve().parent
 
 
-# --- errors, seeds, ranks -------------------------------------------------------------------------------------------
+# --- errors, seeds, ranks -------------------------------------------------------------------------
 
 
 class UserError(Exception):
-    """A user's mistake (flag, path, image, checkpoint, list, labels): one clear line, exit code 2, nothing lost."""
+    """A user's mistake (flag, path, image, checkpoint): one clear line, exit code 2."""
 
 
 class RunError(Exception):
-    """The run cannot go on (non-finite loss, full disk): one clear line, exit code 1, the last checkpoint is intact."""
+    """The run cannot go on (loss, disk): one clear line, exit code 1, nothing saved is lost."""
 
 
 def derive_seed(*key: int | str) -> int:
-    """63-bit seed from a key of integers and strings; equal keys give equal seeds on every machine."""
+    """63-bit seed from a key of integers and strings, the same on every machine."""
     plain = tuple(part if isinstance(part, str) else int(part) for part in key)
     return int.from_bytes(hashlib.sha256(repr(plain).encode()).digest()[:8], "little") >> 1
 
@@ -104,11 +104,12 @@ def distribute(model: nn.Module) -> nn.Module:
     if world_size() == 1:
         return model
     device = next(model.parameters()).device
-    return nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    ids = [device] if device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(model, device_ids=ids)
 
 
 def replicate(args, module: nn.Module) -> nn.Module:
-    """What a training loop calls: compiled if `--compile`, averaging gradients under several ranks."""
+    """What a loop calls: compiled if `--compile`, averaging gradients under several ranks."""
     return distribute(torch.compile(module) if args.compile else module)
 
 
@@ -116,8 +117,8 @@ def sgd(params, lr: float, weight_decay: float = 0.0, momentum: float = 0.9) -> 
     """SGD of these parameters or groups of them, fused on GPUs."""
     params = list(params)
     first = params[0]["params"][0] if isinstance(params[0], dict) else params[0]
-    fused = first.device.type == "cuda"
-    return torch.optim.SGD(params, lr, momentum=momentum, weight_decay=weight_decay, fused=fused)
+    options = {"momentum": momentum, "weight_decay": weight_decay}
+    return torch.optim.SGD(params, lr, fused=first.device.type == "cuda", **options)
 
 
 class _Gather(torch.autograd.Function):
@@ -136,20 +137,18 @@ class _Gather(torch.autograd.Function):
 
 
 def gather_with_gradient(share: Tensor) -> Tensor:
-    """Rows of all ranks in rank order, [b, d] of each rank -> [W b, d], with gradient to every rank's own rows.
+    """Rows of all ranks in rank order, [b, d] of each -> [W b, d], with gradient to one's own.
 
-    All ranks hold shares of one size. The gradient of a row is the sum of what the ranks' losses say of it: where every
-    rank computes the loss of the whole batch, or each the mean over its own anchors, the average of
-    DistributedDataParallel is the gradient that one rank would have.
+    Shares are of one size. A row's gradient is the sum of what all ranks' losses say of it, so that
+    DistributedDataParallel's average is the gradient that one rank would have.
     """
     return _Gather.apply(share) if world_size() > 1 else share
 
 
 def weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:
-    """sum(weights losses) / sum(weights) over the batch of all ranks; losses, weights [b] of this rank.
+    """sum(weights losses) / sum(weights) over the batch of all ranks; both [b] of this rank.
 
-    Scaled so that the gradient average of DistributedDataParallel is the gradient of that mean. 0 where
-    all weights are 0. A plain mean needs none of this: ranks have equal shares, so it is `losses.mean()`.
+    0 where all weights are 0. A plain mean needs none of this: ranks have equal shares.
     """
     total = weights.detach().sum()
     if world_size() > 1:
@@ -158,17 +157,40 @@ def weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:
     return world_size() * (weights * losses).sum() / total
 
 
-# --- arguments ------------------------------------------------------------------------------------------------------
+# --- arguments ------------------------------------------------------------------------------------
 
-# Flags that say where and how a run is done, not what it computes: they may differ when a run continues.
+# How and where a run is done, not what it computes: may differ when a run continues.
 NEUTRAL = frozenset(
-    "out data_root fresh eval quiet logger workers device save_features recipe".split() + ["command_line"]
+    "out data_root cache_dir fresh eval predict quiet logger workers device gpus save_features".split()
+    + ["command_line", "changed"]
 )
 KNOWN_SETS = "glyphs_lt cifar10_lt cifar100_lt svhn_lt mini_imagenet_lt imagenet_lt inat18".split()
+LARGE_SETS = KNOWN_SETS[4:]
+KINDS = ("letters", "small", "large")  # glyphs_lt; images up to 64 px; above
+file_path = os.path.expanduser  # argparse type of a flag that names a file or folder
+
+
+@contextlib.contextmanager
+def printing():
+    """Around what prints: any terminal will do, and a closed pipe (`| head`) ends it quietly."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # what it has no letter for
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not stat.S_ISFIFO(os.fstat(1).st_mode):
+            raise  # it was another pipe
+        os._exit(128 + signal.SIGPIPE)
 
 
 class Parser(argparse.ArgumentParser):
     """argparse with one-line errors and `@file` lines read like a shell would."""
+
+    def _print_message(self, message: str, file=None) -> None:
+        with printing():
+            super()._print_message(message, file)
 
     def error(self, message: str):
         if int(os.environ.get("RANK", 0)) > 0:
@@ -182,7 +204,7 @@ class Parser(argparse.ArgumentParser):
             if self.fromfile_prefix_chars:
                 words = self._read_args_from_files(words)
             found, rest = super().parse_known_args(words, namespace)
-            found.command_line = words  # for `resolve`, args.json and `export`
+            found.command_line = words
             return found, rest
         except UnicodeDecodeError:
             self.error("an @file of flags is not text in UTF-8")
@@ -193,7 +215,7 @@ class Parser(argparse.ArgumentParser):
         try:
             return shlex.split(line, comments=True)
         except ValueError as error:
-            self.error(f"an @file of flags holds a line that cannot be read ({error}): {line.strip()}")
+            self.error(f"an @file of flags holds a line that cannot be read ({error}): {line}")
 
 
 def number(kind: type, low: float = -math.inf, high: float = math.inf, open_low: bool = False):
@@ -205,22 +227,15 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf, open_low:
         except ValueError:
             wanted = "an integer" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"needs {wanted}, got {text[:40]!r}") from None
-        if not low <= value <= high or (open_low and value == low) or value in (math.inf, -math.inf):
-            bound = f"above {low:g}" if open_low else f"at least {low:g}"
-            bound += f" and at most {high:g}" if high < math.inf else ""
-            raise argparse.ArgumentTypeError(f"must be {bound}, got {text[:40]}")
-        return value
+        if math.isfinite(value) and low <= value <= high and not (open_low and value == low):
+            return value
+        bound = f"above {low:g}" if open_low else f"at least {low:g}"
+        bound += f" and at most {high:g}" if high < math.inf else ""
+        raise argparse.ArgumentTypeError(f"must be {bound}, got {text[:40]}")
 
     return parse
 
 
-file_path = os.path.expanduser  # argparse type of a flag that names a file or folder
-
-
-# --- one table of flags ---------------------------------------------------------------------------------------------
-
-KINDS = ("letters", "small", "large")  # glyphs_lt; images up to 64 px; above
-LARGE_SETS = ("mini_imagenet_lt", "imagenet_lt", "inat18")
 # A row: name, its default (or the three of letters, small and large sets), what it is, and where
 # needed a dictionary: "range": lowest and highest value (without it whole numbers start at 1, other
 # ones lie above 0), "bare": a switch, and other flags with the values beside which alone it means
@@ -240,6 +255,7 @@ SHARED = (
     ("lr", float, "learning rate of the first stage"),
     ("init_from", str, "checkpoint to start from"),
     ("eval", str, "only evaluate this checkpoint"),
+    ("predict", str, "with --eval: name the classes of the images of this folder"),
     ("eval_every", 1, "epochs between evaluations; the last is always one"),
     ("select", ("last", "val", "test"), "headline: last epoch, or best on validation or test data"),
     ("save_features", ("", "train", "val", "test"), "write features_<split>.npz at the end"),
@@ -247,6 +263,7 @@ SHARED = (
     ("device", "auto", "auto, cpu, cuda, cuda:1 or mps"),
     ("workers", 4, "decoding processes a rank, for image files", {"range": (0, math.inf)}),
     ("cache", int, "image files: read what `python -m tools.prepare cache` wrote at this size"),
+    ("cache_dir", str, "where caches lie, if not in the data root"),
     ("precision", ("auto", "fp32", "bf16"), "auto: bf16 on GPUs that have it, else fp32"),
     ("compile", False, "torch.compile the network", {"bare": True}),
     ("out", "runs", "folder of all runs"),
@@ -316,9 +333,8 @@ def parse(doc: str, flags, methods: dict, other: dict, side, argv=None, named: s
     Sets `kind` (see KINDS), `stages` (a tuple) and `changed`, the flags that differ from their
     defaults and change the result.
     """
-    chain = ",".join(next(iter(methods.values())))
     method = ("method", tuple(methods), "row of the paper's table")
-    stages = ("stages", str, f"part of {chain}")
+    stages = ("stages", str, f"part of {','.join(next(iter(methods.values())))}")
     table = read_rows(SHARED) | read_rows((method, stages)) | read_rows(flags)
     parser = make_parser(doc, table, named)
     args = parser.parse_args(argv)
@@ -328,25 +344,15 @@ def parse(doc: str, flags, methods: dict, other: dict, side, argv=None, named: s
         args.kind = kind_of(args, side)
     except UserError as error:
         parser.error(str(error))
-    column = KINDS.index(args.kind)
-    standard = {name: default_of(defaults[column]) for name, (defaults, *_) in table.items()}
-    if args.dataset not in KNOWN_SETS:
-        standard["imb_ratio"] = None  # a user's own images stay as they are
-    for key in (args.kind, args.dataset):
-        standard |= other.get(key, {})
-    args.method = method = args.method or standard["method"]
-    ratio, places = args.imb_ratio or standard["imb_ratio"], (args.kind, args.dataset)
-    for key in (*((place, ratio) for place in places), method, *((method, p) for p in places)):
-        standard |= other.get(key, {})
-    for name in table:
-        if name not in said:
-            setattr(args, name, standard[name])
+    standard = standards(args, table, other)
+    for name in set(table) - said:
+        setattr(args, name, standard[name])
     choose_stages(parser, args, methods)
     refuse(parser, args, table, said)
     same = NEUTRAL | {"dataset", "imb_ratio", "seed", "method", "stages"}
     same |= {name for name in table if getattr(args, name) == standard[name]}
     args.changed = {name: getattr(args, name) for name in table if name not in same}
-    if args.stages != tuple((standard["stages"] or ",".join(methods[method])).split(",")):
+    if args.stages != tuple((standard["stages"] or ",".join(methods[args.method])).split(",")):
         args.changed = {"stages": "-".join(args.stages)} | args.changed
     return args
 
@@ -363,6 +369,21 @@ def kind_of(args, side) -> str:
     if pixels > 64:
         return "large"
     return "letters" if args.dataset == "glyphs_lt" else "small"
+
+
+def standards(args, table: dict, other: dict) -> dict:
+    """Every flag's default for this set and method, which it settles as well: args.method."""
+    column = KINDS.index(args.kind)
+    standard = {name: default_of(defaults[column]) for name, (defaults, *_) in table.items()}
+    if args.dataset not in KNOWN_SETS:
+        standard["imb_ratio"] = None  # a user's own images stay as they are
+    for key in (args.kind, args.dataset):
+        standard |= other.get(key, {})
+    args.method = method = args.method or standard["method"]
+    ratio, places = args.imb_ratio or standard["imb_ratio"], (args.kind, args.dataset)
+    for key in (*((place, ratio) for place in places), method, *((method, p) for p in places)):
+        standard |= other.get(key, {})
+    return standard
 
 
 def choose_stages(parser, args, methods) -> None:
@@ -390,7 +411,11 @@ def refuse(parser, args, table, said) -> None:
             if not set(here) & set(wanted):
                 needed = parser.named if needed == "method" else needed
                 flag, other = (word.replace("_", "-") for word in (name, needed))
+                if wanted == (False,):
+                    parser.error(f"--{flag} and --{other} contradict each other")
                 parser.error(f"--{flag} belongs to --{other} {' or '.join(map(str, wanted))}")
+    if args.predict and not args.eval:
+        parser.error("--predict belongs to --eval CKPT")
     for one, two in (("eval", "fresh"), ("eval", "init_from"), ("eval", "save_features")):
         if getattr(args, one) and getattr(args, two):
             parser.error(f"--{one} and --{two.replace('_', '-')} contradict each other")
@@ -398,114 +423,32 @@ def refuse(parser, args, table, said) -> None:
         parser.error("--save-features val: there is a validation split only with --select val")
 
 
-def base_parser(doc: str) -> argparse.ArgumentParser:
-    """Parser with the flags that all scripts share. Flags left at None take the data set's preset in `resolve`."""
-    parser = Parser(
-        description=doc.strip().split("\n\n")[0], allow_abbrev=False, fromfile_prefix_chars="@",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    add = parser.add_argument_group("data").add_argument
-    known = ", ".join(KNOWN_SETS)
-    add("--dataset", type=file_path, default="glyphs_lt", help=f"one of {known}, a folder of classes, or an .npz")
-    add("--data-root", type=file_path, default="data", help="folder of the data sets (default: data)")
-    add("--imb-ratio", type=number(float, 1), help="largest / smallest class, >= 1 (default: by data set)")
-    add("--imb-type", choices=("exp", "step"), default="exp", help="profile of the class counts (default: exp)")
-    add("--data-seed", type=number(int, 0, 2**32 - 1), default=0, help="which images form the subset (default: 0)")
-    add("--image-size", type=number(int, 1), help="side in pixels (default: by data set)")
-    add("--val-from", choices=("train", "test"), help="carve the validation split from train, or let test serve")
-    add = parser.add_argument_group("training").add_argument
-    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="initialisation, order, augmentation (default: 0)")
-    add("--epochs", type=number(int, 1), help="epochs of stage 1 (default: by data set)")
-    add("--batch-size", type=number(int, 1), help="images of a batch over all ranks (default: by data set)")
-    add("--lr", type=number(float, 0, open_low=True), help="base learning rate of stage 1 (default: by data set)")
-    add("--backbone", type=models.backbone_name, help="network (default: by data set)")
-    add(
-        "--recipe",
-        choices=("default", "released"),
-        default="default",
-        help="released: the settings of the released run",
-    )
-    add("--init-from", type=file_path, metavar="CKPT", help="checkpoint to start from (toy_similarity.py: to examine)")
-    add("--eval-every", type=number(int, 1), help="epochs between evaluations, the last is always one (default: 1)")
-    add(
-        "--select", choices=("last", "val", "test"), default="last", help="headline: last epoch, or best on val or test"
-    )
-    add = parser.add_argument_group("machine").add_argument
-    add("--gpus", type=number(int, 1), default=1, help="local ranks to start, one GPU each (default: 1)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    add("--workers", type=number(int, 0), default=4, help="decoding processes a rank for large sets (default: 4)")
-    add("--cache", type=number(int, 8), metavar="N", help="large sets: read the cache of N px that tools.prepare wrote")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on GPUs that have it")
-    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the network")
-    add = parser.add_argument_group("run folder").add_argument
-    add("--out", type=file_path, default="runs", help="folder of all runs (default: runs)")
-    add("--fresh", action="store_true", help="start over, dropping what the run folder holds")
-    add("--eval", type=file_path, metavar="CKPT", help="only evaluate this checkpoint")
-    add("--save-features", choices=("train", "val", "test"), help="write features_<split>.npz at the end")
-    add("--logger", choices=("tensorboard", "none"), default="tensorboard", help="event files beside metrics.jsonl")
-    add("--quiet", action="store_true", help="print nothing but the result")
-    return parser
-
-
-def resolve(parser, args, presets: dict[str, dict], image_size, released: dict[str, dict] | None = None):
-    """Fill the flags left alone from the data set's preset and note what the user changed.
-
-    presets: data set name (or "small" / "large": up to / above 64 px) -> {flag: value}; `released` likewise, laid over
-    it by `--recipe released`. image_size: callable giving the side in pixels; a UserError in it ends the parsing.
-    Sets args.preset (which one serves) and args.changed ({flag: value} that differ from it and change the result).
-    """
-    try:
-        name = args.dataset if args.dataset in presets else ("small" if image_size() <= 64 else "large")
-    except UserError as error:
-        parser.error(str(error))
-    if name not in presets:
-        parser.error(f"--dataset {args.dataset} makes no sense here: there is no preset for images above 64 px")
-    chosen = {"eval_every": 1} | presets[name]
-    if args.dataset not in KNOWN_SETS:
-        chosen["imb_ratio"] = None  # a user's own images stay as they are
-    if args.recipe == "released":
-        if name not in (released or {}):
-            parser.error(f"--recipe released: nothing was released for --dataset {args.dataset} here")
-        chosen |= released[name]
-    standard = {key: parser.get_default(key) for key in vars(args)} | chosen
-    words = {word.partition("=")[0] for word in args.command_line}
-    said = {action.dest for action in parser._actions if words & set(action.option_strings)}  # even if the default
-    for key, value in chosen.items():
-        own = getattr(args, key)
-        if own is None or (args.recipe == "released" and key not in said and own == parser.get_default(key)):
-            setattr(args, key, value)
-    if args.select != "val" and "val_from" not in said:  # the recipe's goes with the recipe's --select
-        args.val_from = standard["val_from"] = None
-    for one, other in (("eval", "fresh"), ("eval", "init_from")):
-        if getattr(args, one) and getattr(args, other):
-            parser.error(f"--{one.replace('_', '-')} and --{other.replace('_', '-')} contradict each other")
-    if args.val_from and args.select != "val":
-        parser.error("--val-from says where validation data come from: it needs --select val")
-    in_path = {"dataset", "imb_ratio", "seed", "changed", "preset", "precision"} | NEUTRAL
-    args.changed = {key: value for key, value in vars(args).items() if key not in in_path and value != standard[key]}
-    if args.precision != "auto":
-        args.changed["precision"] = args.precision
-    if args.recipe != "default":
-        args.changed = {"recipe": args.recipe} | args.changed
-    args.preset = name
-    return args
-
-
 def result_args(args) -> dict:
-    """The arguments that decide the result, as plain values; a path as data set by its name and a hash."""
-    kept = {key: value for key, value in sorted(vars(args).items()) if key not in NEUTRAL | {"changed"}}
+    """The arguments that decide the result, as plain values; files by name and content."""
+    kept = {key: value for key, value in sorted(vars(args).items()) if key not in NEUTRAL}
     kept = {key: list(value) if isinstance(value, tuple) else value for key, value in kept.items()}
+    if kept.get("init_from"):
+        kept["init_from"] = file_identity(kept["init_from"])
     return kept | {"dataset": dataset_name(args.dataset)}
 
 
-# --- launch ---------------------------------------------------------------------------------------------------------
+@functools.cache
+def file_identity(path: str) -> str:
+    """A file's name and a code of its content, the same wherever it lies: `kcl-1a2b3c4d`."""
+    try:
+        code = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    return f"{Path(path).stem}-{code}"
+
+
+# --- launch ---------------------------------------------------------------------------------------
 
 
 def _on_signal(number_: int, frame) -> None:
-    """Stop at once: last.pt is there from the last full epoch, and what was begun is begun again.
+    """Stop at once and without unwinding: a process group would wait for the other ranks.
 
-    Without unwinding: a process group would wait for the other ranks, and an exception can get lost
-    in a callback. Decoding workers see that their parent has gone.
+    last.pt is there from the last full epoch. Decoding workers see that their parent has gone.
     """
     if sys.stdout.isatty():
         os.write(1, b"\nstopped; the same command begins this epoch again\n")
@@ -513,61 +456,60 @@ def _on_signal(number_: int, frame) -> None:
 
 
 def launch(main, args) -> None:
-    """Run `main(args)` here, in `--gpus N` local ranks, or as one rank of torchrun, and exit with the promised code.
+    """Run `main(args)` here, in `--gpus N` local ranks, or as one rank of torchrun, and exit.
 
-    0 done; 1 the run failed (non-finite loss, full disk); 2 bad arguments or data; 130 / 143 stopped by a signal.
-    Sets args.device, args.precision and args.gpus to what is really used.
+    Codes: 0 done; 1 the run failed; 2 bad arguments or data; 130 / 143 stopped by a signal. Sets
+    args.device, args.precision and args.gpus to what is really used.
     """
+    under_torchrun = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     try:
-        under_torchrun = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+        for path in (args.init_from, args.eval):  # also where a result is there already
+            if path and not os.path.exists(path):
+                raise UserError(f"checkpoint {path} does not exist")
+        if under_torchrun and not {"MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
+            why = "but not MASTER_ADDR and MASTER_PORT: start with torchrun, or unset RANK"
+            raise UserError(f"RANK and WORLD_SIZE are set, {why}")
         _choose_device(args, under_torchrun)
-        if args.gpus > 1 and not under_torchrun:
-            sys.exit(_start_ranks(args.gpus))
         if under_torchrun:
-            backend = "nccl" if args.device.startswith("cuda") else "gloo"
-            dist.init_process_group(backend)
+            dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
             args.gpus = world_size()
-            if args.gpus > 1:
-                args.changed["gpus"] = args.gpus
+        elif args.gpus > 1:
+            sys.exit(_start_ranks(args.gpus))
         signal.signal(signal.SIGTERM, _on_signal)
         signal.signal(signal.SIGINT, _on_signal)
-        main(args)
+        with printing():
+            main(args)
     except (UserError, RunError) as error:
         _tell_and_exit(error)
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
-        _tell_and_exit(UserError("a batch of one image cannot be batch-normalised here: choose another --batch-size"))
+        why = "a batch of one image cannot be batch-normalised here: choose another --batch-size"
+        _tell_and_exit(UserError(why))
     except RuntimeError as error:
-        if world_size() == 1 or not re.search("gloo|nccl|connection (reset|closed|refused)", str(error), re.IGNORECASE):
+        lost = re.search("gloo|nccl|connection (reset|closed|refused)", str(error), re.IGNORECASE)
+        if world_size() == 1 or not lost:
             raise
-        _leave_after_lost_rank(error)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(20)  # the launcher says which rank is gone, and ends us before this is over
+        _tell_and_exit(RunError(f"lost the other ranks: {str(error).splitlines()[0][:200]}"))
     finally:
         if dist.is_initialized() and sys.exc_info()[0] is None:
             dist.destroy_process_group()
 
 
 def _tell_and_exit(error: Exception) -> None:
-    """One line on stderr and the exit code; a mistake that all ranks make is told by rank 0 alone."""
-    code = 2 if isinstance(error, UserError) else 1
+    """One line on stderr and the exit code; what all ranks find is told by rank 0 alone."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if not is_main():
         time.sleep(30)  # when rank 0 has left as well, the launcher ends us before this is over
     sys.stdout.flush()
     where = f" (rank {rank()})" if rank() else ""
     print(f"{Path(sys.argv[0]).name}: error{where}: {error}", file=sys.stderr, flush=True)
+    code = 2 if isinstance(error, UserError) else 1
     if world_size() > 1:
-        os._exit(code)  # at once: leaving a process group in good order would wait for the other ranks
+        os._exit(code)  # leaving a process group in good order would wait for the other ranks
     sys.exit(code)
-
-
-def _leave_after_lost_rank(error: Exception) -> None:
-    """Another rank is gone. The launcher sees that too, says which one, and ends us before this is over."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(20)
-    line = f"error (rank {rank()}): lost the other ranks: {str(error).splitlines()[0][:200]}"
-    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr, flush=True)
-    os._exit(1)
 
 
 def _choose_device(args, under_torchrun: bool) -> None:
@@ -575,17 +517,17 @@ def _choose_device(args, under_torchrun: bool) -> None:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
         if name == "cpu" and args.gpus > 1:
-            raise UserError(
-                f"--gpus {args.gpus} needs {args.gpus} GPUs, this machine has none; CPU ranks: --device cpu"
-            )
+            why = f"needs {args.gpus} GPUs, this machine has none; CPU ranks: --device cpu"
+            raise UserError(f"--gpus {args.gpus} {why}")
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
         raise UserError(f"--device {name} is unknown; use auto, cpu, cuda, cuda:N or mps")
     if name.startswith("cuda"):
-        here = torch.cuda.device_count()
-        local = int(os.environ.get("LOCAL_RANK", 0)) if under_torchrun else int(name.partition(":")[2] or 0)
+        here, local = torch.cuda.device_count(), int(name.partition(":")[2] or 0)
+        local = int(os.environ.get("LOCAL_RANK", 0)) if under_torchrun else local
         needed = max(args.gpus, local + 1)
         if here < needed:
-            raise UserError(f"--gpus {args.gpus} --device {args.device} needs {needed} GPUs, this machine has {here}")
+            why = f"needs {needed} GPUs, this machine has {here}"
+            raise UserError(f"--gpus {args.gpus} --device {args.device} {why}")
         name = f"cuda:{local}"
         torch.cuda.set_device(local)
     if name == "mps" and not torch.backends.mps.is_available():
@@ -599,7 +541,7 @@ def _choose_device(args, under_torchrun: bool) -> None:
 
 
 def _start_ranks(count: int) -> int:
-    """Start this same command as `count` local ranks under PyTorch's elastic launcher; returns the exit code."""
+    """This same command as `count` local ranks under PyTorch's elastic launcher; its exit code."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -608,28 +550,25 @@ def _start_ranks(count: int) -> int:
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
 
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")  # a stop signal waits for the end of an evaluation
-    config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=count, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1,
-    )  # fmt: skip
+    # a stop signal waits for the end of an evaluation
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")
+    place = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": uuid.uuid4().hex}
+    config = LaunchConfig(1, 1, count, max_restarts=0, monitor_interval=0.1, **place)
     try:
         elastic_launch(config, sys.executable)("-u", *sys.argv)
     except SignalException as stopped:
         return 128 + int(stopped.sigval)
     except ChildFailedError as failed:
         number_, first = failed.get_first_failure()
-        if first.exitcode not in (1, 2, 130, 143):  # those have said why themselves
-            code = first.exitcode
+        code = first.exitcode
+        if code not in (1, 2, 130, 141, 143):  # those have said why themselves
             how = f"died with exit code {code}"
             if code < 0:
                 hint = " (out of memory?)" if code == -signal.SIGKILL else ""
                 how = f"was killed by {signal.Signals(-code).name}{hint}"
-            print(
-                f"error: rank {number_} {how}; all ranks were stopped, the same command continues from what was saved",
-                file=sys.stderr,
-            )
-        return first.exitcode if first.exitcode > 0 else 1
+            rest = "all ranks were stopped, the same command continues from what was saved"
+            print(f"error: rank {number_} {how}; {rest}", file=sys.stderr)
+        return code if code > 0 else 1
     return 0
 
 
@@ -640,8 +579,7 @@ def autocast(args):
     return torch.autocast(args.device.split(":")[0], dtype=torch.bfloat16)
 
 
-# --- files ----------------------------------------------------------------------------------------------------------
-
+# --- files ----------------------------------------------------------------------------------------
 
 KEPT = "what was saved before is intact"
 
@@ -660,7 +598,7 @@ def writing(path: Path):
 
 
 def write_atomic(path: Path, write) -> None:
-    """Call `write(file)` on a temporary neighbour of `path`, sync it, then put it in place: never half a file."""
+    """Call `write(file)` on a neighbour of `path`, sync it, put it in place: never half a file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with writing(path):
@@ -675,43 +613,9 @@ def write_atomic(path: Path, write) -> None:
 
 def write_json(path: Path, value) -> None:
     """Write a JSON file; a figure that is not finite becomes null."""
-
-    def plain(value):
-        if isinstance(value, dict):
-            return {key: plain(part) for key, part in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [plain(part) for part in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    write_atomic(path, lambda file: file.write((json.dumps(plain(value), indent=1) + "\n").encode()))
-
-
-def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write a checkpoint: a plain dict of tensors, numbers, strings."""
-    content = io.BytesIO()  # torch's own writer would not say why it failed
-    torch.save(checkpoint, content)
-    write_atomic(path, lambda file: file.write(content.getbuffer()))
-
-
-def load_checkpoint(path: str | Path, hint: str = "") -> dict:
-    """Read one of our checkpoints without running any code in it; UserError when it is not one or is damaged."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"checkpoint {path} does not exist") from None
-    except Exception:  # unpickling raises many kinds; whichever it was, the file is of no use
-        raise UserError(f"checkpoint {path} is damaged or not one of ours{hint}") from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("kind") != "long-tail-run":
-        raise UserError(f"checkpoint {path} was not written by these scripts{hint}")
-    return checkpoint
-
-
-def check_same(path, saved: dict, now: dict, names, remedy: str = "give the saved value") -> None:
-    """Refuse a checkpoint whose arguments differ from the present ones, naming the first that does."""
-    for name in names:
-        if saved.get(name) != now.get(name):
-            flag = name.replace("_", "-")
-            raise UserError(f"{path} was made with --{flag} {saved.get(name)}, this has {now.get(name)}; {remedy}")
+    plain = json.loads(json.dumps(value), parse_constant=lambda word: None)
+    text = json.dumps(plain, indent=1) + "\n"
+    write_atomic(path, lambda file: file.write(text.encode()))
 
 
 def make_folder(path: Path) -> None:
@@ -722,8 +626,43 @@ def make_folder(path: Path) -> None:
         raise UserError(f"cannot write to {path}: {error.strerror}") from None
 
 
+def save_checkpoint(path: Path, checkpoint: dict) -> None:
+    """Write a checkpoint: a plain dict of tensors, numbers, strings."""
+    content = io.BytesIO()  # torch's own writer would not say why it failed
+    torch.save(checkpoint, content)
+    write_atomic(path, lambda file: file.write(content.getbuffer()))
+
+
+def read_file(path: str | Path, hint: str = "") -> dict:
+    """What torch.save wrote, without running code in it; UserError when it is damaged."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"checkpoint {path} does not exist") from None
+    except PermissionError:
+        raise UserError(f"checkpoint {path}: no permission to read it") from None
+    except Exception:  # unpickling raises many kinds; whichever it was, the file is of no use
+        raise UserError(f"checkpoint {path} is damaged or not one of ours{hint}") from None
+
+
+def load_checkpoint(path: str | Path, hint: str = "") -> dict:
+    """One of our checkpoints; UserError when it is damaged or foreign."""
+    checkpoint = read_file(path, hint)
+    if not isinstance(checkpoint, dict) or checkpoint.get("kind") != "long-tail-run":
+        raise UserError(f"checkpoint {path} was not written by these scripts{hint}")
+    return checkpoint
+
+
+def check_same(path, saved: dict, now: dict, names, remedy="give the saved value") -> None:
+    """Refuse a checkpoint whose arguments differ from the present ones, naming the first."""
+    for name in names:
+        if saved.get(name) != now.get(name):
+            made = f"was made with --{name.replace('_', '-')} {saved.get(name)}"
+            raise UserError(f"{path} {made}, this has {now.get(name)}; {remedy}")
+
+
 def load_weights(module: nn.Module, state: dict[str, Tensor], source) -> None:
-    """Load weights that must fill `module` exactly; UserError naming the first tensor that does not fit."""
+    """Load weights that must fill `module` exactly; UserError naming the first misfit."""
     own = module.state_dict()
     for name in [*own, *state]:
         if name not in state:
@@ -731,61 +670,93 @@ def load_weights(module: nn.Module, state: dict[str, Tensor], source) -> None:
         if name not in own:
             raise UserError(f"{source} holds {name}, which this network does not have")
         if own[name].shape != state[name].shape:
-            raise UserError(
-                f"{source}: {name} is {list(state[name].shape)}, this network needs {list(own[name].shape)}"
-            )
+            sizes = f"is {list(state[name].shape)}, this network needs {list(own[name].shape)}"
+            raise UserError(f"{source}: {name} {sizes}")
     module.load_state_dict(state)
 
 
-def load_backbone(backbone: nn.Module, path: str | Path, args, names=("dataset", "backbone"), data: str | None = None):
-    """Fill a backbone, every tensor, from the network of a checkpoint of any script; returns the checkpoint.
+def check_data(path, saved: str, now: str, dataset: str) -> None:
+    """Refuse a checkpoint of other data, naming what differs in `images:1a2b classes:3c4d`.
 
-    Scripts keep their network as the part `model`, its backbone as `backbone.*`; a head in it is left out. UserError
-    when a tensor is missing or left over, when an argument in `names` differs from the saved one, or when `data`, the
-    fingerprint of the training images here, is not that of the images there.
+    A code without a name is that of the images with their labels.
     """
-    checkpoint = load_checkpoint(path)
-    check_same(path, checkpoint["args"], result_args(args), names)
-    if data not in (None, checkpoint["data"]):
-        raise UserError(f"{path} was trained on other images or labels than --dataset {args.dataset} gives now")
-    state = checkpoint["state"].get("model")
+    was, here = (
+        {
+            name or "images": code
+            for name, _, code in (word.rpartition(":") for word in text.split())
+        }
+        for text in (saved, now)
+    )
+    other = [name for name in here if was.get(name, here[name]) != here[name]]
+    if other:
+        why = f"was trained on other {' and '.join(other)} than --dataset {dataset} gives now"
+        raise UserError(f"{path} {why}")
+
+
+def load_backbone(
+    backbone: nn.Module, path, args, names=("dataset", "backbone"), data: str | None = None
+) -> dict:
+    """Fill a backbone, every tensor, from a network of any script and data set, or torchvision's.
+
+    Scripts keep their network as the part `model`, its backbone as `backbone.*`; a file of plain
+    tensors is torchvision's, its classifier `fc`. Heads are left out. Returns the checkpoint, of
+    torchvision's weights one without parts. UserError when a tensor is missing, left over or of
+    another shape; or, where the checkpoint is of this very data set, when an argument in `names` or
+    `data`, the fingerprint of the training images, differs: what is held out here was seen there.
+    """
+    found = read_file(path)
+    if isinstance(found, dict) and all(isinstance(value, Tensor) for value in found.values()):
+        own = {k: v for k, v in backbone.state_dict().items() if k.endswith("batches_tracked")}
+        own |= {k: v for k, v in found.items() if not k.startswith("fc.")}  # older files lack these
+        load_weights(backbone, own, path)
+        return {"script": "torchvision", "stage": "", "args": {}, "info": {}, "state": {}}
+    found, now = load_checkpoint(path), result_args(args)
+    if found["args"]["dataset"] == now["dataset"]:
+        check_same(path, found["args"], now, names)
+        check_data(path, found["data"], data or found["data"], args.dataset)
+    start, state = "backbone.", found["state"].get("model")
     if state is None:
         raise UserError(f"{path} holds no network under the name model")
-    own = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
+    own = {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
     load_weights(backbone, own, path)
-    return checkpoint
+    return found
 
 
-# --- run folder -----------------------------------------------------------------------------------------------------
+# --- run folder -----------------------------------------------------------------------------------
+
+DELETE = "; delete it (what it held is then trained again) or use --fresh"
 
 
 def dataset_name(dataset: str) -> str:
-    """A known set's name; for a path its last part and a hash of the whole, however it was written."""
+    """A known set's name; of a path its last part, wherever it lies: Run compares what it holds."""
     if dataset in KNOWN_SETS:
         return dataset
     path = Path(dataset).resolve()
-    return re.sub(r"[^\w.+-]", "-", f"{path.stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:6]}")
+    return re.sub(r"[^\w.+-]", "-", path.stem if path.suffix == ".npz" else path.name)
 
 
 def dataset_tag(args) -> str:
     """Folder name of the data set: `cifar10_lt_ir100`."""
-    return dataset_name(args.dataset) + ("" if args.imb_ratio is None else f"_ir{args.imb_ratio:g}")
+    ratio = "" if args.imb_ratio is None else f"_ir{args.imb_ratio:g}"
+    return dataset_name(args.dataset) + ratio
 
 
 def variant_name(args, method: str) -> str:
-    """Method and every result-changing flag that is not the preset's: `kcl_epochs100_queue4096`."""
+    """Method and every result-changing flag that is not the default: `kcl_epochs100_queue4096`."""
     parts = [method]
-    for key, value in sorted(args.changed.items(), key=lambda item: item[0] == "gpus"):  # torchrun says it last
-        text = Path(value).stem if isinstance(value, str) and os.sep in value else value
-        parts.append(
-            key.replace("_", "-") + ("" if value is True else f"{text:g}" if isinstance(text, float) else f"{text}")
-        )
+    for key, value in args.changed.items():
+        if isinstance(value, str) and (os.sep in value or key == "init_from"):
+            value = Path(value).stem
+        shown = f"{value:g}" if isinstance(value, float) else f"{value}"
+        parts.append(key.replace("_", "-") + ("" if value is True else shown))
     name = re.sub(r"[^\w.+-]", "-", "_".join(parts))
-    return name if len(name) <= 120 else f"{name[:110]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    if len(name) <= 120:
+        return name
+    return f"{name[:110]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def lock(path: Path):
-    """The open file that keeps a run folder to one process; UserError when another one holds it."""
+    """The open file that keeps a folder to one process; UserError when another one holds it."""
     try:
         file = open(path, "a+")
     except OSError as error:
@@ -799,27 +770,12 @@ def lock(path: Path):
         holder = file.read().strip()
         raise UserError(f"{path.parent} is in use by another process ({holder})") from None
     except (ImportError, OSError):
-        line = f"warning: {path.parent} cannot be locked here: start this run only once at a time"
-        print(line, file=sys.stderr)
+        line = f"{path.parent} cannot be locked here: start this run only once at a time"
+        print(f"warning: {line}", file=sys.stderr)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     return file
-
-
-def event_writer(run: Run):
-    """TensorBoard's writer of a run; None where it is not wanted or not installed."""
-    if run.args.logger == "none":
-        return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        run.say("tensorboard is not installed: writing metrics.jsonl only")
-        return None
-    return SummaryWriter(str(run.folder), purge_step=len(run.rows))
-
-
-DELETE = "; delete it (what it held is then trained again) or use --fresh"
 
 
 class Run:
@@ -831,7 +787,8 @@ class Run:
     def __init__(self, args, method: str, fingerprint: str):
         self.args, self.method, self.fingerprint = args, method, fingerprint
         self.script, self.variant = Path(sys.argv[0]).stem, variant_name(args, method)
-        place = Path(args.out) / self.script / dataset_tag(args) / self.variant
+        self.made = {"script": self.script, "args": result_args(args), "data": fingerprint}
+        place = Path(args.out, self.script, dataset_tag(args), self.variant)
         self.folder = place / f"seed{args.seed}"
         self.rows, self.saved, self.writer = [], None, None
         if is_main():
@@ -842,18 +799,14 @@ class Run:
                     path.unlink()
         barrier()
         torch.manual_seed(derive_seed(args.seed, "init"))  # networks built from here on
-        last = self.folder / "last.pt"
         if finished := self.result:
             self.check(self.folder / "result.json", finished)
-        else:
-            if last.exists():
-                self.saved = self.read(last)
-                self.rows = self.saved["rows"]
-            if is_main():
-                said = {key: value for key, value in sorted(vars(args).items()) if key != "changed"}
-                write_json(self.folder / "args.json", said)
-                write_rows(self)
-                self.writer = event_writer(self)
+        elif (last := self.folder / "last.pt").exists():
+            self.saved = self.read(last)
+            self.rows = self.saved["rows"]
+        if is_main() and not finished:
+            write_json(self.folder / "args.json", vars(args))
+            self.writer = event_writer(self)
         barrier()
 
     @property
@@ -865,7 +818,7 @@ class Run:
             return None
 
     def complete(self, *suffixes: str) -> bool:
-        """Whether nothing is left to do: the result is there, and the features that are asked for."""
+        """Whether nothing is left to do: result and, where asked for, features are there."""
         paths = [features_path(self, suffix) for suffix in suffixes or [""]]
         features = not self.args.save_features or all(path.exists() for path in paths)
         return features and self.result is not None
@@ -878,57 +831,45 @@ class Run:
 
     def check(self, path, checkpoint: dict) -> None:
         """Refuse a checkpoint of another script, other arguments or other data."""
-        script, saved = checkpoint["script"], checkpoint["args"]
+        script, now = checkpoint["script"], self.made["args"]
         if script != self.script:
             raise UserError(f"{path} is a checkpoint of {script}.py, this is {self.script}.py")
-        now = result_args(self.args)
-        check_same(
-            path, saved, now, ["dataset", "backbone", *now, *saved], "give the saved value, another --out, or --fresh"
-        )
-        if checkpoint["data"] != self.fingerprint:
-            raise UserError(f"{path} was trained on other images or labels than --dataset gives now")
+        remedy, saved = "give the saved value, another --out, or --fresh", checkpoint["args"]
+        names = [name for name in ("dataset", "backbone", *now, *saved) if name not in NEUTRAL]
+        check_same(path, saved, now, names, remedy)
+        check_data(path, checkpoint["data"], self.fingerprint, self.args.dataset)
 
     def say(self, text: str) -> None:
         if is_main() and not self.args.quiet:
             print(text, flush=True)
 
     def stage(self, name: str, epochs: int, info: dict | None = None, **parts) -> Stage:
-        """A stage whose `parts` (whatever has a state_dict) make up its checkpoints.
-
-        info: plain values that whoever evaluates the checkpoint needs, such as the class counts.
-        """
+        """A stage of `parts` with a state_dict; info: plain values its evaluation needs."""
         return Stage(self, name, epochs, info or {}, parts)
 
     @property
     def passes(self) -> int:
-        """Images sent forward and backward in all stages; forward passes of a frozen one count 0."""
+        """Images sent forward and backward in all stages; of a frozen backbone none."""
         return sum({row["stage"]: row["passes"] for row in self.rows}.values())
 
     def finish(self, **result) -> dict:
         """Write result.json and return it; what is clocked or of the machine stays apart."""
         args, seconds = self.args, sum(row["timing"]["seconds"] for row in self.rows)
-        full = {
-            "kind": "long-tail-result", "data": self.fingerprint, "script": self.script,
-            "dataset": dataset_tag(args), "variant": self.variant, "method": self.method,
-            "seed": args.seed, "args": result_args(args), "changed": args.changed,
-            "headline": None, "best_on_test": None,
-        }  # fmt: skip
-        full |= result | {"machine": machine(args)}
+        full = {"kind": "long-tail-result", **self.made, "dataset": dataset_tag(args)}
+        full |= {"variant": self.variant, "method": self.method, "seed": args.seed}
+        full |= {"changed": args.changed, "headline": None, "best_on_test": None} | result
+        full["machine"] = machine(args) | {"stretches": stretches(self.rows)}
         full["timing"] = {"seconds": round(seconds, 2)} | result.get("timing", {})
         if is_main():
             write_json(self.folder / "result.json", full)
-            if self.writer:
-                self.writer.close()
         self.show()
         return full
 
     def show(self) -> None:
-        """Print the headline of a finished run and, last, where its result.json is (`tools.report run` reads this)."""
+        """Print the headline and, last, where result.json is (`tools.report run` reads this)."""
         if is_main():
-            head = self.result.get("headline") or {}
-            shown = {name: head[name] for name in ("overall", *GROUPS) if name in head}
-            if shown:
-                print("  ".join(f"{k} {'n/a' if v is None else f'{100 * v:.1f} %'}" for k, v in shown.items()))
+            if head := self.result.get("headline"):
+                print(in_words(head))
             print(f"result: {self.folder / 'result.json'}", flush=True)
         barrier()
 
@@ -943,14 +884,9 @@ class Stage:
         saved = run.read(self.own) if self.own.exists() else run.saved
         if saved and saved["stage"] == name:
             self.restore(saved)
+            run.rows = max(run.rows, saved["rows"], key=len)
             if not self.finished:
                 run.say(f"{name}: continuing at epoch {self.epoch + 1} of {epochs}")
-            elif is_main() and not self.own.exists():
-                save_checkpoint(self.own, saved)
-            if len(saved["rows"]) > len(run.rows):  # last.pt is from before the end of this stage
-                run.rows = saved["rows"]
-                if is_main():
-                    write_rows(run)
 
     def restore(self, saved: dict) -> None:
         for key, part in self.parts.items():
@@ -961,6 +897,10 @@ class Stage:
     def finished(self) -> bool:
         return self.epoch >= self.total
 
+    @property
+    def lr(self) -> float:
+        return float(self.parts["optimizer"].param_groups[0]["lr"])
+
     def epochs(self):
         """Yield the epochs that are still to be done, from 0; the script must call `end_epoch`."""
         while not self.finished:
@@ -969,13 +909,12 @@ class Stage:
             self.step, self.sums, self.bad, self.begin = 0, {}, None, time.perf_counter()
             yield now
             if self.epoch == now:
-                raise RuntimeError(f"stage {self.name}: the loop over epochs must call end_epoch")
+                raise RuntimeError(f"stage {self.name}: the loop must call end_epoch")
 
     def batches(self, loader, passes: int = 1):
-        """Yield an epoch's batches.
+        """Yield an epoch's batches; passes: how often a step sends an image forward and backward.
 
-        passes: how often a step sends an image forward and backward (views, SAM; 0 where the
-        backbone is frozen), for the count of image passes.
+        That is the number of views, twice with SAM, 0 where the backbone is frozen.
         """
         loader.set_epoch(self.epoch)
         self.steps, self.images, self.wait, self.bar = len(loader), 0, 0.0, 0.0
@@ -985,17 +924,16 @@ class Stage:
             yield batch
             self.step += 1
             self.images += loader.global_batch
-            self.passes += passes * loader.global_batch
             asked = time.perf_counter()
             show_bar(self, asked - start)
         self.trained = max(time.perf_counter() - start, 1e-9)
         self.sent = passes * self.images
+        self.passes += self.sent
 
     def guard(self, loss: Tensor) -> None:
         """Between backward and step: a loss that is not finite ends the run before it is kept.
 
-        A CPU looks at once, and the weights are still sound; a GPU, without a wait in every step,
-        at the end of the epoch. Either way no checkpoint holds what came of it.
+        A CPU looks at once; a GPU, without a wait in every step, at the end of the epoch.
         """
         step = torch.where(torch.isfinite(loss.detach()), math.inf, float(self.step))
         self.bad = step if self.bad is None else torch.minimum(self.bad, step)
@@ -1010,12 +948,9 @@ class Stage:
             dist.all_reduce(self.bad, op=dist.ReduceOp.MIN)
         step = self.bad.item()
         if step < math.inf:
-            where = f"stage {self.name}, epoch {self.epoch + 1} of {self.total}, step {step + 1:.0f}"
-            raise RunError(f"the loss is not finite in {where}, lr {self.lr:g}; {KEPT}")
-
-    @property
-    def lr(self) -> float:
-        return float(self.parts["optimizer"].param_groups[0]["lr"])
+            epoch = f"epoch {self.epoch + 1} of {self.total}, step {step + 1:.0f}"
+            where = f"stage {self.name}, {epoch}, lr {self.lr:g}"
+            raise RunError(f"the loss is not finite in {where}; {KEPT}")
 
     def add(self, count: int, **values: Tensor) -> None:
         """Add means over `count` images of this rank to those of the epoch; no host sync."""
@@ -1028,40 +963,33 @@ class Stage:
         return (self.epoch + 1) % every == 0 or self.epoch + 1 == self.total
 
     def end_epoch(self, judge: Judge | None = None, **metrics) -> dict:
-        """Close the epoch: evaluate where that is due, one row of metrics.jsonl, checkpoints.
+        """Close the epoch: evaluate where due, a row of metrics.jsonl (returned), checkpoints.
 
         last.pt always, `<stage>_best.pt` when the judge chose it, `<stage>.pt` after the last.
         metrics: more plain numbers, or dicts of them, for the row.
         """
         self.look()
         row = {"stage": self.name, "epoch": self.epoch, "steps": self.step, "passes": self.passes}
-        row |= {"lr": self.lr} | means_over_ranks(self.sums) | metrics
+        row |= {"lr": self.lr, **means_over_ranks(self.sums), **metrics}
         if judge and self.due(self.run.args.eval_every):
             row |= judge()
-        row["timing"] = {
-            "seconds": round(time.perf_counter() - self.begin, 3),
-            "images_per_second": round(self.images / self.trained, 1),  # without the evaluation
-            "passes_per_second": round(self.sent / self.trained, 1),
-            "data_wait_share": round(self.wait / self.trained, 4),
-        }
+        row["timing"] = timing(self)
         score = judge.score(row) if judge else None
         better = score is not None and (self.best is None or score > self.best)
         self.best, self.epoch = score if better else self.best, self.epoch + 1
         self.run.rows.append(row)
         if is_main():
-            self.save(better)
+            warn_of_collapse(self)
             log_row(self, row)
+            self.save(better)
         barrier()
         return row
 
     def save(self, better: bool) -> None:
-        run = self.run
-        checkpoint = {
-            "kind": "long-tail-run", "script": run.script, "args": result_args(run.args),
-            "data": run.fingerprint, "stage": self.name, "info": self.info, "rows": run.rows,
-            "epoch": self.epoch, "passes": self.passes, "best": self.best,
-            "state": {key: part.state_dict() for key, part in self.parts.items()},
-        }  # fmt: skip
+        run, state = self.run, {key: part.state_dict() for key, part in self.parts.items()}
+        checkpoint = {"kind": "long-tail-run", **run.made, "rows": run.rows, "state": state}
+        checkpoint |= {"stage": self.name, "info": self.info, "epoch": self.epoch}
+        checkpoint |= {"passes": self.passes, "best": self.best}
         if better:
             save_checkpoint(run.folder / f"{self.name}_best.pt", checkpoint)
         if self.finished:
@@ -1069,12 +997,399 @@ class Stage:
         save_checkpoint(run.folder / "last.pt", checkpoint)
 
 
-# What `--select` makes of a result, as it says itself.
-CHOSEN = {
+def timing(stage: Stage) -> dict:
+    """What is clocked of an epoch; images and passes a second are those of the training alone."""
+    return {
+        "seconds": round(time.perf_counter() - stage.begin, 3),
+        "images_per_second": round(stage.images / stage.trained, 1),
+        "passes_per_second": round(stage.sent / stage.trained, 1),
+        "data_wait_share": round(stage.wait / stage.trained, 4),
+        "ranks": world_size(),
+    }
+
+
+def machine(args) -> dict:
+    """What a run was done on."""
+    gpu = args.device.startswith("cuda")
+    return {
+        "device": torch.cuda.get_device_name() if gpu else platform.machine(),
+        "ranks": world_size(),
+        "threads": torch.get_num_threads(),
+        "precision": args.precision,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def stretches(rows: list[dict]) -> list[dict]:
+    """On how many ranks epochs in a row were trained: [{"ranks": 2, "epochs": 40}, ...]."""
+    ranks = [row["timing"].get("ranks", 1) for row in rows]
+    return [{"ranks": n, "epochs": len([*same])} for n, same in itertools.groupby(ranks)]
+
+
+def means_over_ranks(sums: dict[str, tuple[Tensor, int]]) -> dict[str, float]:
+    """Means of {name: (sum on the device, items)} over all ranks; the one wait for the device."""
+    if not sums:
+        return {}
+    pairs = [torch.stack([total, torch.full_like(total, n)]) for total, n in sums.values()]
+    pairs = torch.stack(pairs)
+    if world_size() > 1:
+        dist.all_reduce(pairs)
+    return {key: total / n for key, (total, n) in zip(sums, pairs.tolist(), strict=True)}
+
+
+# --- what is shown of a run -----------------------------------------------------------------------
+
+
+def in_words(figures: dict, form: str = "{:.1f} %") -> str:
+    """`overall 77.8 %  many 92.0 %  ...` of a report; n/a where a group has no class.
+
+    The mean over classes is told where it is another figure: the test set is not balanced.
+    """
+    shown = {name: figures[name] for name in ("overall", "mean_class", *GROUPS) if name in figures}
+    if round(100 * (shown.get("mean_class") or 0) - 100 * (shown["overall"] or 0), 2) == 0:
+        shown.pop("mean_class", None)
+    return "  ".join(
+        f"{name} {'n/a' if value is None else form.format(100 * value)}"
+        for name, value in shown.items()
+    )
+
+
+def trouble(row: dict, total: int) -> str | None:
+    """What the cosines of an epoch's embeddings tell against a contrastive stage of `total`."""
+    same, other = row.get("same_label"), row.get("other_label")
+    if same is None or other is None:
+        return None
+    if other > 0.999:
+        return "all embeddings have collapsed into one point"
+    late = row["epoch"] + 1 >= max(total / 2, 5)  # a shorter stage only tries whether all runs
+    if late and same - other < 0.01 * (1 - other):
+        return "images of one label are no closer than images of two"
+    return None
+
+
+def warn_of_collapse(stage: Stage) -> None:
+    """Say once what is wrong with the embeddings of a stage, and since which epoch."""
+    rows = [row for row in stage.run.rows if row["stage"] == stage.name]
+    found = [trouble(row, stage.total) for row in rows]
+    if found[-1] and found[-1] not in found[:-1]:
+        row = rows[-1]
+        cosines = f"mean cosines {row['same_label']:.4f} and {row['other_label']:.4f}"
+        where = f"stage {stage.name}, epoch {row['epoch'] + 1} of {stage.total}"
+        print(f"warning: {where}: {found[-1]} ({cosines})", file=sys.stderr, flush=True)
+
+
+def event_writer(run: Run):
+    """TensorBoard's writer of a run; None where it is not wanted or not installed."""
+    if run.args.logger == "none":
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        run.say("tensorboard is not installed: writing metrics.jsonl only")
+        return None
+    return SummaryWriter(str(run.folder), purge_step=len(run.rows))
+
+
+def show_bar(stage: Stage, seconds: float) -> None:
+    """On a terminal, where the epoch is."""
+    now = time.perf_counter()
+    quiet = stage.run.args.quiet or not is_main() or not sys.stdout.isatty()
+    if quiet or now - stage.bar < 0.2:
+        return
+    stage.bar = now
+    left = ((stage.total - stage.epoch) * stage.steps - stage.step) * seconds / stage.step
+    bar = "#" * (20 * stage.step // stage.steps)
+    place = f"{stage.name} {stage.epoch + 1}/{stage.total} [{bar:.<20}]"
+    text = f"{place} {stage.images / max(seconds, 1e-9):,.0f} images/s, {left:,.0f} s left"
+    print(f"\r{text:<100}", end="", flush=True)
+
+
+def log_row(stage: Stage, row: dict) -> None:
+    """The row of an epoch: metrics.jsonl, TensorBoard, a line on the screen.
+
+    The whole file is put in place, and before the checkpoint: a row too many is written again.
+    """
+    run, told = stage.run, []
+    lines = "".join(json.dumps(row) + "\n" for row in run.rows).encode()
+    write_atomic(run.folder / "metrics.jsonl", lambda file: file.write(lines))
+    for key, value in row.items():
+        if isinstance(value, float):
+            told.append(f"{key} {value:.4g}")
+        elif isinstance(value, dict) and isinstance(value.get("overall"), float):
+            told.append(f"{key} {100 * value['overall']:.1f}%")
+    if run.writer:
+        with writing(run.folder):
+            for name, value in scalars(row):
+                run.writer.add_scalar(f"{stage.name}/{name}", value, len(run.rows))
+            run.writer.flush()
+    left = row["timing"]["seconds"] * (stage.total - stage.epoch)
+    speed = f"{row['timing']['images_per_second']:,.0f} images/s, {left:,.0f} s left"
+    start = "\r" if sys.stdout.isatty() else ""
+    line = f"{start}{stage.name} {stage.epoch}/{stage.total}  {'  '.join(told)}  ({speed})"
+    run.say(line.ljust(100))
+
+
+def scalars(row: dict, before: str = ""):
+    """(name, number) of all figures of a row, those of the dicts in it as `test/overall`."""
+    for key, value in row.items():
+        if isinstance(value, dict):
+            yield from scalars(value, f"{before}{key}/")
+        elif isinstance(value, (int, float)):
+            yield before + key, value
+
+
+# --- schedules ------------------------------------------------------------------------------------
+
+
+def scale_milestones(published: Sequence[float], published_epochs: int, epochs: int) -> list[int]:
+    """Milestones of a recipe of `published_epochs` at the same fractions of `epochs`.
+
+    Rounded down (160 of 200 is 160 of 201 too), but never before epoch 1.
+    """
+    return [max(1, math.floor(m * epochs / published_epochs)) if m > 0 else 0 for m in published]
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
+    """Give every parameter group the rate `lr`, in place where it is a tensor, and return it."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+    return lr
+
+
+def milestone_lr(base_lr: float, epoch: float, milestones: Sequence[float], factor=0.1) -> float:
+    """base_lr, times `factor` from each epoch in `milestones` on."""
+    return base_lr * factor ** sum(epoch >= m for m in milestones)
+
+
+def step_lr(base_lr: float, epoch: float, epochs: int) -> float:
+    """The CIFAR schedule of LDAM-DRW, published at 200 epochs; constant inside an epoch.
+
+    (epoch + 1) / 5 of the rate for 5 epochs; x 0.01 from epoch 160, again x 0.01 from 180 on.
+    """
+    warmup, first, second = scale_milestones((5, 160, 180), 200, epochs)
+    second = max(second, first + 1)  # in very short runs the two drops would fall together
+    if epoch < warmup:
+        return base_lr * (math.floor(epoch) + 1) / warmup
+    return milestone_lr(base_lr, epoch, (first, second), 0.01)
+
+
+def cosine_lr(base_lr: float, epoch: float, epochs: int) -> float:
+    """Half cosine from base_lr to 0: base_lr / 2 (1 + cos(pi e / epochs)), e the whole epoch."""
+    return warmup_cosine_lr(base_lr, math.floor(epoch), epochs)
+
+
+def warmup_cosine_lr(base_lr: float, epoch: float, epochs: float, warmup=0.0, floor=0.0) -> float:
+    """At fractional epoch t: base_lr t / warmup, then a half cosine to `floor` at `epochs`."""
+    if epoch < warmup:
+        return base_lr * epoch / warmup
+    done = (epoch - warmup) / (epochs - warmup) if epochs > warmup else 1.0
+    return floor + (base_lr - floor) * 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+# --- evaluation -----------------------------------------------------------------------------------
+
+GROUPS = ("many", "medium", "few")
+CHOSEN = {  # what `--select` makes of a result, as it says itself
     "last": "last epoch",
     "val": "epoch chosen on validation data",
     "test": "epoch chosen on the test set",
 }
+
+
+def _array(values) -> np.ndarray:
+    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return float(part / whole) if whole else None
+
+
+def group_of(counts, many: int = 100, few: int = 20) -> np.ndarray:
+    """Group of each class by its training count, int64 [C]: 0 above many, 2 below few, else 1."""
+    counts = _array(counts)
+    return np.where(counts > many, 0, np.where(counts < few, 2, 1)).astype(np.int64)
+
+
+def report(
+    labels, predictions, counts, *, confidence=None, nll=None, topk_hits=None, **groups
+) -> dict:
+    """Figures of a classifier, plain Python fractions in [0, 1]; None where there is nothing.
+
+    labels, predictions: [N] class ids (a prediction of -1 is no class: always wrong); counts:
+    training images of each class [C]; confidence, nll, topk_hits: [N]. O(N + C); numpy, torch or
+    lists. mean_class: mean recall of the classes that have test images (balanced accuracy); many,
+    medium, few: that of each group. macro_f1:
+    over the classes that occur in labels or predictions. worst_class: lowest recall. confusion (up
+    to 200 classes): rows are the true class. groups: the bounds of `group_of`.
+    """
+    labels, predictions, counts = (
+        _array(values).astype(np.int64) for values in (labels, predictions, counts)
+    )
+    size, hit, named = len(counts), labels == predictions, predictions >= 0
+    support, correct, predicted = (
+        np.bincount(of, minlength=size) for of in (labels, labels[hit], predictions[named])
+    )
+    tested = support > 0
+    recall = correct[tested] / support[tested]
+    per_class = np.full(size, None, dtype=object)
+    per_class[tested] = recall.tolist()
+    f1 = 2.0 * correct / np.maximum(support + predicted, 1)
+    loss = None if nll is None or not len(hit) else float(_array(nll).astype(np.float64).mean())
+    figures = {
+        "overall": _ratio(hit.sum(), len(hit)),
+        "mean_class": _ratio(recall.sum(), recall.size),
+    }
+    group = group_of(counts, **groups)[tested]
+    total, classes = np.bincount(group, recall, minlength=3), np.bincount(group, minlength=3)
+    figures |= {name: _ratio(total[g], classes[g]) for g, name in enumerate(GROUPS)}
+    figures |= {
+        "macro_f1": _ratio(f1.sum(), np.count_nonzero(support + predicted)),
+        "harmonic_mean": _ratio(recall.size, (1.0 / recall).sum()) if recall.all() else 0.0,
+        "worst_class": float(recall.min()) if recall.size else None,
+        **calibration(confidence, hit),
+        "top5": None if topk_hits is None else _ratio(_array(topk_hits).sum(), len(hit)),
+        "loss": loss if loss is not None and math.isfinite(loss) else None,
+        "per_class": per_class.tolist(),
+    }
+    if size <= 200:
+        pairs = np.bincount((labels * size + predictions)[named], minlength=size * size)
+        figures["confusion"] = pairs.reshape(size, size).tolist()
+    return figures
+
+
+def calibration(confidence, hit: np.ndarray, bins: int = 15) -> dict:
+    """Expected calibration error (Guo et al. 2017) of N predictions, and the bins it comes from.
+
+    Bins ((b - 1) / bins, b / bins]: how many, their mean confidence and accuracy (0 when empty).
+    """
+    if confidence is None or not len(hit) or not np.isfinite(_array(confidence)).all():
+        return {"ece": None, "reliability": None}
+    confidence = _array(confidence)
+    index = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
+    count = np.bincount(index, minlength=bins)
+    sure, right = (
+        np.bincount(index, values, minlength=bins) / np.maximum(count, 1)
+        for values in (confidence, hit)
+    )
+    error = float((count * np.abs(right - sure)).sum() / count.sum())
+    means = {"confidence": sure.tolist(), "accuracy": right.tolist()}
+    return {"ece": error, "reliability": {"count": count.tolist()} | means}
+
+
+def topk_hits(logits: Tensor, labels: Tensor, k: int) -> Tensor:
+    """Whether the true class is among the k largest logits: bool [N] of logits [N, C], labels [N].
+
+    Of equal logits the lower class id comes first, as in argmax; a row with a NaN never hits.
+    """
+    true = logits.gather(1, labels[:, None])
+    before = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
+    place = ((logits > true) | ((logits == true) & before)).sum(1)
+    return (place < k) & ~logits.isnan().any(1)
+
+
+@dataclass
+class Scores:
+    """What a network said about every item of a set, in the set's order: CPU tensors [N]."""
+
+    labels: Tensor  # int64
+    predictions: Tensor  # int64; -1 where the logits were not finite
+    confidence: Tensor  # float32, softmax of the predicted class
+    nll: Tensor  # float32, cross-entropy in nats
+    top5: Tensor  # bool, true class among the five largest logits
+    features: Tensor | None = None  # float32 [N, d]
+
+    def report(self, counts: Sequence[int], **groups) -> dict:
+        """`report` of these scores."""
+        groups |= {"confidence": self.confidence, "nll": self.nll, "topk_hits": self.top5}
+        return report(self.labels, self.predictions, counts, **groups)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, loader, num_items=None, device=None, autocast=None, features=None
+) -> Scores:
+    """Scores of `model` on an evaluation loader, every item exactly once over all ranks.
+
+    loader yields (views [V, b, 3, H, W], labels [b], indices [b]); the first view counts. num_items
+    and device are the loader's own by default. autocast: makes the context of a forward pass,
+    `lambda: autocast(args)`. features: a second function of the images whose output [b, d] is kept,
+    `net.features`. Modules are in eval mode inside and have their own again afterwards; no host
+    sync per batch. RuntimeError when an item is missing or comes twice.
+    """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module  # ranks may have different numbers of batches
+    if dist.is_initialized():
+        for buffer in model.buffers():  # batch norm: the statistics that rank 0 saves
+            dist.broadcast(buffer, 0)
+    size = len(loader.dataset) if num_items is None else num_items
+    table = torch.zeros(0, 0, device=loader.device if device is None else device)
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        for views, labels, indices in loader:
+            with autocast() if autocast else contextlib.nullcontext():
+                logits, extra = model(views[0]), features(views[0]) if features else None
+            rows = score(logits.float(), labels, extra)
+            if not len(table):
+                table = rows.new_zeros(size + 1, rows.shape[1])
+            inside = (indices >= 0) & (indices < size)  # what is not, the last row counts
+            table.index_add_(0, torch.where(inside, indices, size), rows)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    table = sum_over_ranks(table, size + 1).cpu()
+    visits, outside = table[:-1, 0], int(table[-1, 0])
+    if outside or (visits != 1).any():
+        seen = f"{int((visits == 0).sum())} missing, {int((visits > 1).sum())} more than once"
+        seen += f", {outside} indices out of range"
+        raise RuntimeError(f"evaluation must see each of {size} items once: {seen}")
+    labels, predictions, confidence, nll, top5 = table[:-1, 1:6].T
+    kept = table[:-1, 6:].clone() if features else None
+    return Scores(labels.long(), predictions.long(), confidence, nll, top5 > 0, kept)
+
+
+def score(logits: Tensor, labels: Tensor, extra: Tensor | None) -> Tensor:
+    """A row of each item: 1, the five fields of Scores, its features; float32 [b, 6 + d]."""
+    log_p = logits.log_softmax(1)
+    valid = ~log_p.isnan().any(1)
+    predictions = logits.argmax(1)
+    columns = [
+        torch.ones_like(labels),
+        labels,  # class ids are exact in float32, below 2^24
+        torch.where(valid, predictions, -1),
+        log_p.gather(1, predictions[:, None])[:, 0].exp(),
+        -log_p.gather(1, labels[:, None])[:, 0],
+        topk_hits(logits, labels, 5) & valid,
+    ]
+    rows = torch.stack([column.float() for column in columns], 1)
+    return rows if extra is None else torch.cat([rows, extra.float()], 1)
+
+
+def sum_over_ranks(table: Tensor, length: int) -> Tensor:
+    """The sum of the ranks' tables [length, width]; a rank without a batch has no table."""
+    width = max(6, table.shape[1])
+    if dist.is_initialized():
+        widest = torch.tensor(width, device=table.device)
+        dist.all_reduce(widest, op=dist.ReduceOp.MAX)
+        width = int(widest)
+    if not len(table):
+        table = torch.zeros(length, width, device=table.device)
+    if dist.is_initialized():
+        dist.all_reduce(table)
+    return table
+
+
+def figures(args, net: nn.Module, loader, counts: Sequence[int], **groups) -> dict:
+    """`report` of a network on an evaluation loader; RunError when its outputs are not finite."""
+    full = evaluate(net, loader, autocast=lambda: autocast(args)).report(counts, **groups)
+    if full["loss"] is None and len(loader.dataset):
+        why = "its outputs are not finite; a smaller --lr may help"
+        raise RunError(f"the network has diverged: {why}")
+    return full
 
 
 class Judge:
@@ -1084,7 +1399,7 @@ class Judge:
     examine: makes the figures of the test set by name, `{"test": figures(...)}` by default.
     """
 
-    def __init__(self, args, net: nn.Module, counts, test, val=None, examine: Callable | None = None):
+    def __init__(self, args, net, counts, test, val=None, examine: Callable | None = None):
         self.args, self.net, self.counts, self.test, self.val = args, net, counts, test, val
         self.examine = examine or (lambda: {"test": figures(args, net, test, counts)})
 
@@ -1096,10 +1411,13 @@ class Judge:
         return {name: logged(full) for name, full in found.items()}
 
     def score(self, row: dict) -> float | None:
-        """By what epochs are compared; None where nothing is chosen or the row was not judged."""
+        """By what epochs are compared; None where nothing is chosen or the row was not judged.
+
+        On validation images the mean over classes: they may be as long-tailed as the training set.
+        """
         if self.args.select == "last" or "test" not in row:
             return None
-        return row["test" if self.args.select == "test" else "val"]["overall"]
+        return row["test"]["overall"] if self.args.select == "test" else row["val"]["mean_class"]
 
     def chosen(self, stage: Stage) -> None:
         """Put the weights of the chosen epoch into the parts of a finished stage."""
@@ -1107,8 +1425,15 @@ class Judge:
             stage.restore(stage.run.read(stage.run.folder / f"{stage.name}_best.pt"))
 
 
+def logged(full: dict) -> dict:
+    """What metrics.jsonl keeps of a report: no confusion matrix, recalls of up to 200 classes."""
+    many = {"per_class"} if len(full["per_class"]) > 200 else set()
+    left_out = {"confusion", "reliability"} | many
+    return {key: value for key, value in full.items() if key not in left_out}
+
+
 def outcome(run: Run, stage: str, figures: dict, classes: list[str], counts: list[int]) -> dict:
-    """What result.json says of a classifier trained in `stage`: `run.finish(**outcome(...), ...)`.
+    """What result.json says of a classifier trained in `stage`: `run.finish(**outcome(...))`.
 
     figures: its `report` on the test set. The rows of the stage that were evaluated hold `test`.
     """
@@ -1126,438 +1451,56 @@ def outcome(run: Run, stage: str, figures: dict, classes: list[str], counts: lis
     }
 
 
-def machine(args) -> dict:
-    """What a run was done on."""
-    gpu = args.device.startswith("cuda")
-    return {
-        "device": torch.cuda.get_device_name() if gpu else platform.machine(),
-        "ranks": world_size(),
-        "threads": torch.get_num_threads(),
-        "precision": args.precision,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def means_over_ranks(sums: dict[str, tuple[Tensor, int]]) -> dict[str, float]:
-    """The means of {name: (sum on the device, items)} over all ranks; the one wait for the device."""
-    if not sums:
-        return {}
-    pairs = torch.stack([torch.stack([total, torch.full_like(total, n)]) for total, n in sums.values()])
-    if world_size() > 1:
-        dist.all_reduce(pairs)
-    return {key: total / n for key, (total, n) in zip(sums, pairs.tolist(), strict=True)}
-
-
-def write_rows(run: Run) -> None:
-    """metrics.jsonl as the checkpoint has it: what was written after that is begun again."""
-    lines = "".join(json.dumps(row) + "\n" for row in run.rows)
-    write_atomic(run.folder / "metrics.jsonl", lambda file: file.write(lines.encode()))
-
-
-def show_bar(stage: Stage, seconds: float) -> None:
-    """On a terminal, where the epoch is."""
-    now = time.perf_counter()
-    if stage.run.args.quiet or not is_main() or not sys.stdout.isatty() or now - stage.bar < 0.2:
-        return
-    stage.bar = now
-    steps = (stage.total - stage.epoch) * stage.steps - stage.step
-    left = steps * seconds / stage.step
-    filled = 20 * stage.step // stage.steps
-    bar = "#" * filled + "." * (20 - filled)
-    place = f"{stage.name} {stage.epoch + 1}/{stage.total} [{bar}]"
-    text = f"{place} {stage.images / max(seconds, 1e-9):,.0f} images/s, {left:,.0f} s left"
-    print(f"\r{text:<100}", end="", flush=True)
-
-
-def log_row(stage: Stage, row: dict) -> None:
-    """The row of an epoch: a line of metrics.jsonl, TensorBoard, a line on the screen."""
-    run = stage.run
-    with writing(run.folder / "metrics.jsonl") as path, open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
-    if run.writer:
-        with writing(run.folder):
-            for key, value in row.items():
-                for name, figure in value.items() if isinstance(value, dict) else [("", value)]:
-                    if isinstance(figure, (int, float)):
-                        tag = f"{stage.name}/{key}{'/' if name else ''}{name}"
-                        run.writer.add_scalar(tag, figure, len(run.rows))
-            run.writer.flush()
-    told = [f"{key} {value:.4g}" for key, value in row.items() if isinstance(value, float)]
-    for key, value in row.items():
-        if isinstance(value, dict) and isinstance(value.get("overall"), float):
-            told.append(f"{key} {100 * value['overall']:.1f}%")
-    left = row["timing"]["seconds"] * (stage.total - stage.epoch)
-    speed = f"{row['timing']['images_per_second']:,.0f} images/s, {left:,.0f} s left"
-    start = "\r" if sys.stdout.isatty() else ""
-    line = f"{start}{stage.name} {stage.epoch}/{stage.total}  {'  '.join(told)}  ({speed})"
-    run.say(line.ljust(100))
-
-
-# --- schedules ------------------------------------------------------------------------------------------------------
-
-
-def scale_milestones(published: Sequence[float], published_epochs: int, epochs: int) -> list[int]:
-    """Milestones of a recipe of `published_epochs` epochs as epochs of a run of `epochs`, at the same fractions.
-
-    Rounded down (160 of 200 is 160 of 201 too) but never before epoch 1; the published ones at the published length.
-    """
-    return [max(1, math.floor(m * epochs / published_epochs)) if m > 0 else 0 for m in published]
-
-
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
-    """Give every parameter group the rate `lr` (in place where it is a tensor: captured steps) and return it."""
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], torch.Tensor):
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr
-    return lr
-
-
-def milestone_lr(base_lr: float, epoch: float, milestones: Sequence[float], factor: float = 0.1) -> float:
-    """base_lr, times `factor` from each epoch in `milestones` on."""
-    return base_lr * factor ** sum(epoch >= m for m in milestones)
-
-
-def step_lr(base_lr: float, epoch: float, epochs: int, *, lr_bug: bool = False) -> float:
-    """The CIFAR schedule of LDAM-DRW and its descendants, published at 200 epochs; constant inside an epoch.
-
-    Linear warm-up over 5 epochs, (epoch + 1) / 5; x 0.01 from epoch 160; again x 0.01 from epoch 180 on.
-    `lr_bug`: the order of branches in one released code, which never reaches the last drop.
-    """
-    warmup, first, second = scale_milestones((5, 160, 180), 200, epochs)
-    second = max(second, first + 1)  # in very short runs the two drops would fall together
-    if epoch < warmup:
-        return base_lr * (math.floor(epoch) + 1) / warmup
-    return milestone_lr(base_lr, epoch, (first,) if lr_bug else (first, second), 0.01)
-
-
-def cosine_lr(base_lr: float, epoch: float, epochs: int, *, shift: bool = False) -> float:
-    """Half cosine from base_lr to 0: base_lr / 2 (1 + cos(pi e / epochs)) with e the whole epoch.
-
-    `shift`: e + 1 in place of e, as codes that step the scheduler at the start of an epoch: the last epoch has lr 0.
-    """
-    return warmup_cosine_lr(base_lr, math.floor(epoch) + shift, epochs)
-
-
-def warmup_cosine_lr(base_lr: float, epoch: float, epochs: float, warmup: float = 0.0, floor: float = 0.0) -> float:
-    """Per-iteration schedule at fractional epoch t: base_lr t / warmup, then a half cosine to `floor` at `epochs`."""
-    if epoch < warmup:
-        return base_lr * epoch / warmup
-    done = (epoch - warmup) / (epochs - warmup) if epochs > warmup else 1.0
-    return floor + (base_lr - floor) * 0.5 * (1.0 + math.cos(math.pi * done))
-
-
-def supcon_lr(
-    base_lr: float, epoch: float, epochs: int, *, decay_rate: float = 0.1, warmup: int = 0, warmup_from: float = 0.01
-) -> float:
-    """SupCon's CIFAR schedule: per epoch e = 1..epochs a half cosine that ends at the floor base_lr decay_rate^3.
-
-    In the first `warmup` epochs it is linear per step, from `warmup_from` to the cosine's value at epoch `warmup`.
-    """
-    floor = base_lr * decay_rate**3
-    if epoch < warmup:
-        return warmup_from + (warmup_cosine_lr(base_lr, warmup, epochs, floor=floor) - warmup_from) * epoch / warmup
-    return warmup_cosine_lr(base_lr, math.floor(epoch) + 1, epochs, floor=floor)
-
-
-def fsgl_lr(base_lr: float, epoch: float, epochs: int, *, warmup: int = 10, timing: str = "start") -> float:
-    """FSGL's ImageNet-LT schedule h(e): base_lr (e + 1) / warmup up to e = warmup (an overshoot), then a half cosine.
-
-    timing "start": epoch e trains with h(e). "legacy": with h(e - 1), epoch 0 with base_lr, as the released code does.
-    """
-    if timing not in ("start", "legacy"):
-        raise ValueError(f"timing is {timing!r}: start or legacy")
-    e = math.floor(epoch) - (timing == "legacy")
-    if e < 0 or warmup < 1:
-        return base_lr if e < 0 else cosine_lr(base_lr, e, epochs)
-    if e <= warmup:
-        return base_lr * (e + 1) / warmup
-    return warmup_cosine_lr(base_lr, e - (warmup - 1), epochs - (warmup - 1))
-
-
-# --- evaluation -----------------------------------------------------------------------------------------------------
-
-
-GROUPS = ("many", "medium", "few")
-
-
-def _array(values) -> np.ndarray:
-    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
-
-
-def group_of(counts: Sequence[int], many: int = 100, few: int = 20, few_inclusive: bool = False) -> np.ndarray:
-    """Group of each class by its training count: int64 [C]; 0 is many (> many), 2 few (< few, or <= few), 1 medium."""
-    counts = _array(counts)
-    if few > many:
-        raise ValueError(f"few {few} is above many {many}: the groups overlap")
-    is_few = counts <= few if few_inclusive else counts < few
-    return np.where(counts > many, 0, np.where(is_few, 2, 1)).astype(np.int64)
-
-
-def _ratio(part: float, whole: float) -> float | None:
-    return float(part / whole) if whole else None
-
-
-def report(
-    labels, predictions, counts: Sequence[int], *, many: int = 100, few: int = 20, few_inclusive: bool = False,
-    weighting: str = "class", confidence=None, nll=None, topk_hits=None,
-) -> dict:  # fmt: skip
-    """Figures of a classifier on a test set, as plain Python fractions in [0, 1]; None where nothing is to average.
-
-    labels, predictions: [N] class ids (a prediction of -1 is no class: always wrong); counts: training images of each
-    class [C]; confidence, nll, topk_hits: [N], optional. O(N + C); numpy, torch or lists.
-    many, medium, few: mean recall of the group's classes that have test images (weighting "image": correct / all of the
-    group's images). macro_f1: over the classes that occur in labels or predictions. worst_class: lowest recall.
-    ece: 15 equal bins of confidence (Guo et al. 2017), which `reliability` lists. confusion (up to 200 classes): rows
-    are the true class.
-    """
-    labels, predictions, counts = (_array(a).astype(np.int64, copy=False) for a in (labels, predictions, counts))
-    size, items = len(counts), len(labels)
-    if predictions.shape != labels.shape:
-        raise ValueError(f"{len(labels)} labels but {len(predictions)} predictions")
-    if items and (labels.min() < 0 or labels.max() >= size or predictions.min() < -1 or predictions.max() >= size):
-        raise ValueError(f"labels and predictions must lie in 0..{size - 1} (predictions may be -1)")
-    hit = labels == predictions
-    support = np.bincount(labels, minlength=size)
-    correct = np.bincount(labels[hit], minlength=size)
-    predicted = np.bincount(predictions[predictions >= 0], minlength=size)
-    tested = support > 0
-    recall = correct[tested] / support[tested]
-    f1 = 2.0 * correct / np.maximum(support + predicted, 1)
-
-    group = group_of(counts, many, few, few_inclusive)
-    if weighting not in ("class", "image"):
-        raise ValueError(f"weighting is {weighting!r}: class or image")
-    if weighting == "class":
-        part, whole = np.bincount(group[tested], recall, minlength=3), np.bincount(group[tested], minlength=3)
-    else:
-        part, whole = np.bincount(group, correct, minlength=3), np.bincount(group, support, minlength=3)
-    per_class = np.full(size, None, dtype=object)
-    per_class[tested] = recall.tolist()
-
-    figures = {"overall": _ratio(hit.sum(), items)}
-    figures |= {name: _ratio(part[g], whole[g]) for g, name in enumerate(GROUPS)}
-    figures["macro_f1"] = _ratio(f1.sum(), np.count_nonzero(support + predicted))
-    figures["harmonic_mean"] = _ratio(recall.size, (1.0 / recall).sum()) if recall.all() else 0.0
-    figures["worst_class"] = float(recall.min()) if recall.size else None
-    bins = None if confidence is None else _reliability(_array(confidence), hit)
-    figures |= {"ece": bins and _calibration_error(bins), "reliability": bins}
-    figures["top5"] = None if topk_hits is None else _ratio(_array(topk_hits).sum(), items)
-    loss = None if nll is None or not items else float(_array(nll).astype(np.float64, copy=False).mean())
-    figures["loss"] = loss if loss is not None and np.isfinite(loss) else None
-    figures["per_class"] = per_class.tolist()
-    if size <= 200:
-        pairs = np.bincount((labels * size + predictions)[predictions >= 0], minlength=size * size)
-        figures["confusion"] = pairs.reshape(size, size).tolist()
-    return figures
-
-
-def _reliability(confidence: np.ndarray, hit: np.ndarray, bins: int = 15) -> dict[str, list] | None:
-    """Bins ((b - 1) / bins, b / bins]: count of predictions, their mean confidence and accuracy (0 in an empty bin)."""
-    if not confidence.size or not np.isfinite(confidence).all():
-        return None
-    index = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
-    count = np.bincount(index, minlength=bins)
-    sums = {"confidence": np.bincount(index, confidence, minlength=bins), "accuracy": np.bincount(index, hit, bins)}
-    return {"count": count.tolist()} | {key: (total / np.maximum(count, 1)).tolist() for key, total in sums.items()}
-
-
-def _calibration_error(bins: dict[str, list]) -> float:
-    """Expected calibration error: |accuracy - mean confidence| of the bins, weighted by their size."""
-    count, confidence, accuracy = (np.array(bins[key]) for key in ("count", "confidence", "accuracy"))
-    return float((count * np.abs(accuracy - confidence)).sum() / count.sum())
-
-
-def topk_hits(logits: Tensor, labels: Tensor, k: int) -> Tensor:
-    """Whether the true class is among the k largest logits: bool [N] from logits [N, C] and labels [N].
-
-    Of equal logits the lower class id comes first, as in argmax; a row with a NaN never hits.
-    """
-    true = logits.gather(1, labels[:, None])
-    before = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
-    rank_ = ((logits > true) | ((logits == true) & before)).sum(1)
-    return (rank_ < k) & ~logits.isnan().any(1)
-
-
-def topk_accuracy(logits, labels, ks: Sequence[int] = (1, 5)) -> list[float | None]:
-    """Top-k accuracies as fractions, one for each k."""
-    logits, labels = torch.as_tensor(logits), torch.as_tensor(labels)
-    return [_ratio(topk_hits(logits, labels, k).sum().item(), len(labels)) for k in ks]
-
-
-@dataclass
-class Scores:
-    """What a network said about every item of a set, in the set's order: CPU tensors [N]."""
-
-    labels: Tensor  # int64
-    predictions: Tensor  # int64; -1 where the logits were not finite
-    confidence: Tensor  # float32, softmax of the predicted class
-    nll: Tensor  # float32, cross-entropy in nats
-    top5: Tensor  # bool, true class among the five largest logits
-    features: Tensor | None = None  # float32 [N, d]
-
-    def report(self, counts: Sequence[int], **options) -> dict:
-        """`report` of these scores; options: group boundaries and weighting."""
-        options |= {"confidence": self.confidence, "nll": self.nll, "topk_hits": self.top5}
-        return report(self.labels, self.predictions, counts, **options)
-
-
 def features_path(run: Run, suffix: str = "") -> Path:
     return run.folder / f"features_{run.args.save_features}{suffix}.npz"
 
 
 def keep_features(run: Run, net: nn.Module, dataset, loader, suffix: str = "") -> None:
-    """`--save-features`: the network's features of a set, from its evaluation loader, in the run folder."""
+    """`--save-features`: the features of a set, from its evaluation loader, in the run folder."""
     scores = evaluate(net, loader, autocast=lambda: autocast(run.args), features=net.features)
     save_features(scores, dataset.indices, features_path(run, suffix))
 
 
 def save_features(scores: Scores, indices: Tensor, path: Path) -> None:
-    """Write `features` [N, d] (float32, before the head), `labels` [N] and `indices` [N] of an evaluation as .npz.
+    """Write `features` [N, d] (float32, before the head), `labels` [N] and `indices` [N] as .npz.
 
     indices: positions of the images in the source set (`Set.indices`).
     """
-    arrays = {"features": scores.features.numpy(), "labels": scores.labels.numpy(), "indices": indices.cpu().numpy()}
+    arrays = {"features": scores.features, "labels": scores.labels, "indices": indices}
+    arrays = {key: value.cpu().numpy() for key, value in arrays.items()}
     if is_main():
         write_atomic(path, lambda file: np.savez(file, **arrays))
     barrier()
 
 
-def evaluate(
-    model: nn.Module,
-    loader,
-    num_items: int | None = None,
-    device: str | torch.device | None = None,
-    autocast: Callable | None = None,
-    features: Callable | None = None,
-) -> Scores:
-    """Scores of `model` on the `num_items` items of an evaluation loader, every item exactly once over all ranks.
-
-    loader yields (views [V, b, 3, H, W], labels [b], indices [b]) on `device`; the first view counts. num_items and
-    device are the loader's own by default. autocast: makes the context of a forward pass, `lambda: autocast(args)`;
-    features: a second function of the images whose output [b, d] is kept, `net.features`. Eval and inference mode
-    inside, the modes of all modules are restored; results stay on the device until the end: no host sync per batch.
-    RuntimeError when an item is missing or comes twice.
-    """
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module  # its forward would synchronise buffers: ranks may have different numbers of batches
-    if dist.is_initialized():
-        for buffer in model.buffers():  # batch norm: the statistics that rank 0 has and its checkpoints hold
-            dist.broadcast(buffer, 0)
-    size = len(loader.dataset) if num_items is None else num_items
-    device = loader.device if device is None else device
-    # One row for each field of Scores and one that counts visits; the last column collects indices out of range.
-    # Class ids are exact in float32 (below 2^24). A rank leaves 0 where another fills in, so a sum merges the tables.
-    table, kept = torch.zeros(6, size + 1, device=device), None
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            for views, labels, indices in loader:
-                with autocast() if autocast else contextlib.nullcontext():
-                    logits, extra = model(views[0]), features(views[0]) if features else None
-                logits = logits.float()
-                log_p = logits.log_softmax(1)
-                valid = ~log_p.isnan().any(1)
-                predictions = logits.argmax(1)
-                rows = [
-                    labels,
-                    torch.where(valid, predictions, -1),
-                    log_p.gather(1, predictions[:, None])[:, 0].exp(),
-                    -log_p.gather(1, labels[:, None])[:, 0],
-                    topk_hits(logits, labels, 5) & valid,
-                ]
-                slots = torch.where((indices >= 0) & (indices < size), indices, size)
-                table[:5, slots] = torch.stack([row.float() for row in rows])
-                table[5].index_add_(0, slots, torch.ones_like(slots, dtype=torch.float32))
-                if extra is not None:
-                    if kept is None:
-                        with torch.inference_mode(False):  # so that it can be trained on later
-                            kept = torch.zeros(size + 1, extra.shape[1], device=device)
-                    kept[slots] = extra.float()
-    finally:
-        for module, mode in modes:
-            module.training = mode
-    if dist.is_initialized():
-        dist.all_reduce(table)
-        if features:
-            width = torch.tensor(0 if kept is None else kept.shape[1], device=device)
-            dist.all_reduce(width, op=dist.ReduceOp.MAX)  # a rank without a batch does not know it
-            kept = torch.zeros(size + 1, int(width), device=device) if kept is None else kept
-            dist.all_reduce(kept)
-    table = table.cpu()
-    visits, outside = table[5, :-1], int(table[5, -1])
-    if outside or (visits != 1).any():
-        raise RuntimeError(
-            f"evaluation must see each of {size} items once: {int((visits == 0).sum())} missing, "
-            f"{int((visits > 1).sum())} more than once, {outside} indices out of range"
-        )
-    labels, predictions, confidence, nll, top5 = table[:5, :-1]
-    kept = None if kept is None else kept[:-1].cpu()
-    return Scores(labels.long(), predictions.long(), confidence, nll, top5 > 0, kept)
-
-
-def figures(args, net: nn.Module, loader, counts: Sequence[int], **options) -> dict:
-    """`report` of a network on an evaluation loader; RunError when its outputs are not finite.
-
-    options: group boundaries and weighting.
-    """
-    full = evaluate(net, loader, autocast=lambda: autocast(args)).report(counts, **options)
-    if full["loss"] is None and len(loader.dataset):
-        raise RunError("the network has diverged: its outputs are not finite; a smaller --lr may help")
-    return full
-
-
 def tell_figures(args, checkpoint: dict, full: dict, **more) -> None:
-    """`--eval`: the report of the checkpoint's network in one line, and all of it in a file, with `more`."""
+    """`--eval`: the report of the checkpoint's network in one line, all of it in a file."""
     if is_main():
-        names = ("overall", *GROUPS)
-        parts = [f"{name} {'n/a' if full[name] is None else f'{100 * full[name]:.2f}%'}" for name in names]
         place = f"{checkpoint['stage']}, epoch {checkpoint['epoch']}"
-        print(f"{args.eval}: {place}: {'  '.join(parts)}")
+        print(f"{args.eval}: {place}: {in_words(full, '{:.2f}%')}")
     keep_examined(args, checkpoint, full | more)
 
 
 def keep_examined(args, checkpoint: dict, result: dict) -> None:
     """`<out>/<script>/examined/eval-<run>-<stage>.json`: what `--eval` found."""
     if is_main():
-        path, folder = Path(args.eval).resolve(), Path(args.out) / checkpoint["script"] / "examined"
+        path = Path(args.eval).resolve()
+        folder = Path(args.out, checkpoint["script"], "examined")
         make_folder(folder)
+        name = "-".join(["eval", *path.parts[1:-1][-3:], path.stem])
         head = {"checkpoint": args.eval, "stage": checkpoint["stage"], "epoch": checkpoint["epoch"]}
-        write_json(folder / f"eval-{'-'.join([*path.parts[1:-1][-3:], path.stem])}.json", head | result)
+        write_json(folder / f"{name}.json", head | result)
     barrier()
 
 
-def logged(full: dict) -> dict:
-    """What metrics.jsonl keeps of a report: no confusion matrix, recalls of up to 200 classes."""
-    left_out = {"confusion", "reliability"} | ({"per_class"} if len(full["per_class"]) > 200 else set())
-    return {key: value for key, value in full.items() if key not in left_out}
+def pair_cosines(z: Tensor, labels: Tensor, views: int = 1) -> dict[str, Tensor]:
+    """Mean cosine of pairs of one label and of two labels, over unit rows z [views N, d].
 
-
-def pair_cosines(z: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Mean cosine of the pairs of one label and of two labels, over unit rows z [N, d] with labels [N]."""
-    same = labels[:, None] == labels
-    cosine, pairs = z @ z.T, same.sum()
-    own = (cosine * same).sum()
-    alike = (own - cosine.diagonal().sum()) / (pairs - len(z)).clamp(min=1)
-    return {"same_label": alike, "other_label": (cosine.sum() - own) / (same.numel() - pairs).clamp(min=1)}
-
-
-def class_similarity(features: Tensor, labels: Tensor, num_classes: int) -> dict[str, Tensor]:
-    """How close the classes lie in feature space.
-
-    features [N, d], labels [N] -> cosine [C, C] of class means; distance [C, C] of class means in units of the pooled
-    standard deviation sqrt((tr S_a + tr S_b) / 2). Classes without a sample give nan.
+    Views lie one after the other; those of one image make no pair.
     """
-    features = features.double()
-    count = torch.bincount(labels, minlength=num_classes).double()[:, None]  # [C, 1]
-    total = torch.zeros(num_classes, features.shape[1], dtype=torch.double).index_add_(0, labels, features)
-    mean = total / count  # [C, d]
-    spread = (features - mean[labels]).square().sum(1)  # [N]
-    variance = torch.zeros(num_classes, dtype=torch.double).index_add_(0, labels, spread) / count[:, 0]  # tr S_c
-    unit = F.normalize(mean, dim=1)
-    pooled = ((variance[:, None] + variance[None, :]) / 2).sqrt()
-    apart = torch.cdist(mean, mean, compute_mode="donot_use_mm_for_euclid_dist")  # without a [C, C, d] in between
-    return {"cosine": unit @ unit.T, "distance": apart / pooled}
+    image = torch.arange(len(z), device=z.device) % (len(z) // views)
+    cosine, same = z @ z.T, labels[:, None] == labels
+    pairs = {"same_label": same & (image[:, None] != image), "other_label": ~same}
+    return {
+        name: (cosine * found).sum() / found.sum().clamp(min=1) for name, found in pairs.items()
+    }

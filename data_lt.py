@@ -1610,7 +1610,7 @@ def examine(args, net: nn.Module, data: Splits, stage: str, *names: str) -> None
     common.check_same(args.eval, checkpoint["args"], common.result_args(args), names)
     common.load_weights(net, checkpoint["state"]["model"], args.eval)
     statistics = about["mean"], about["std"]
-    if getattr(args, "predict", None):
+    if args.predict:
         return predict(args, net, test, statistics)
     loader = evaluation_loader(args, test, statistics)
     common.tell_figures(args, checkpoint, common.figures(args, net, loader, about["counts"]))

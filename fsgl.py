@@ -288,7 +288,7 @@ def plain_figures(net: models.Net, judge: common.Judge) -> dict:
 def train(run: common.Run, args, data, net: models.Net) -> dict:
     """Stage train: two batches -> two views -> (climb ->) heads -> loss -> step; figures of fc."""
     optimizer = common.sgd(net.parameters(), args.lr, args.weight_decay)
-    stage = run.stage("train", args.epochs, {"counts": data.counts}, model=net, optimizer=optimizer)
+    stage = run.stage("train", args.epochs, data.about, model=net, optimizer=optimizer)
     options = {"augment": VIEWS[args.kind] | {"flip": args.flip}, "views": 2}
     loader = data_lt.loader(args, data.train, args.batch_size, **options)
     weighted = {"sampler": "power", "q": args.resample_weighting, "seed": (args.seed, "partners")}
@@ -332,7 +332,7 @@ def train(run: common.Run, args, data, net: models.Net) -> dict:
 def train_ce(run: common.Run, args, data, net: models.Net) -> None:
     """Stage train of ce: batch -> logits -> loss -> step."""
     optimizer = common.sgd(net.parameters(), args.lr, args.weight_decay)
-    stage = run.stage("train", args.epochs, {"counts": data.counts}, model=net, optimizer=optimizer)
+    stage = run.stage("train", args.epochs, data.about, model=net, optimizer=optimizer)
     augment = VIEWS[args.kind] | {"flip": args.flip}
     loader = data_lt.loader(args, data.train, args.batch_size, augment=augment)
     judge, replica = data_lt.judge(args, net, data), common.replicate(args, net)

@@ -4,31 +4,30 @@
     net(x)              # x [B, 3, H, W] -> logits [B, 10]
     net.features(x)     # -> features [B, 64], the globally averaged last map
 
-A backbone maps images to pooled features and tells their length as `feature_dim`; what is trained on top of them is a
-separate head, so that a stage keeps `net.backbone` and puts a new head on it. Parameters are named `backbone.*` and
-`head.*`.
+A backbone tells the length of its features as `feature_dim`. What is trained on top of them is a
+separate head, so that a stage keeps `net.backbone` and puts a new head on it.
 
-| name         | width, stem   | feature_dim | parameters | default init | where it comes from                     |
-|--------------|---------------|-------------|------------|--------------|-----------------------------------------|
-| resnet8      | 16, 3x3       | 64          | 74,640     | fan_in       | He et al. 2016, section 4.2, n = 1      |
-| resnet20     | 16, 3x3       | 64          | 269,072    | fan_in       | n = 3                                   |
-| resnet32     | 16, 3x3       | 64          | 463,504    | fan_in       | n = 5                                   |
-| resnet44     | 16, 3x3       | 64          | 657,936    | fan_in       | n = 7                                   |
-| resnet56     | 16, 3x3       | 64          | 852,368    | fan_in       | n = 9                                   |
-| resnet110    | 16, 3x3       | 64          | 1,727,312  | fan_in       | n = 18                                  |
-| resnet32_bbn | 16, 3x3       | 128         | 537,488    | fan_in       | Zhou et al. 2020 (BBN), two last blocks |
-| resnet18     | 64, 3x3       | 512         | 11,168,832 | pytorch      | He et al. 2016, table 1                 |
-| resnet34     | 64, 3x3       | 512         | 21,276,992 | pytorch      | the same                                |
-| resnet10     | 64, 7x7, pool | 512         | 4,905,792  | fan_out      | one block a stage                       |
-| resnet50     | 64, 7x7, pool | 2048        | 23,508,032 | fan_out      | stride on the 3x3; 3x3 stem 23,500,352  |
-| resnext50    | 64, 7x7, pool | 2048        | 22,979,904 | fan_out      | 32x4d, Xie et al. 2017                  |
+| name         | width, stem   | feature_dim | parameters | default init | where it comes from     |
+|--------------|---------------|-------------|------------|--------------|-------------------------|
+| resnet8      | 16, 3x3       | 64          | 74,640     | fan_in       | He et al. 2016, n = 1   |
+| resnet20     | 16, 3x3       | 64          | 269,072    | fan_in       | n = 3                   |
+| resnet32     | 16, 3x3       | 64          | 463,504    | fan_in       | n = 5                   |
+| resnet44     | 16, 3x3       | 64          | 657,936    | fan_in       | n = 7                   |
+| resnet56     | 16, 3x3       | 64          | 852,368    | fan_in       | n = 9                   |
+| resnet110    | 16, 3x3       | 64          | 1,727,312  | fan_in       | n = 18                  |
+| resnet32_bbn | 16, 3x3       | 128         | 537,488    | fan_in       | BBN: Zhou et al. 2020   |
+| resnet18     | 64, 3x3       | 512         | 11,168,832 | pytorch      | He et al. 2016          |
+| resnet34     | 64, 3x3       | 512         | 21,276,992 | pytorch      | the same                |
+| resnet10     | 64, 7x7, pool | 512         | 4,905,792  | fan_out      | one block a stage       |
+| resnet50     | 64, 7x7, pool | 2048        | 23,508,032 | fan_out      | stride on the 3x3       |
+| resnext50    | 64, 7x7, pool | 2048        | 22,979,904 | fan_out      | 32x4d, Xie et al. 2017  |
 
-Any other depth 6n + 2 (resnet14, resnet26, ...) works too, except where ImageNet networks own the name: resnet50,
-resnet101 and resnet152 are the bottleneck ones. "ResNet-32" is ambiguous in the long-tail literature: a 16-wide and a
-64-wide network (7,383,616 parameters, `width=64`) both go by that name, and the ResNet-34 above is a third thing. Say
-the parameter count with every figure.
+Any other depth 6n + 2 works too (resnet14, resnet26, ...), except where ImageNet networks own the
+name: resnet50, resnet101 and resnet152 are the bottleneck ones. "ResNet-32" is a 16-wide network
+here and in most of the literature; some of it means a 64-wide one (7,383,616 parameters,
+`width=64`). Say the parameter count with every figure.
 
-Shapes: B images, H x W pixels, K channels of a map, D = feature_dim, C classes, P length of a projection.
+Shapes: B images, H x W pixels, K channels of a map, D = feature_dim, C classes, P a projection.
 """
 
 import argparse
@@ -38,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# name -> block, blocks in each of the four stages, usual stem, extra arguments of torchvision's ResNet
+# name -> block, blocks in each of four stages, usual stem, more arguments of torchvision's ResNet
 WIDE = {
     "resnet10": ("BasicBlock", (1, 1, 1, 1), "imagenet", {}),
     "resnet18": ("BasicBlock", (2, 2, 2, 2), "cifar", {}),
@@ -54,31 +53,27 @@ STEMS = ("cifar", "imagenet")
 INITS = ("fan_in", "fan_out", "pytorch")
 
 
-# Initialisation
+# --- initialisation and batch norm ----------------------------------------------------------------
 
 
 def init_weights(module: nn.Module, scheme: str) -> nn.Module:
-    """Draw all convolutions, linear layers and batch norms inside `module` afresh; returns `module`.
+    """Draw all convolutions, linear layers and batch norms inside `module` afresh; returns it.
 
-    fan_in   Kaiming-normal weights, variance 2 / fan-in, for convolutions AND linear layers (He et al. 2015, eq. 10)
-    fan_out  Kaiming-normal convolutions, variance 2 / fan-out with fan-out = k^2 * out channels (also when grouped, as
-             torchvision does), linear layers as PyTorch makes them
-    pytorch  what PyTorch does when nobody asks: weights and biases U(-1/sqrt(fan-in), 1/sqrt(fan-in))
+    fan_in   Kaiming-normal weights of convolutions AND linear layers (He et al. 2015, eq. 10)
+    fan_out  Kaiming-normal convolutions, fan-out = k^2 * out channels also when grouped
+    pytorch  what PyTorch does when nobody asks: U(-1/sqrt(fan-in), 1/sqrt(fan-in))
 
-    In all three the linear bias is PyTorch's and every batch norm starts at scale 1, shift 0: the last one of a
-    residual block is NOT set to zero. Cosine heads keep their own initialisation, they hold no such layer.
+    Linear biases are PyTorch's; every batch norm starts at scale 1, shift 0, the last one of a
+    residual block too. Cosine heads keep their own start: they hold no such layer.
     """
     if scheme not in INITS:
         raise ValueError(f"unknown init {scheme!r}; known: {', '.join(INITS)}")
     for layer in module.modules():
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+        if isinstance(layer, (nn.Conv2d, nn.Linear, nn.BatchNorm2d)):
             layer.reset_parameters()
-            if scheme == "fan_in":
-                nn.init.kaiming_normal_(layer.weight, mode="fan_in", nonlinearity="relu")
-            elif scheme == "fan_out" and isinstance(layer, nn.Conv2d):
-                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-        elif isinstance(layer, nn.BatchNorm2d):
-            layer.reset_parameters()
+        drawn = scheme == "fan_in" and isinstance(layer, (nn.Conv2d, nn.Linear))
+        if drawn or (scheme == "fan_out" and isinstance(layer, nn.Conv2d)):
+            nn.init.kaiming_normal_(layer.weight, mode=scheme, nonlinearity="relu")
     return module
 
 
@@ -88,9 +83,9 @@ def count_parameters(module: nn.Module) -> int:
 
 
 class GroupedBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm over consecutive parts of the batch, each with statistics of its own, as replicas on so many devices.
+    """Batch norm over consecutive parts of the batch, each with statistics of its own.
 
-    Running statistics take the mean over the parts.
+    As replicas on so many devices; running statistics take the mean over the parts.
     """
 
     groups = 1
@@ -100,7 +95,8 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
         if not self.training or len(parts) == 1:
             return super().forward(x)
         momentum = self.momentum if self.track_running_stats else 0.0
-        mean, var = self.running_mean.repeat(len(parts), 1), self.running_var.repeat(len(parts), 1)
+        mean = self.running_mean.repeat(len(parts), 1)
+        var = self.running_var.repeat(len(parts), 1)
         done = [
             F.batch_norm(part, mean[g], var[g], self.weight, self.bias, True, momentum, self.eps)
             for g, part in enumerate(parts)
@@ -112,20 +108,20 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
 
 
 def group_batch_norm(net: nn.Module, groups: int) -> nn.Module:
-    """Turn every batch norm of a network into a grouped one, in place; names and values of its tensors stay."""
+    """Turn every batch norm of a network into a grouped one, in place; its tensors stay."""
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d) and groups > 1:
             module.__class__, module.groups = GroupedBatchNorm2d, groups
     return net
 
 
-# The slim CIFAR networks: depth 6n + 2, three stages, no parameter in a shortcut
+# --- the slim CIFAR networks: depth 6n + 2, three stages, no parameter in a shortcut --------------
 
 
 def shortcut_a(x: Tensor, channels: int, stride: int) -> Tensor:
-    """Option A of He et al. 2016, section 3.3: x [B, K, H, W] -> [B, channels, ceil(H / stride), ceil(W / stride)].
+    """Option A of He et al. 2016, 3.3: [B, K, H, W] -> [B, channels, ceil(H/stride), ...].
 
-    Every `stride`-th row and column, between equally many zero channels in front and behind (8 + 8 from 16 to 32).
+    Every `stride`-th row and column, between equally many zero channels in front and behind.
     """
     if stride == 1 and x.shape[1] == channels:
         return x
@@ -134,7 +130,7 @@ def shortcut_a(x: Tensor, channels: int, stride: int) -> Tensor:
 
 
 class BasicBlock(nn.Module):
-    """conv3x3 - BN - ReLU - conv3x3 - BN, add the shortcut, ReLU: [B, K, H, W] -> [B, channels, H/stride, W/stride]."""
+    """conv3x3 - BN - ReLU - conv3x3 - BN, add the shortcut, ReLU."""
 
     def __init__(self, in_channels: int, channels: int, stride: int = 1):
         super().__init__()
@@ -151,7 +147,7 @@ class BasicBlock(nn.Module):
 
 
 class TwoBranches(nn.Module):
-    """Two parallel blocks on one map, laid side by side on the channels (BBN: "cb" first, "rb" second): K -> 2K."""
+    """Two parallel blocks on one map, side by side on the channels (BBN: cb, rb): K -> 2K."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -165,16 +161,11 @@ class TwoBranches(nn.Module):
 class CifarResNet(nn.Module):
     """ResNet of depth 6n + 2 for small images (He et al. 2016, section 4.2), 3 stages of n blocks.
 
-    `two_branches` gives the variant of Zhou et al. 2020: the last block of stage 3 is replaced by two parallel ones, so
-    that D doubles. Features are averages of ReLU outputs, hence never negative.
+    two_branches: the last block of stage 3 is replaced by two parallel ones, so that D doubles.
     """
 
     def __init__(self, depth: int = 32, width: int = 16, two_branches: bool = False):
         super().__init__()
-        if depth < 8 or (depth - 2) % 6:
-            raise ValueError(f"depth must be 6n + 2 with n >= 1, got {depth}")
-        if width < 1:
-            raise ValueError(f"width must be at least 1, got {width}")
         blocks = (depth - 2) // 6
         self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
@@ -198,14 +189,13 @@ class CifarResNet(nn.Module):
         return x.mean(dim=(2, 3))  # [B, D]
 
 
-# The 64-wide networks
+# --- the 64-wide networks -------------------------------------------------------------------------
 
 
 def wide_resnet(name: str, stem: str | None = None) -> nn.Module:
-    """torchvision's ResNet without its classifier, [B, 3, H, W] -> [B, D]; tensors keep torchvision's names and shapes.
+    """torchvision's ResNet without its classifier, names of tensors included: -> [B, D].
 
-    stem  "imagenet": 7x7 convolution and 3x3 max-pool, stride 2 each; "cifar": 3x3 convolution, stride 1, no pool
-    Shortcuts that change the shape are 1x1 convolutions with batch norm; bottlenecks have their stride on the 3x3.
+    stem  "imagenet": 7x7 convolution and 3x3 max-pool, stride 2 each; "cifar": 3x3, stride 1
     """
     from torchvision.models import resnet  # here, because its import takes a second
 
@@ -221,59 +211,59 @@ def wide_resnet(name: str, stem: str | None = None) -> nn.Module:
 
 
 def slim_depth(name: str) -> int:
-    """Layers of a slim network by its name; ValueError when there is none of that name."""
+    """Layers of a slim network by its name, 6n + 2; ValueError when there is none of that name."""
     found = re.fullmatch(r"resnet([1-9]\d*)", "resnet32" if name == "resnet32_bbn" else name)
     depth = int(found.group(1)) if found else 0
-    if depth < 8 or (depth - 2) % 6:
-        known = ", ".join(BACKBONES)
-        raise ValueError(f"unknown backbone {name!r}; known: {known}, and any other resnet<6n+2>")
+    if depth < 8 or depth % 6 != 2:
+        known = f"known: {', '.join(BACKBONES)}, and any other resnet<6n+2>"
+        raise ValueError(f"unknown backbone {name!r}; {known}")
     return depth
 
 
 def backbone_name(text: str) -> str:
     """argparse type: the name of a network that there is."""
     try:
-        if text not in WIDE:
-            slim_depth(text)
+        return text if text in WIDE or slim_depth(text) else ""
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-    return text
 
 
-def backbone(name: str, *, width: int | None = None, stem: str | None = None, init: str = "default") -> nn.Module:
+def backbone(name: str, *, width=None, stem: str | None = None, init="default") -> nn.Module:
     """The network called `name`, freshly initialised: x [B, 3, H, W] -> features [B, feature_dim].
 
     width  channels of the first stage, slim networks only (default 16); the others are 64 wide
-    stem   "cifar" or "imagenet"; None is the usual one of the table above; slim networks have the CIFAR stem only
-    init   "fan_in", "fan_out" or "pytorch" (see `init_weights`); "default" is what the network was published with:
-           fan_in for the slim ones, pytorch for basic blocks behind a CIFAR stem, fan_out for the rest
-    H and W may be anything: strides round up and the pool is global. An unknown or impossible choice is a ValueError.
+    stem   "cifar" or "imagenet"; None is that of the table above; slim networks have "cifar" only
+    init   "fan_in", "fan_out" or "pytorch" (see `init_weights`); "default" is that of the table:
+           fan_in for slim ones, pytorch for basic blocks behind a CIFAR stem, fan_out for the rest
+    H and W may be anything: the pool is global. An impossible choice is a ValueError.
     """
     if stem not in (None, *STEMS):
         raise ValueError(f"unknown stem {stem!r}; known: {', '.join(STEMS)}")
     if name in WIDE:
         if width not in (None, 64):
-            raise ValueError(f"{name} is 64 wide, got width {width}; only resnet8, resnet20, ... take a width")
+            raise ValueError(f"{name} is 64 wide, got width {width}")
         net = wide_resnet(name, stem)
-        stem = stem or WIDE[name][2]
-        default = "pytorch" if stem == "cifar" and WIDE[name][0] == "BasicBlock" else "fan_out"
+        basic = WIDE[name][0] == "BasicBlock" and (stem or WIDE[name][2]) == "cifar"
+        default = "pytorch" if basic else "fan_out"
     else:
-        depth = slim_depth(name)
         if stem == "imagenet":
-            raise ValueError(f"{name} has the CIFAR stem only; for big images take {', '.join(WIDE)}")
-        net = CifarResNet(depth, 16 if width is None else width, two_branches=name == "resnet32_bbn")
+            raise ValueError(
+                f"{name} has the CIFAR stem only; for big images take {', '.join(WIDE)}"
+            )
+        depth = slim_depth(name)
+        net = CifarResNet(depth, 16 if width is None else width, name == "resnet32_bbn")
         default = "fan_in"
     return init_weights(net, default if init == "default" else init)
 
 
-# Heads on features [B, D]
+# --- heads on features [B, D] ---------------------------------------------------------------------
 
 
 def linear_head(dim: int, classes: int, init: str = "pytorch") -> nn.Linear:
     """Linear classifier with bias, [B, D] -> logits [B, C].
 
-    init  "pytorch"; "fan_in": Kaiming-normal weight, PyTorch's bias; "small": weight N(0, 0.01^2), bias 0, the usual
-          start of a linear classifier on frozen features (its learning rates, 10 to 30, assume it)
+    init: "pytorch"; "fan_in"; or "small": weight N(0, 0.01^2), bias 0, as the learning rates of
+    linear classifiers on frozen features (10 to 30) assume it.
     """
     head = nn.Linear(dim, classes)
     if init == "small":
@@ -283,43 +273,32 @@ def linear_head(dim: int, classes: int, init: str = "pytorch") -> nn.Linear:
     return init_weights(head, init)
 
 
-class CosineHead(nn.Module):
-    """Cosines between features and class weights, [B, D] -> [B, C] in [-1, 1]; no bias, no scale.
+class NormalisedLinear(nn.Module):
+    """Scale s times the cosines of features and class weights: logits [B, C] in [-s, s]; no bias.
 
-    Head of Cao et al. 2019 (LDAM). The weight is stored [D, C] and drawn U(-1, 1), then every class column gets length
-    1. A zero feature gives zeros. Use it with a loss that scales (LDAM subtracts its margin from the cosine first): a
-    bare softmax over ten cosines never brings the cross-entropy below 0.79.
+    Head of Cao et al. 2019 (LDAM). The weight is stored [D, C] and drawn U(-1, 1), then every class
+    column gets length 1. Without a scale a softmax over ten cosines never brings the cross-entropy
+    below 0.79.
     """
 
-    def __init__(self, dim: int, classes: int):
+    def __init__(self, dim: int, classes: int, scale: float = 30.0):
         super().__init__()
         weight = torch.empty(dim, classes).uniform_(-1, 1)
-        self.weight = nn.Parameter(F.normalize(weight, dim=0))
+        self.weight, self.scale = nn.Parameter(F.normalize(weight, dim=0)), scale
 
     def forward(self, features: Tensor) -> Tensor:
-        # in the precision of the weights, outside autocast: bfloat16 cosines are off by 0.004, times s = 30 that is 0.1
+        # outside autocast: bfloat16 cosines are off by 0.004, times s = 30 that is 0.1
         with torch.autocast(features.device.type, enabled=False):
-            x = F.normalize(features.to(self.weight.dtype), dim=1, eps=1e-12)  # [B, D], unit rows
-            return x @ F.normalize(self.weight, dim=0, eps=1e-12)  # [B, D] x [D, C] -> [B, C]
-
-
-class NormalisedLinear(CosineHead):
-    """Cosine head times a fixed scale s, [B, D] -> logits [B, C] in [-s, s]: for losses that do not scale."""
-
-    def __init__(self, dim: int, classes: int, scale: float = 30.0):
-        super().__init__(dim, classes)
-        self.scale = scale
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.scale * super().forward(features)
+            x = F.normalize(features.to(self.weight.dtype), dim=1, eps=1e-12)  # [B, D]
+            return self.scale * (x @ F.normalize(self.weight, dim=0, eps=1e-12))  # [B, C]
 
 
 class CosineClassifier(nn.Module):
-    """softplus(s) * cos + b with learned scale s (10 at the start) and bias b, [B, D] -> logits [B, C].
+    """softplus(s) * cos + b, scale s (10 at the start) and bias b learned: logits [B, C].
 
     Head of Vigneswaran et al. 2021 (TailCalibX). weight W [C, D] and bias start as in `nn.Linear`.
-    norm  "class": W[c, d] / ||W[c, :]||, the cosine of the paper; "feature": W[c, d] / ||W[:, d]||, the released code,
-          which takes the norm over the classes of each feature dimension
+    norm: "class", W[c, d] / ||W[c, :]||, the cosine of the paper; "feature", W[c, d] / ||W[:, d]||,
+    the released code, which takes the norm over the classes of each feature dimension.
     """
 
     def __init__(self, dim: int, classes: int, norm: str = "class"):
@@ -334,15 +313,15 @@ class CosineClassifier(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         with torch.autocast(features.device.type, enabled=False):
-            x = F.normalize(features.to(self.weight.dtype), dim=1, eps=1e-12)  # [B, D], unit rows
+            x = F.normalize(features.to(self.weight.dtype), dim=1, eps=1e-12)  # [B, D]
             w = F.normalize(self.weight, dim=1 if self.norm == "class" else 0, eps=1e-12)  # [C, D]
             return F.softplus(self.scale) * (x @ w.T) + self.bias  # [B, C]
 
 
 class ProjectionHead(nn.Sequential):
-    """Head of contrastive learning, [B, D] -> [B, P], not normalised: that is the first line of every contrastive loss.
+    """Head of contrastive learning, [B, D] -> [B, P], not normalised.
 
-    Linear - ReLU - Linear with biases (SimCLR, MoCo v2), or one Linear when `hidden` is None (MoCo v1).
+    Linear - ReLU - Linear (SimCLR, MoCo v2), or one Linear when `hidden` is None (MoCo v1).
     """
 
     def __init__(self, dim: int, hidden: int | None, out: int):
@@ -352,48 +331,33 @@ class ProjectionHead(nn.Sequential):
             super().__init__(nn.Linear(dim, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, out))
 
 
-class ProjectionPrediction(nn.Module):
-    """[B, D] -> projection z [B, P] and its prediction p [B, P], one Linear each (Du et al. 2023, GLMC).
+class FSGLHeads(nn.Module):
+    """Heads of FSGL and GLMC (Du et al. 2023): fc, the re-weighted fc_cb, projection, prediction.
 
-    The consistency loss compares p of one view with z of the other and sends no gradient into z.
-    """
-
-    def __init__(self, dim: int, out: int = 256):
-        super().__init__()
-        self.projection = nn.Linear(dim, out)
-        self.prediction = nn.Linear(out, out)
-
-    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        z = self.projection(features)
-        return z, self.prediction(z)
-
-
-class FSGLHeads(ProjectionPrediction):
-    """The four heads of FSGL (after GLMC): fc, the re-weighted fc_cb, projection and prediction.
-
-    forward(features [B, D])              logits of fc_cb [B, C]: what is evaluated, on the feature as it is
-    forward(features, scale [B] or [1])   (fc [B, C], fc_cb [B, C], z [B, P], p [B, P]), all on scale_i * feature_i: the
-                                          feature scaling module, in training only; pass ones to train without it
+    forward(features [B, D])             logits of fc_cb [B, C]: what is evaluated
+    forward(features, scale [B] or [1])  (fc [B, C], fc_cb [B, C], z [B, P], p [B, P]), all on
+                                         scale_i * feature_i: in training; ones to do without it
     """
 
     def __init__(self, dim: int, classes: int, out: int = 256):
-        super().__init__(dim, out)
+        super().__init__()
+        self.projection = nn.Linear(dim, out)
+        self.prediction = nn.Linear(out, out)
         self.fc = nn.Linear(dim, classes)
         self.fc_cb = nn.Linear(dim, classes)
 
-    def forward(self, features: Tensor, scale: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, features: Tensor, scale: Tensor | None = None):
         if scale is None:
             return self.fc_cb(features)
         features = scale[:, None] * features  # [B, 1] * [B, D]
-        z, p = super().forward(features)
-        return self.fc(features), self.fc_cb(features), z, p
+        z = self.projection(features)
+        return self.fc(features), self.fc_cb(features), z, self.prediction(z)
 
 
 class Net(nn.Module):
-    """Backbone and head: forward(x [B, 3, H, W]) -> head(backbone(x)), parameters `backbone.*` and `head.*`.
+    """Backbone and head: x [B, 3, H, W] -> head(backbone(x)), tensors `backbone.*` and `head.*`.
 
-    More arguments go to the head, so that one forward call does a whole step under DistributedDataParallel:
-    `Net(backbone("resnet34"), FSGLHeads(512, C))(x, scale)`.
+    More arguments go to the head: `Net(backbone("resnet34"), FSGLHeads(512, C))(x, scale)`.
     """
 
     def __init__(self, backbone: nn.Module, head: nn.Module):

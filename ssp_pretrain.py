@@ -378,7 +378,7 @@ def pretrain(run: common.Run, args, data: data_lt.Splits) -> nn.Module:
     scheme = (Queue if moco else Rotation)(net, args, data).to(args.device)
     optimizer = common.sgd(net.parameters(), args.lr, DECAY.get(args.kind, DECAY[args.method]))
     parts = {"model": net, "optimizer": optimizer, "scheme": scheme}
-    stage = run.stage("pretrain", epochs, {"counts": data.counts}, **parts)
+    stage = run.stage("pretrain", epochs, data.about, **parts)
     table = VIEWS if moco else PLAIN
     augment = table.get(args.dataset, table[args.kind]) | {"flip": args.flip}
     options = {"augment": augment} | scheme.options
@@ -432,7 +432,7 @@ def train(run: common.Run, args, name: str, data, images: data_lt.Set, net: mode
     trained = (net.head if frozen else net).parameters()
     net.backbone.requires_grad_(not frozen)
     optimizer = common.sgd(trained, lr, args.weight_decay)
-    stage = run.stage(name, epochs, {"counts": data.counts}, model=net, optimizer=optimizer)
+    stage = run.stage(name, epochs, data.about, model=net, optimizer=optimizer)
     options = {"augment": PLAIN.get(args.dataset, PLAIN[args.kind]) | {"flip": args.flip}}
     if rule == "resample":
         options |= RESAMPLE.get(args.kind, {"sampler": "effective"})

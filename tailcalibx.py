@@ -439,7 +439,7 @@ def train(run: common.Run, args, name: str, data, net: Net, before: Net | None) 
     net.backbone.requires_grad_(not alone)
     trained, momentum = (net.head, args.classifier_momentum) if alone else (net, 0.9)
     optimizer = common.sgd(trained.parameters(), lr, args.weight_decay, momentum)
-    stage = run.stage(name, epochs, {"counts": data.counts}, model=net, optimizer=optimizer)
+    stage = run.stage(name, epochs, data.about, model=net, optimizer=optimizer)
     loader, judge = batches(args, name, data, net), judge_of(args, name, data, net)
     rows = loader.total if name in GENERATED else len(data.train)  # with those generated
     run.say(f"{name}: {len(data.train)} images, {rows} rows, {len(loader)} steps an epoch")

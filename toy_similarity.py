@@ -227,7 +227,7 @@ def train(run: common.Run, args, point: Point, data, net: models.Net) -> None:
     augment = VIEWS[args.kind] | {"flip": args.flip}
     loader = data_lt.loader(args, data.train, args.batch_size, augment=augment)
     epochs = args.epochs or math.ceil(STEPS / len(loader))
-    info = {"counts": data.counts, "tail": point.tail}
+    info = data.about | {"tail": point.tail}
     stage = run.stage(point.name, epochs, info, model=net, optimizer=optimizer)
     rate = common.cosine_lr if args.kind == "letters" else common.step_lr
     judge, replica = data_lt.judge(args, net, data), common.replicate(args, net)

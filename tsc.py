@@ -22,26 +22,22 @@ by running class centres, and makes the target of its class one more positive of
 
 Where this differs from the papers and the released code:
  1. Targets: a regular simplex where C <= d + 1, else one log-sum-exp over all pairs made small;
-    the paper's is the mean of one a point, with a constant self term that hides the rest in
-    float32 (python -m tools.geometry targets --paper).
- 2. The target counts among the positives by which an anchor is divided, as in the code; the paper
-    does not divide its term (the author says the code is right).
+    the paper's is the mean of one a point (python -m tools.geometry targets --paper).
+ 2. The target counts among the positives by which an anchor is divided, as in the code (the
+    author says it is right); the paper does not divide its term.
  3. Class centres are gathered during kcl already; the code starts tsc from random ones.
  4. The matching is solved by one rank, above 1,000 classes once an epoch, and not where no two
     centres share their nearest target: that is the optimum.
- 5. CIFAR: targets, matching and lambda as in the paper. The released code adds 25 copies of each
-    target to the batch in a fixed order, and scales the loss by tau / 0.07.
- 6. CIFAR's k is published nowhere: 6, as for ImageNet; the released default takes all positives.
- 7. Two anchors of a class share one random circle of its images; an anchor's own k are uniform.
- 8. Batch norm sees both views of all images of a rank; the authors' replicas saw 512 rows of one
+ 5. CIFAR: targets, matching and lambda as in the paper; the released code adds 25 copies of each
+    target to the batch in a fixed order. k is published nowhere: 6, as for ImageNet.
+ 6. Two anchors of a class share one random circle of its images; an anchor's own k are uniform.
+ 7. Batch norm sees both views of all images of a rank; the authors' replicas saw 512 rows of one
     view, 64 on ImageNet (--bn-groups). The rise of the rate shrinks with --epochs.
- 9. The classifier's backbone keeps training batch norm as in the code, but not on letters
-    (--frozen-bn). CIFAR's classifier was not released: LDAM and class weights after the
-    supplement, no decay. All settings of the letters are our own.
-10. Balanced CIFAR-100 is normalised as the long-tailed one.
-11. Not offered: targets that compete for the k draws, several copies of them, the undivided form,
+ 8. CIFAR's classifier was not released: LDAM and class weights after the supplement. Batch norm
+    of the frozen backbone keeps training, as in the code, but not on letters (--frozen-bn).
+ 9. Not offered: targets that compete for the k draws, several copies of them, the undivided form,
     anchors of one view, positives left out of the denominator, deferred weights.
-12. The headline is the last epoch; published figures are of the best test epoch.
+10. The headline is the last epoch; published figures are of the best test epoch.
 """
 
 from __future__ import annotations
@@ -63,7 +59,7 @@ import models
 # --- settings -------------------------------------------------------------------------------------
 
 METHODS = {"tsc": ("kcl", "tsc", "classifier"), "kcl": ("kcl", "classifier")}
-FREE = (0, math.inf)
+ANY = {"range": (0, math.inf)}
 FLAGS = (
     # name                   letters    small       large       what it is
     ("backbone",             "resnet8", "resnet32", "resnet50", "network"),
@@ -72,19 +68,17 @@ FLAGS = (
     ("epochs",               100,       1000,       400,        "of kcl and tsc together"),
     ("batch_size",           32,        1024,       256,        "images over all ranks"),
     ("lr",                   0.2,       0.5,        0.1,        "rate of kcl and tsc"),
-    ("weight_decay",         1e-4,      "on all parameters",    {"range": FREE}),
-    ("k",                    1,         6,          6,          "positives drawn, 0: all",
-                             {"range": FREE}),
+    ("weight_decay",         1e-4,      "on all parameters",    ANY),
+    ("k",                    1,         6,          6,          "positives drawn, 0: all", ANY),
     ("temperature",          0.07,      "tau"),
     ("projection_dim",       128,       "length d of an embedding"),
     ("queue",                384,       4096,       65536,      "keys", {"contrast": "queue"}),
     ("key_momentum",         0.999,     "of the key encoder",
                              {"contrast": "queue", "range": (0, 1)}),
-    ("bn_groups",            int,       "parts of the batch that batch norm sees apart (default: "
-                             "one a rank); keys change theirs"),
+    ("bn_groups",            int,       "parts of the batch for batch norm, unasked one a rank"),
     ("warmup",               0.5,       "share of the epochs that is kcl",
                              {"method": "tsc", "range": (0, 0.999)}),
-    ("target_weight",        0.2,       "lambda",               {"stages": "tsc", "range": FREE}),
+    ("target_weight",        0.2,       "lambda",               {"stages": "tsc"} | ANY),
     ("targets",              "auto",    "auto, or an .npy with C rows of length d",
                              {"stages": "kcl", "method": "tsc"}),
     ("classifier",           ("ldam", "linear"), ("ldam", "linear"), ("linear", "ldam"),
@@ -100,7 +94,7 @@ DROPS = {"letters": (28, 36, 38, 40), "small": (140, 180, 190, 200), "large": (2
 LARGE = {"crop": "resized", "scale": (0.08, 1.0)}
 JITTER = {"jitter": (0.4, 0.4, 0.4, 0.1), "jitter_p": 0.8, "grey": 0.2}
 VIEWS = {  # of kcl and tsc
-    "letters": {"crop": "pad", "pad": 2} | JITTER | {"jitter": (0.25, 0.25, 0.25, 0.3), "grey": 0.9},
+    "letters": JITTER | {"crop": "pad", "pad": 2, "jitter": (0.25, 0.25, 0.25, 0.3), "grey": 0.9},
     "small": {"crop": "resized", "scale": (0.2, 1.0)} | JITTER,
     "large": LARGE | {"jitter": (0.4, 0.4, 0.4, 0.0)},
     "inat18": LARGE,
@@ -132,12 +126,11 @@ def draw(labels: Tensor, pool: Tensor, k: int, rng: torch.Generator) -> tuple[Te
     uniform subset. Where there are fewer than k, all count; k = 0 takes all there are.
     """
     order = data_lt.to_device(torch.randperm(len(pool), generator=rng), pool.device)
+    turn = torch.rand(len(labels), generator=rng, dtype=torch.float64)
+    turn = data_lt.to_device(turn, pool.device)
     order = order[pool[order].argsort(stable=True)]
     first = torch.searchsorted(pool[order], labels)
     n = torch.searchsorted(pool[order], labels, right=True) - first
-    turn = data_lt.to_device(
-        torch.rand(len(labels), generator=rng, dtype=torch.float64), pool.device
-    )
     step = torch.arange(k or int(n.max()), device=pool.device)
     place = ((turn * n).long()[:, None] + step) % n.clamp(min=1)[:, None]  # [N, k]
     return order[(first[:, None] + place).clamp(max=len(pool) - 1)], step < n[:, None]
@@ -145,9 +138,8 @@ def draw(labels: Tensor, pool: Tensor, k: int, rng: torch.Generator) -> tuple[Te
 
 def simplex(classes: int, dim: int, rng: torch.Generator) -> Tensor:
     """Vertices of a regular simplex, float64 [C, d], C <= d + 1, turned at random."""
-    gram = math.sqrt(classes / (classes - 1)) * (
-        torch.eye(classes, dtype=torch.float64) - 1 / classes
-    )
+    gram = torch.eye(classes, dtype=torch.float64) - 1 / classes
+    gram = math.sqrt(classes / (classes - 1)) * gram
     points = F.normalize(gram @ torch.linalg.eigh(gram).eigenvectors[:, 1:], dim=1)
     turn, r = torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64, generator=rng))
     return F.pad(points, (0, dim - classes + 1)) @ (turn * r.diagonal().sign())
@@ -162,7 +154,7 @@ def make_targets(classes: int, dim: int, seed: int, steps: int = 1000) -> Tensor
     rng = common.generator(seed, "targets")
     if classes <= dim + 1:
         return simplex(classes, dim, rng)
-    x = torch.randn(classes, dim, generator=rng).requires_grad_()
+    x = torch.randn(classes, dim, generator=rng, requires_grad=True)
     optimizer = torch.optim.Adam([x], lr=0.05)
     for step in range(steps):
         common.set_lr(optimizer, common.cosine_lr(0.05, step, steps))
@@ -205,7 +197,7 @@ class Encoder(nn.Module):
 class Pairs(nn.Module):
     """All pairs of the batch (SupCon): the other 2B - 1 embeddings are columns. Small images."""
 
-    passes, drop_last = 2, False  # how often an image goes forward and backward in a step
+    passes, drop_last = 2, False  # views that go forward and backward
 
     def __init__(self, net: nn.Module, args):
         super().__init__()
@@ -334,13 +326,25 @@ class Matching(nn.Module):
 # --- stages ---------------------------------------------------------------------------------------
 
 
+def supcon_lr(base_lr, epoch, epochs, warmup=0, warmup_from=0.01, decay_rate=0.1) -> float:
+    """SupCon's CIFAR schedule: an epoch's rate by a half cosine down to base_lr decay_rate^3.
+
+    In the first `warmup` epochs linear per step, from `warmup_from` to the cosine's value there.
+    """
+    floor = base_lr * decay_rate**3
+    if epoch >= warmup:
+        return common.warmup_cosine_lr(base_lr, math.floor(epoch) + 1, epochs, floor=floor)
+    top = common.warmup_cosine_lr(base_lr, warmup, epochs, floor=floor)
+    return warmup_from + (top - warmup_from) * epoch / warmup
+
+
 def rate(args, name: str, epoch: float, epochs: int) -> float:
     """Cosine by epochs; with pairs SupCon's, and in kcl its rise over ten epochs of a thousand."""
     if args.contrast == "queue":
         return common.cosine_lr(args.lr, epoch, epochs)
     (rise,) = common.scale_milestones((10,), 1000, args.epochs)
     rises = args.batch_size > 256 and (name == "kcl" or epochs == args.epochs)
-    return common.supcon_lr(args.lr, epoch, epochs, warmup=rise if rises else 0)
+    return supcon_lr(args.lr, epoch, epochs, rise if rises else 0)
 
 
 def pretrain(run: common.Run, args, name: str, epochs: int, data, net, carried: dict) -> None:
@@ -348,7 +352,7 @@ def pretrain(run: common.Run, args, name: str, epochs: int, data, net, carried: 
     scheme, matching, targeted = carried["contrast"], carried.get("matching"), name == "tsc"
     optimizer = common.sgd(net.parameters(), args.lr, args.weight_decay)
     parts = {"model": net, "optimizer": optimizer} | carried
-    stage = run.stage(name, epochs, {"counts": data.counts}, **parts)
+    stage = run.stage(name, epochs, data.about, **parts)
     augment = VIEWS.get(args.dataset, VIEWS[args.kind]) | {"flip": args.flip}
     options = {"augment": augment, "views": 2, "drop_last": scheme.drop_last}
     loader = data_lt.loader(args, data.train, args.batch_size, seed=(args.seed, name), **options)
@@ -359,7 +363,7 @@ def pretrain(run: common.Run, args, name: str, epochs: int, data, net, carried: 
             common.set_lr(optimizer, rate(args, name, epoch + stage.step / len(loader), epochs))
             rng = common.generator(args.seed, name, "positives", epoch, stage.step)
             z, y, *columns = scheme(encode, views, labels, rng)
-            logs = common.pair_cosines(*scheme.seen)
+            logs = common.pair_cosines(*scheme.seen, scheme.passes)
             weight = torch.ones(columns[1].shape[1] + int(targeted), device=z.device)
             if matching:
                 matching.update(*scheme.seen)
@@ -393,7 +397,7 @@ def train_classifier(run: common.Run, args, data, net: models.Net) -> None:
     """Stage classifier: batch -> frozen features -> logits, less LDAM's margins -> loss -> step."""
     optimizer = common.sgd(net.head.parameters(), args.classifier_lr)
     epochs, ldam = args.classifier_epochs, args.classifier == "ldam"
-    stage = run.stage("classifier", epochs, {"counts": data.counts}, model=net, optimizer=optimizer)
+    stage = run.stage("classifier", epochs, data.about, model=net, optimizer=optimizer)
     augment = PLAIN.get(args.kind) or VIEWS.get(args.dataset, VIEWS["large"])
     sampler = {} if ldam else {"sampler": "class_aware", "drop_last": True}
     options = {"augment": augment | {"flip": args.flip}, "seed": (args.seed, "classifier")}
@@ -429,46 +433,42 @@ def train_classifier(run: common.Run, args, data, net: models.Net) -> None:
 
 
 def read_targets(path: str, classes: int, dim: int) -> Tensor:
-    """Unit rows [C, d] of an .npy; UserError unless it is C x d and finite."""
+    """Unit rows [C, d] of an .npy; UserError unless it holds that many finite ones."""
     try:
         rows = torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float64))
     except (OSError, ValueError, EOFError, AttributeError) as error:
         why = f"is no .npy of numbers ({str(error)[:80]})"
         raise common.UserError(f"--targets {path} {why}") from None
-    if rows.shape != (classes, dim):
-        why = f"is {list(rows.shape)}, needed are [{classes}, {dim}]"
-        raise common.UserError(f"--targets {path} {why}")
-    if not torch.isfinite(rows).all() or (rows.norm(dim=1) == 0).any():
-        raise common.UserError(f"--targets {path} holds rows that are zero or not finite")
+    fits = rows.shape == (classes, dim) and rows.isfinite().all() and rows.any(1).all()
+    if not fits:
+        wanted = f"needed are {classes} rows of {dim} finite numbers, none of them zero"
+        raise common.UserError(f"--targets {path} is {list(rows.shape)}; {wanted}")
     return F.normalize(rows, dim=1)
 
 
 def lengths(args) -> dict[str, int]:
     """Epochs of kcl and of tsc, which has what --warmup leaves."""
-    kcl = args.epochs
-    if "tsc" in METHODS[args.method]:
-        kcl = math.floor(round(args.epochs * args.warmup, 6))
+    share = args.warmup if "tsc" in METHODS[args.method] else 1
+    kcl = math.floor(round(args.epochs * share, 6))
     return {"kcl": kcl, "tsc": args.epochs - kcl}
 
 
 def check(args, data) -> None:
     """What only the data and the ranks can contradict, looked at before hours of training."""
     world, groups = common.world_size(), args.bn_groups or common.world_size()
-    images, batch = len(data.train), args.classifier_batch_size
-    queue = args.queue if args.contrast == "queue" else math.inf
-    none = [name for name, epochs in lengths(args).items() if name in args.stages and not epochs]
+    batch, rest = args.batch_size, args.classifier_batch_size
+    empty = [name for name, epochs in lengths(args).items() if name in args.stages and not epochs]
+    few = len(data.train) < rest
+    small = args.contrast == "queue" and args.queue < batch
     for bad, why in (
         (data.num_classes < 2, f"{args.dataset} has one class; contrast needs two"),
-        (len(none) == len(args.stages), f"--stages {','.join(none)}: no epoch falls to it"),
         (0 in data.counts, f"a class of {args.dataset} has no training image"),
-        (args.batch_size % world, f"--batch-size {args.batch_size}: no multiple of {world} ranks"),
+        (len(empty) == len(args.stages), f"--stages {','.join(empty)}: no epoch falls to it"),
+        (batch % world, f"--batch-size {batch}: no multiple of {world} ranks"),
         (groups % world, f"--bn-groups {groups}: no multiple of {world} ranks"),
-        (
-            args.batch_size < 2 * groups,
-            f"--batch-size {args.batch_size}: two images a group, at least",
-        ),
-        (queue < args.batch_size, f"--queue {queue}: less than a batch"),
-        (batch > images, f"--classifier-batch-size {batch} is more than the {images} images"),
+        (batch < 2 * groups, f"--batch-size {batch}: two images a group, at least"),
+        (small, f"--queue {args.queue}: less than a batch"),
+        (few, f"--classifier-batch-size {rest} is more than the {len(data.train)} images"),
     ):
         if bad:
             raise common.UserError(why)
@@ -483,15 +483,6 @@ def carry(args, data, net: nn.Module) -> dict[str, nn.Module]:
         steps = max(1, -(-len(data.train) // args.batch_size))  # at least those of an epoch
         carried["matching"] = Matching(targets.float(), 1 if data.num_classes <= 1000 else steps)
     return {name: part.to(args.device) for name, part in carried.items()}
-
-
-def go_on(args, parts: dict[str, nn.Module], saved: dict) -> None:
-    """Fill what kcl has left behind: the whole network, queue, centres and targets."""
-    for name, part in parts.items():
-        if name not in saved:
-            why = f"holds no {name}: make it with --stages kcl and the same --method and --contrast"
-            raise common.UserError(f"{args.init_from} {why}")
-        common.load_weights(part, saved[name], args.init_from)
 
 
 def build(args) -> models.Net:
@@ -515,9 +506,12 @@ def main(args) -> None:
     net = build(args)
     carried = carry(args, data, net)
     if args.init_from:
-        saved = common.load_backbone(net.backbone, args.init_from, args, ("backbone",))["state"]
-        if args.stages[0] == "tsc":
-            go_on(args, {"model": net} | carried, saved)
+        saved = common.load_backbone(net.backbone, args.init_from, args)["state"]
+        for name, part in {"model": net, **carried}.items() if args.stages[0] == "tsc" else ():
+            if name not in saved:
+                why = "make it with --stages kcl and the same --method and --contrast"
+                raise common.UserError(f"{args.init_from} holds no {name}: {why}")
+            common.load_weights(part, saved[name], args.init_from)
     for name, epochs in lengths(args).items():
         if name in args.stages and epochs:
             pretrain(run, args, name, epochs, data, net, carried)

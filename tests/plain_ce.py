@@ -32,7 +32,7 @@ OTHER = {"mini_imagenet_lt": {"imb_ratio": 100.0}}
 def train(run: common.Run, args, data, net: models.Net) -> None:
     """Batch -> logits -> loss -> step."""
     optimizer = common.sgd(net.parameters(), args.lr)
-    stage = run.stage("train", args.epochs, {"counts": data.counts}, model=net, optimizer=optimizer)
+    stage = run.stage("train", args.epochs, data.about, model=net, optimizer=optimizer)
     augment = {"crop": args.crop, "flip": args.flip}
     options = {"augment": augment, "sampler": args.sampler}
     loader = data_lt.loader(args, data.train, args.batch_size, **options)

@@ -1,7 +1,7 @@
-"""What goes wrong outside, for every script alike: processes killed, disks full, files damaged, numbers not finite.
+"""What goes wrong outside, for every script alike: kills, full disks, damaged files, numbers.
 
-Each run is a process forked from a server that has torch and the scripts loaded, so a run of two seconds costs two.
-`--slow` kills ten times instead of once and takes down the decoding workers of every script.
+Each run is a process forked from a server that has torch and the scripts loaded. `--slow` kills ten
+times instead of once and takes down the decoding workers of every script.
 """
 
 import atexit
@@ -54,11 +54,15 @@ SERVER.set_forkserver_preload(["torch", "numpy", "common", "data_lt", *SMALL])
 def child(script: str, words: list[str], said: str, prepare: Callable | None) -> None:
     """In the forked process: run the script as its command line would; after `prepare()`."""
     torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # of decoding workers, as in a process of its own
+    multiprocessing.set_start_method(
+        "fork", force=True
+    )  # of decoding workers, as in a process of its own
     output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(output, stream)
-    sys.stdout, sys.stderr = (io.TextIOWrapper(os.fdopen(os.dup(n), "wb", 0), write_through=True) for n in (1, 2))
+    sys.stdout, sys.stderr = (
+        io.TextIOWrapper(os.fdopen(os.dup(n), "wb", 0), write_through=True) for n in (1, 2)
+    )
     sys.argv = [f"{script}.py", *words]
     if prepare:
         prepare()
@@ -118,21 +122,34 @@ def poisoned() -> None:
             yield (views * float("nan") if bad else views), labels, rows
 
     data_lt.Loader.__iter__ = batches
-    common.Stage.end_epoch = lambda self, *args, **kwargs: saved.append(end_epoch(self, *args, **kwargs))
+    common.Stage.end_epoch = lambda self, *args, **kwargs: saved.append(
+        end_epoch(self, *args, **kwargs)
+    )
 
 
 class Desk:
-    """Runs of one script on one set into one folder; what they said is the text of the last that ended."""
+    """Runs of one script on one set into one folder."""
 
     def __init__(self, script: str, out: Path, *flags):
         self.script, self.out, self.count = script, out, 0
         out.mkdir(parents=True, exist_ok=True)
-        self.words = [*map(str, flags), "--out", str(out), "--device", "cpu", "--logger", "none", "--quiet"]
+        self.words = [
+            *map(str, flags),
+            "--out",
+            str(out),
+            "--device",
+            "cpu",
+            "--logger",
+            "none",
+            "--quiet",
+        ]
 
     def start(self, *more: str, prepare: Callable | None = None):
         self.count += 1
         said = self.out / f"said{self.count}.txt"
-        process = SERVER.Process(target=child, args=(self.script, [*self.words, *more], str(said), prepare))
+        process = SERVER.Process(
+            target=child, args=(self.script, [*self.words, *more], str(said), prepare)
+        )
         process.said = said
         process.start()
         return process
@@ -165,7 +182,9 @@ class Desk:
 def tiny(tmp_path_factory) -> Path:
     """The first letters of each kind, 10 to 4 to train on and 5 to test."""
     train = tuple(10 - 2 * (c % 4) for c in range(10))
-    return Path(commands.tiny_letters(tmp_path_factory.mktemp("faults") / "tiny.npz", train, (5,) * 10))
+    return Path(
+        commands.tiny_letters(tmp_path_factory.mktemp("faults") / "tiny.npz", train, (5,) * 10)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -188,11 +207,17 @@ def same_end(desk: Desk, whole: Desk) -> bool:
     """Result and networks of two finished runs are the same, bit for bit."""
     assert desk.result() == whole.result()
     ours, theirs = (
-        {path.name: common.load_checkpoint(path)["state"].get("model", {}) for path in one.folder.glob("*.pt")
-         if path.stem != "last"} for one in (desk, whole)
-    )  # fmt: skip
+        {
+            path.name: common.load_checkpoint(path)["state"].get("model", {})
+            for path in one.folder.glob("*.pt")
+            if path.stem != "last"
+        }
+        for one in (desk, whole)
+    )
     assert ours.keys() == theirs.keys()
-    return all(torch.equal(net[key], theirs[name][key]) for name, net in ours.items() for key in net)
+    return all(
+        torch.equal(net[key], theirs[name][key]) for name, net in ours.items() for key in net
+    )
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +227,10 @@ def whole(tiny, tmp_path_factory):
 
     def run(script: str) -> tuple[Desk, float]:
         if script not in done:
-            desk, began = on_letters(script, tiny, tmp_path_factory.mktemp(script)), time.monotonic()
+            desk, began = (
+                on_letters(script, tiny, tmp_path_factory.mktemp(script)),
+                time.monotonic(),
+            )
             desk.run()
             done[script] = desk, time.monotonic() - began
             assert desk.rows() >= 2
@@ -212,7 +240,9 @@ def whole(tiny, tmp_path_factory):
 
 
 @pytest.mark.parametrize("script", SMALL)
-def test_killed_wherever_it_is_a_run_ends_as_if_nothing_had_been(script, whole, tiny, tmp_path, pytestconfig):
+def test_killed_wherever_it_is_a_run_ends_as_if_nothing_had_been(
+    script, whole, tiny, tmp_path, pytestconfig
+):
     undisturbed, seconds = whole(script)
     desk, dice, kills, saved = on_letters(script, tiny, tmp_path), random.Random(script), 0, []
     while kills < (10 if pytestconfig.getoption("--slow") else 1):
@@ -222,12 +252,16 @@ def test_killed_wherever_it_is_a_run_ends_as_if_nothing_had_been(script, whole, 
         process.join()
         kills += process.exitcode == -signal.SIGKILL
         saved.append(desk.rows())
-        if process.exitcode == 0:  # it was through: from the start again, for the kills that are left
+        if (
+            process.exitcode == 0
+        ):  # it was through: from the start again, for the kills that are left
             assert same_end(desk, undisturbed)
             shutil.rmtree(desk.folder)
     desk.run()
     assert same_end(desk, undisturbed)
-    assert max(saved) > 0 or not pytestconfig.getoption("--slow"), "no kill met a run that had saved anything"
+    assert max(saved) > 0 or not pytestconfig.getoption("--slow"), (
+        "no kill met a run that had saved anything"
+    )
 
 
 @pytest.mark.parametrize("script", SMALL)
@@ -242,7 +276,9 @@ def test_stopped_late_in_every_second_epoch_it_ends_the_same(script, whole, tiny
 
 
 @pytest.mark.parametrize("script", SMALL)
-def test_a_second_process_a_full_disk_and_a_damaged_checkpoint_cost_nothing(script, whole, tiny, tmp_path):
+def test_a_second_process_a_full_disk_and_a_damaged_checkpoint_cost_nothing(
+    script, whole, tiny, tmp_path
+):
     desk = on_letters(script, tiny, tmp_path)
     process = desk.start(prepare=suspended)
     stat, deadline = Path(f"/proc/{process.pid}/stat"), time.monotonic() + 200
@@ -271,12 +307,16 @@ def test_a_number_that_is_none_ends_the_run_and_reaches_no_checkpoint(script, ti
     assert desk.rows() == 1 and (desk.folder / "last.pt").exists()
     for path in desk.folder.glob("*.pt"):
         state = common.load_checkpoint(path)["state"]["model"]
-        assert all(torch.isfinite(value).all() for value in state.values() if value.is_floating_point())
+        assert all(
+            torch.isfinite(value).all() for value in state.values() if value.is_floating_point()
+        )
 
 
 @pytest.mark.parametrize("script", SMALL)
 @pytest.mark.parametrize("label", [-1, 99])
-def test_a_label_outside_the_classes_is_told_before_anything_is_trained(script, label, tiny, tmp_path):
+def test_a_label_outside_the_classes_is_told_before_anything_is_trained(
+    script, label, tiny, tmp_path
+):
     with np.load(tiny) as file:
         arrays = dict(file)
     arrays["y_test"] = arrays["y_test"].copy()
@@ -323,6 +363,8 @@ def test_a_killed_decoding_worker_is_one_line(script, tree, tmp_path, pytestconf
     os.kill(worker, signal.SIGKILL)
     process.join(100)
     said = process.said.read_text().strip()
-    assert process.exitcode == 1 and "a decoding worker failed" in said and str(worker) in said, said
+    assert process.exitcode == 1 and "a decoding worker failed" in said and str(worker) in said, (
+        said
+    )
     assert "\n" not in said and "Traceback" not in said
     common.load_checkpoint(desk.folder / "last.pt")

@@ -1,4 +1,4 @@
-"""common.parse: defaults, help, types, refusals and what names the run follow from one table of flags."""
+"""common.parse: defaults, help, types, refusals, the run's name follow from one table."""
 
 import math
 
@@ -42,7 +42,7 @@ def test_methods_and_kinds_may_have_defaults_of_their_own():
 
 
 def test_ratios_may_have_defaults_of_their_own():
-    for flags, weight in (("--imb-ratio", 50), 0.25), (("--imb-ratio", 10), 0.5), ((), 0.5):
+    for flags, weight in ((("--imb-ratio", 50), 0.25), (("--imb-ratio", 10), 0.5), ((), 0.5)):
         args = parsed("--dataset", "cifar10_lt", *flags)
         assert args.weight == weight and args.changed == {}
     assert parsed("--imb-ratio", 50).weight == 0.5, "of small images alone"
@@ -145,9 +145,15 @@ def test_help_shows_the_three_defaults(capsys):
     with pytest.raises(SystemExit) as stopped:
         parsed("--help")
     shown = " ".join(capsys.readouterr().out.split())
-    assert stopped.value.code == 0 and shown.count("What it does. Three defaults") == 1 and "More." not in shown
-    for text in ("of first (default: 10 / 100 / 1000)", "rate (default: 0.1)", "(default: all / all / queue)",
-                 "in percent of 100 % (default: 0.5)", "a file (default: -)"):  # fmt: skip
+    assert (
+        stopped.value.code == 0
+        and shown.count("What it does. Three defaults") == 1
+        and "More." not in shown
+    )
+    for text in (
+        "of first (default: 10 / 100 / 1000)", "rate (default: 0.1)",
+        "(default: all / all / queue)", "in percent of 100 % (default: 0.5)", "a file (default: -)",
+    ):  # fmt: skip
         assert text in shown, text
     for text in ("--method {two,one}", "--select {last,val,test}", "--logger {tensorboard,none}"):
         assert text in shown, text
