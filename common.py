@@ -161,8 +161,8 @@ def weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:
 
 # How and where a run is done, not what it computes: may differ when a run continues.
 NEUTRAL = frozenset(
-    "out data_root cache_dir fresh eval predict quiet logger workers device gpus save_features".split()
-    + ["command_line", "changed"]
+    "out data_root cache_dir fresh eval predict quiet logger workers device gpus".split()
+    + ["save_features", "command_line", "changed"]
 )
 KNOWN_SETS = "glyphs_lt cifar10_lt cifar100_lt svhn_lt mini_imagenet_lt imagenet_lt inat18".split()
 LARGE_SETS = KNOWN_SETS[4:]
