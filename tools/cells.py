@@ -46,7 +46,11 @@ class Cell:
     needs: "Cell | None" = None
 
     def __str__(self) -> str:
-        return f"{self.tables[0][2]} | {shlex.join(self.words)} | seed {self.seed}"
+        return f"{self.title} | {shlex.join(self.words)}"
+
+    @property
+    def title(self) -> str:
+        return f"{self.tables[0][2]}, seed {self.seed}"
 
     @property
     def run(self) -> tuple:
@@ -236,7 +240,7 @@ class Runner:
         self.args, self.grace, self.total, self.places = args, grace, len(cells), places
         self.waiting, self.running, self.failed = list(enumerate(cells, 1)), {}, []
         self.stops: list[int] = []
-        self.live = 0  # lines of progress on the terminal
+        self.live: list[str] = []  # lines of progress on the terminal
 
     def run(self) -> list[Cell]:
         """The cells that failed; the others go on."""
@@ -270,7 +274,7 @@ class Runner:
             if cell.needs and cell.needs.run not in self.places and cell.needs not in coming:
                 self.waiting.remove((place, cell))
                 self.failed.append(cell)
-                self.say(place, f"FAILED {cell}  what it needs is not there: {cell.needs}")
+                self.say(place, f"FAILED {cell.title}  what it needs is not there: {cell.needs}")
         for slot in set(range(self.args.jobs)) - set(self.running):
             able = [(k, c) for k, c in self.waiting if not c.needs or c.needs.run in self.places]
             if able:
@@ -317,31 +321,29 @@ class Runner:
         if code or path.name != "result.json":
             self.failed.append(cell)
             last = lines[-1] if lines else "no output"
-            return f"FAILED {cell}  {seconds:.1f} s  exit code {code}: {last} (log: {log})"
+            return f"FAILED {cell.title}  {seconds:.1f} s  exit code {code}: {last} (log: {log})"
         self.places[cell.run] = path.parent
         headline = json.loads(path.read_text())["headline"] or {}
         figure = f"  overall {100 * headline['overall']:.1f} %" if "overall" in headline else ""
-        return f"done   {cell}  {seconds:.1f} s{figure}"
+        return f"done   {cell.title}  {seconds:.1f} s{figure}"
 
     def clear(self) -> None:
         """Take the live lines off the terminal."""
-        print(f"\033[{self.live}A\033[J" * bool(self.live), end="")
-        self.live = 0
+        print(f"\033[{len(self.live)}A\033[J" * bool(self.live), end="")
+        self.live = []
 
     def show(self) -> None:
         """On a terminal, a live line a running cell: stage, epoch, accuracy, seconds left."""
-        if sys.stdout.isatty() and self.running:
-            told = [progress(self.args.out / "logs" / run[1].log) for run in self.running.values()]
-            names = [
-                f"{cell.tables[0][2]}, seed {cell.seed}" for _, cell, *_ in self.running.values()
-            ]
+        if not (sys.stdout.isatty() and self.running):
+            return
+        width = os.get_terminal_size().columns - 1
+        told = []
+        for _, cell, *_ in self.running.values():
+            told.append(f"  {cell.title}: {progress(self.args.out / 'logs' / cell.log)}"[:width])
+        if told != self.live:
             self.clear()
-            width = os.get_terminal_size().columns - 1
-            print(
-                "\n".join(f"  {a}: {b}"[:width] for a, b in zip(names, told, strict=True)),
-                flush=True,
-            )
-            self.live = len(names)
+            print("\n".join(told), flush=True)
+            self.live = told
 
     def end(self) -> None:
         """Let what still runs save and stop; kill what does not."""

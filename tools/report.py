@@ -292,51 +292,35 @@ FIGURES = ("overall", *common.GROUPS, "macro_f1", "harmonic_mean", "worst_class"
 
 
 def compare(one: Path, other: Path) -> list[str]:
-    """Lines of a table for every pair of runs.
-
-    Where each place holds one run (script, data set, variant) these two are the pair; else the
-    runs that both have.
-    """
+    """Means of two runs over the seeds that both have, their paired difference, standard error."""
     found = []
     for place in (one, other):
         groups = by_run(r for r in read_results([place]) if r.get("headline"))
-        if not groups:
-            raise common.UserError(f"{place}: no result.json with a headline below it")
-        found.append(groups)
-    a, b = found
-    single = len(a) == len(b) == 1
-    pairs = [(*a, *b)] if single else [(key, key) for key in a if key in b]
-    if not pairs:
-        what = "no run (script, data set, variant) in common"
-        raise common.UserError(f"{one} and {other} have {what}")
-    lines = []
-    for left, right in pairs:
-        lines += [f"A: {', '.join(left)} ({one})", f"B: {', '.join(right)} ({other})"]
-        lines += _paired_lines(a[left], b[right])
-    return lines
-
-
-def _paired_lines(first: list[dict], second: list[dict]) -> list[str]:
-    """Means over the seeds that both runs have, their paired difference and its standard error."""
-    own = {"A": {r["seed"]: r for r in first}, "B": {r["seed"]: r for r in second}}
-    seeds = sorted(set(own["A"]) & set(own["B"]))
-    if not seeds:
-        listed = [unique(sorted(part)) for part in own.values()]
+        if len(groups) != 1:
+            message = f"holds {len(groups)} runs with a headline; name the folder of one"
+            raise common.UserError(f"{place} {message}")
+        found += groups.values()
+    seeds = [{result["seed"] for result in part} for part in found]
+    both = sorted(seeds[0] & seeds[1])
+    if not both:
+        listed = [unique(sorted(part)) for part in seeds]
         raise common.UserError(f"no seed in common: {listed[0]} in A, {listed[1]} in B")
-    lines = [f"seeds {unique(seeds)}"]
-    x, y = ([part[seed] for seed in seeds] for part in own.values())
-    if x[0].get("data") != y[0].get("data"):
+    lines = []
+    for name, part, place in zip("AB", found, (one, other), strict=True):
+        lines.append(f"{name}: {', '.join(name_of(part[0])[:2])}, {describe(part[0])} ({place})")
+    lines.append(f"seeds {unique(both)}")
+    if found[0][0].get("data") != found[1][0].get("data"):
         lines.append("note: A and B were trained on different images")
-    for name, part in own.items():
-        if alone := sorted(set(part) - set(seeds)):
-            lines.append(f"note: {name} has seed(s) {unique(alone)} alone")
+    for name, part in zip("AB", seeds, strict=True):
+        if alone := part - set(both):
+            lines.append(f"note: {name} has seed(s) {unique(sorted(alone))} alone")
     rows = [["percent", "A", "B", "B - A", "standard error"]]
     for name in FIGURES:
-        *both, difference, error = paired(x, y, figure_of(name))
-        rows.append([name, *(mean_text(v, runs=len(v)) for v in both), difference, error])
-    spent = zip(("image passes", "seconds"), costs(x)[1:], costs(y)[1:], strict=True)
-    rows += [[*cost, "", ""] for cost in spent]
-    return [*lines, "", *markdown(rows)]
+        *values, difference, error = paired(*found, figure_of(name))
+        rows.append([name, *(mean_text(v, runs=len(v)) for v in values), difference, error])
+    shared = [[result for result in part if result["seed"] in both] for part in found]
+    spent = zip(("image passes", "seconds"), *(costs(part)[1:] for part in shared), strict=True)
+    return [*lines, "", *markdown([*rows, *([*cost, "", ""] for cost in spent)])]
 
 
 # --- weights of a run -----------------------------------------------------------------------------
