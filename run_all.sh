@@ -66,7 +66,13 @@ letters, BNS: probe                 | python bns_ipdpp.py --method bns          
 letters, BNS: subsets               | python bns_ipdpp.py --stages finetune --subset-mode legacy --init-from <k-DPP>/pretrain.pt | 0,1,2
 letters, BNS: subsets               | python bns_ipdpp.py --stages finetune --subset-mode all --finetune-epochs 161 --init-from <k-DPP>/pretrain.pt | 0,1,2
 letters, BNS: subsets               | python bns_ipdpp.py --stages finetune --dpp-scale n2 --init-from <k-DPP>/pretrain.pt | 0,1,2
-letters, TailCalibX: rows           | python tailcalibx.py --method {tailcalib,ce,crt,cbd,modals,cbd_tailcalibx,ce_tailcalib} | 0,1,2
+letters, TailCalibX: CE, linear     | python tailcalibx.py --method ce                                | 0,1,2
+letters, TailCalibX: CE + cRT       | python tailcalibx.py --method crt                               | 0,1,2
+letters, TailCalibX: CE + MODALS    | python tailcalibx.py --method modals --stages modals --init-from <CE, linear>/ce.pt | 0,1,2
+letters, TailCalibX: CE + TailCalib | python tailcalibx.py --method ce_tailcalib --stages tailcalib --init-from <CE, linear>/ce.pt | 0,1,2
+letters, TailCalibX: TailCalib      | python tailcalibx.py --method tailcalib                         | 0,1,2
+letters, TailCalibX: CBD            | python tailcalibx.py --method cbd --stages cbd --init-from <cosine CE>/cosine_ce.pt | 0,1,2
+letters, TailCalibX: CBD + TailCalibX | python tailcalibx.py --method cbd_tailcalibx --stages tailcalibx --init-from <CBD>/cbd.pt | 0,1,2
 letters, TailCalibX: real features  | python tailcalibx.py --no-generate                              | 0,1,2
 
 [all] # CIFAR: all methods with as many image passes, ResNet-32
@@ -96,7 +102,7 @@ CIFAR-10: similarity                | python toy_similarity.py --dataset cifar10
 
 # Self-supervised pre-training: eight recipes, two sets, four ratios; LDAM-DRW; MoCo; other depths
 headline: CE + DRW                  | python ssp_pretrain.py --dataset cifar10_lt --ssp none --rule drw | 0,1,2
-headline: SSP + DRW                 | python ssp_pretrain.py --dataset cifar10_lt --rule drw          | 0,1,2
+headline: SSP + DRW                 | python ssp_pretrain.py --dataset cifar10_lt --rule drw --stages train --init-from <SSP + CE>/pretrain.pt | 0,1,2
 headline: LDAM-DRW                  | python ssp_pretrain.py --dataset cifar10_lt --ssp none --loss ldam --rule drw | 0,1,2
 CIFAR-LT: SSP                       | python ssp_pretrain.py --dataset {cifar10_lt,cifar100_lt} --imb-ratio {100,50,20,10} --ssp {none,rotation} --rule {none,resample,reweight,drw} | 0,1,2
 CIFAR-LT: SSP (LDAM-DRW)            | python ssp_pretrain.py --dataset {cifar10_lt,cifar100_lt} --imb-ratio {100,10} --ssp {none,rotation} --loss ldam --rule drw | 0,1,2

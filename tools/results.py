@@ -19,7 +19,6 @@ RECORDED = ROOT / "results" / "runs.jsonl"
 
 # --- runs -----------------------------------------------------------------------------------------
 
-NEEDED = ("script", "dataset", "variant", "seed")
 LONG = ("kind", "confusion", "similarity", "arms", "rows", "train", "diagnostics", "kept")
 FIRST = ("script", "dataset", "variant", "seed", "changed", "headline", "best_on_test", "timing")
 
@@ -51,7 +50,9 @@ def _read(place: Path):
     for where, text in texts.items():
         try:
             result = json.loads(text, parse_constant=lambda name: None)
-            [result[key] for key in (*NEEDED, "headline", "args", "changed", "method")]
+            [result[key] for key in ("headline", "args", "changed", "method")]
+            if [type(part) for part in (*name_of(result), result["seed"])] != [str, str, str, int]:
+                raise TypeError("script, dataset, variant or seed is of the wrong type")
         except (ValueError, LookupError, TypeError, RecursionError) as error:
             why = f"{type(error).__name__}: {error}"
             print(f"skipped {where}: not one of our results ({why})", file=sys.stderr)
