@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import commands
 import pytest
@@ -367,9 +366,7 @@ def test_the_first_page_has_claims_real_images_and_leagues(desk):
     assert f"{shown} | {passes}" in page
     assert "| two | uniformity | base: 4.0 ± 1.0 | more: 4.0 ± 1.0 | +0.00 ± 0.00" in page
     assert "| alone | recall of R (tail) | class 100: 10.0 ± 0.0 | class 5000: 20.0 ± 0.0 |" in page
-    assert (
-        "never run" not in page and "| it, cifar10_lt_ir100 | fake: fake | - | 71.0 ± 1.0" in page
-    )
+    assert "never run" not in page and "| it, cifar10_lt_ir100 | fake: kcl | - | 71.0 ± 1.0" in page
     rows = [line.split(" | ")[0] for line in page[page.index("## All methods") :].splitlines()]
     assert [row for row in rows if row[:1] == "|"][2:] == ["| better", "| it", "| worse"]
     assert "Same training images" in page and "image passes DIFFER" in page

@@ -142,7 +142,7 @@ def test_the_recorded_tables_are_made_of_the_recorded_runs(tmp_path, monkeypatch
     assert all("epochs" in variant or "points" in variant for *_, variant in short), short
     figures = pytest.importorskip("tools.figures")
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(figures, "save_figure", lambda figure, path: path)
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: figure.clear() or path)
     found = cells.read_cells(cells.read_lines(ROOT / "run_all.sh"), 9)
     written = figures.write_figures(recorded, found, tmp_path / "none")
     shown = {path.name for path in (ROOT / "results" / "figures").iterdir()}
