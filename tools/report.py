@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
-from scipy.stats import t
+from scipy import stats
 
 import common
 from tools.cells import Cell, Runner, minutes, read_cells, read_lines, why_not
@@ -129,7 +129,7 @@ def _claim(base: str, first: list[dict], name: str, second: list[dict], figure: 
     """A figure of a baseline and of a method, their difference, what both took."""
     one, two, difference, error = paired(first, second, figure_of(figure))
     if error != "-":
-        sure = abs(float(difference)) > t.ppf(0.975, len(one) - 1) * float(error)
+        sure = abs(float(difference)) > stats.t.ppf(0.975, len(one) - 1) * float(error)
         difference += f" ± {error}" + ", no sure difference" * (not sure)
     values = [mean_text(part, runs=len(part)) for part in (one, two)]
     passes = " / ".join(costs(part)[1] for part in (first, second))
