@@ -175,17 +175,19 @@ def _shown(cell: Cell, pattern: re.Pattern) -> bool:
     return any(pattern.search(f"{table} | {call}") for _, _, table in cell.tables)
 
 
-def _with_needed(chosen: list[Cell], every: list[Cell]) -> list[Cell]:
+def _with_needed(chosen: list[Cell], every: list[Cell], above: tuple = ()) -> list[Cell]:
     """The chosen cells, before each the one whose folder it names."""
     found = []
     for cell in chosen:
+        if cell in above:
+            raise common.UserError(f"this needs itself: {cell}")
         for row in re.findall(r"<([^<>]+)>", " ".join(cell.words)):
             rows = [c for c in every if any(t.split(": ")[-1] == row for _, _, t in c.tables)]
             same = [c for c in rows if (c.name[1], c.seed) == (cell.name[1], cell.seed)]
             if not same:
                 raise common.UserError(f"no line is called {row}, which this needs: {cell}")
             cell.needs = same[0]
-        found += _with_needed([cell.needs], every) if cell.needs else []
+        found += _with_needed([cell.needs], every, (*above, cell)) if cell.needs else []
         found.append(cell)
     return list(dict.fromkeys(found))
 
