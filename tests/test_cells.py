@@ -39,7 +39,8 @@ if __name__ == "__main__":
     with open(args.out / "starts", "a") as file:
         threads = os.environ["OMP_NUM_THREADS"]
         print(args.accuracy, args.seed, threads, args.data_root, file=file)
-    print("training\\n" + "train 3/40  loss 1.2  test 61.5%  (9 images/s, 1,234 s left)", flush=True)
+    print("training")
+    print("train 3/40  loss 1.2  test 61.5%  (9 images/s, 1,234 s left)", flush=True)
     if args.fail: sys.exit("it went wrong")
     if args.init_from: print(Path(args.init_from).read_text())
     if args.deaf: signal.signal(signal.SIGTERM, signal.SIG_IGN)
