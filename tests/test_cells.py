@@ -210,12 +210,12 @@ def test_cells_run_once_and_again_when_their_folder_is_gone(desk, capsys):
     assert said.index("skipped: 1 cell(s)") < said.index("[1/2] start  one, seed 0")
     assert "overall 60.0 %" in said and "overall 75.0 %" in said
     assert sorted(desk.starts()) == ["60.0 0 1 data", "70.0 5 1 data"]
-    assert "fake --accuracy 60 | 60.0 (1 seed) |" in desk.page()
+    assert "--method fake --accuracy 60 | 60.0 (1 seed) |" in desk.page()
 
     assert desk(lines, "--seeds", "3") == 0, "one seed of the first line is finished"
     said = capsys.readouterr().out
     assert "will run 2 cell(s)" in said and "finished before: one" in said
-    assert "fake --accuracy 60 | 61.0 ± 1.0 (3 seeds) |" in desk.page() and len(desk.starts()) == 4
+    assert "--method fake --accuracy 60 | 61.0 ± 1.0 (3 seeds) |" in desk.page() and len(desk.starts()) == 4
     assert desk(lines, "--seeds", "3") == 0 and len(desk.starts()) == 4, "all finished: no process"
     shutil.rmtree(desk.path / "runs" / "fake" / "glyphs_lt_ir100" / "fake_accuracy70")
     assert desk(lines, "--seeds", "3") == 0 and desk.starts()[4:] == ["70.0 5 1 data"]
@@ -354,7 +354,7 @@ def test_the_first_page_has_claims_real_images_and_leagues(desk):
     assert f"{shown} | {passes}" in page
     assert "| two | uniformity | base: 4.0 ± 1.0 | more: 4.0 ± 1.0 | +0.00 ± 0.00" in page
     assert "| alone | recall of R (tail) | class 100: 10.0 ± 0.0 | class 5000: 20.0 ± 0.0 |" in page
-    assert "never run" not in page and "| it, cifar10_lt_ir100 | fake: kcl | - | 71.0 ± 1.0" in page
+    assert "never run" not in page and "| it, cifar10_lt_ir100 | `fake.py --method kcl` | - | 71.0 ± 1.0" in page
     rows = [line.split(" | ")[0] for line in page[page.index("## All methods") :].splitlines()]
     assert [row for row in rows if row[:1] == "|"][2:] == ["| better", "| it", "| worse"]
     assert "Same training images" in page and "image passes DIFFER" in page

@@ -61,10 +61,10 @@ def test_headline_and_tables_are_averaged_over_seeds(tmp_path):
     put(tmp_path, result(0), result(1, some), result(2, fewer), other, other | {"script": "toy"})
     text = make_tables(tmp_path)
     assert (
-        "| cifar10_lt_ir100: kcl | 71.0 ± 1.0 (3 seeds) | - | - | 90.0 ± 0.0 | 50.0 ± 0.0 | n/a "
+        "| cifar10_lt_ir100: --method kcl | 71.0 ± 1.0 (3 seeds) | - | - | 90.0 ± 0.0 | 50.0 ± 0.0 | n/a "
         "| 60.0 ± 0.0 | 10.0 ± 0.0 | 75.0 ± 0.0 (epoch 180, 181, 182) | 200 | 12,345 | 101 ± 1 |"
     ) in text
-    assert "### A | B: cifar10_lt_ir100, kcl" in text and "a note; 3 seeds (0, 1, 2)." in text
+    assert "### A | B: cifar10_lt_ir100, --method kcl" in text and "a note; 3 seeds (0, 1, 2)." in text
     assert "| class | 100 | 5000 |\n| --- | ---: | ---: |\n" in text and "device toaster" in text
     assert "| R (tail) | 14.0 ± 4.0 | 25.0 ± 7.1 (2 seeds) |\n" in text
     assert "| few | 30.0 ± 0.0 | 40.0 (1 seed) |" in text
@@ -347,6 +347,6 @@ def test_a_published_figure_is_joined_and_its_epoch_said(tmp_path):
     put(tmp_path, result(0, args=args, changed={"gpus": 2}))
     put(tmp_path, result(0, args=args, changed={"lr": 0.1}, variant="other"))
     text = make_tables(tmp_path)
-    assert "| cifar10_lt_ir100: kcl --gpus 2 | 70.0 (1 seed) | 77.6 | - |" in text, "joined"
-    assert "| cifar10_lt_ir100: kcl --lr 0.1 | 70.0 (1 seed) | - | - |" in text, "other settings"
+    assert "| cifar10_lt_ir100: --method kcl --gpus 2 | 70.0 (1 seed) | 77.6 | - |" in text, "joined"
+    assert "| cifar10_lt_ir100: --method kcl --lr 0.1 | 70.0 (1 seed) | - | - |" in text, "other settings"
     assert "Column paper: supplement, table 10; epoch: unknown." in text

@@ -178,7 +178,7 @@ def _real_row(name: str, seeds: list[dict], published: Published) -> list[str]:
     minutes = [(r.get("timing") or {}).get("seconds") for r in seeds]
     return [
         name,
-        f"{seeds[0]['script']}: {describe(seeds[0])}",
+        f"`{seeds[0]['script']}.py {describe(seeds[0])}`",
         mean_text([known["overall"]], runs=1) if known else "-",
         mean_text(percent(seeds, "headline", "overall"), runs=len(seeds)),
         best_on_test(seeds),

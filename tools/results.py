@@ -155,14 +155,16 @@ def _beside(result: dict) -> list[dict]:
 
 
 def describe(result: dict) -> str:
-    """Method and changed flags as they are typed: `bns_ipdpp --subset-mode uniform`."""
-    words = [result["method"]]
-    for name, value in result["changed"].items():
+    """Method and changed flags as they are typed: `--method bns_ipdpp --subset-mode uniform`."""
+    named = "ssp" if result["script"] == "ssp_pretrain" else "method"
+    words = []
+    for name, value in {named: result["method"], **result["changed"]}.items():
         words.append(f"--{name.replace('_', '-')}")
-        if isinstance(value, float):
-            words.append(f"{value:g}")
+        if name == "stages":
+            words.append(value.replace("-", ","))
         elif value is not True:
-            words.append(str(value).split("/")[-1])
+            text = f"{value:g}" if isinstance(value, float) else str(value)
+            words.append(text.split("/")[-1])
     return " ".join(words)
 
 
