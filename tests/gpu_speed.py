@@ -1,15 +1,16 @@
-"""How fast each method trains against a bare step of its network: `python tests/benchmarks.py --gpu`.
+"""How fast each method trains against a bare step of its network: `benchmarks.py --gpu`.
 
-Every method runs as its user starts it, at its CIFAR-10-LT settings, on random images of that set's size for a few
-epochs, eager and with --compile; what it did in the last epoch of each stage is read from its own metrics.jsonl. The
-bare step is forward, backward and optimiser of the same network on one fixed batch of the same size, eager, compiled,
-and on a GPU captured as a graph ("reduce-overhead"). One JSON line a stage that trains the network:
+Every method runs as its user starts it, at its CIFAR-10-LT settings, on random images of that set's
+size for a few epochs, eager and with --compile; what it did in the last epoch of each stage is read
+from its own metrics.jsonl. The bare step is forward, backward and optimiser of the same network on
+one fixed batch of the same size, eager, compiled, and on a GPU captured as a graph. One JSON line a
+stage that trains the network:
 
-  passes_per_second          images forward and backward a second, all views (passes without a gradient count 0)
-  data_wait                  share of the training time spent waiting for the next batch
-  of_bare                    passes_per_second / those of the eager bare step
-  utilisation                operations (2 a multiply-add; forward and backward) of the network / the peak of the GPU
-  compiled                   passes_per_second with --compile
+  passes_per_second   images forward and backward a second, all views (without gradient: 0)
+  data_wait           share of the training time spent waiting for the next batch
+  of_bare             passes_per_second / those of the eager bare step
+  utilisation         operations (2 a multiply-add) of the network / the peak of the GPU
+  compiled            passes_per_second with --compile
   bare, bare_compiled, bare_graphed   passes a second of the bare step
 """
 
@@ -34,42 +35,44 @@ import common  # noqa: E402
 import models  # noqa: E402
 from data_lt import long_tail_counts  # noqa: E402
 
-METHODS = {  # the epochs are settled by `short`
+METHODS = {
     "CE": "ssp_pretrain.py --ssp none --train-epochs {e}",
-    "SSP, rotation": "ssp_pretrain.py --ssp rotation --epochs {e} --train-epochs {e}",
+    "SSP, rotation": "ssp_pretrain.py --epochs {e} --train-epochs {e}",
     "SSP, MoCo": "ssp_pretrain.py --ssp moco --epochs {e} --train-epochs {e}",
     "KCL": "tsc.py --method kcl --epochs {e} --classifier-epochs {e}",
-    "TSC": "tsc.py --method tsc --epochs {e} --classifier-epochs {e}",
-    "BNS+IP-DPP": "bns_ipdpp.py --epochs {e} --finetune-epochs {e}",
+    "TSC": "tsc.py --epochs {e} --classifier-epochs {e}",
+    "BNS + IP-DPP": "bns_ipdpp.py --epochs {e} --finetune-epochs {e}",
     "GLMC": "fsgl.py --method glmc --epochs {e}",
-    "FSGL": "fsgl.py --method fsgl --epochs {e}",
+    "FSGL": "fsgl.py --epochs {e}",
     "TailCalibX": "tailcalibx.py --epochs {e} --classifier-epochs {e}",
 }
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # operations a second, dense bfloat16, from the data sheets
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # operations a second, bf16, data sheets
 
 
 def cifar_like(path: Path, n_max: int, n_test: int, side: int) -> None:
-    """Random images in the numbers of CIFAR-10-LT (ratio 100): n_max in the first of ten classes."""
+    """Random images in the numbers of CIFAR-10-LT (ratio 100): n_max in the first class."""
     rng, counts = np.random.default_rng(0), long_tail_counts(10, n_max, 100, "exp")
-    arrays = {"y_train": np.repeat(np.arange(10), counts), "y_test": np.repeat(np.arange(10), n_test)}
-    for split in ("train", "test"):
-        shape = (len(arrays[f"y_{split}"]), side, side, 3)
-        arrays[f"x_{split}"] = rng.integers(0, 256, shape, dtype=np.uint8)
+    arrays = {}
+    for split, each in (("train", counts), ("test", n_test)):
+        labels = np.repeat(np.arange(10), each)
+        arrays[f"y_{split}"] = labels
+        arrays[f"x_{split}"] = rng.integers(0, 256, (len(labels), side, side, 3), dtype=np.uint8)
     np.savez(path, **arrays)
 
 
-def run_method(
-    words: Sequence[str], data: Path, out: Path, device: str, more: Sequence[str]
-) -> tuple[dict, list[dict]]:
+def run_method(words: Sequence[str], data: Path, out: Path, device: str) -> tuple[dict, list[dict]]:
     """Arguments of a finished run and the last row of each of its stages."""
-    line = [sys.executable, str(ROOT / words[0]), *words[1:], "--dataset", str(data), "--out", str(out)]
-    line += ["--device", device, "--logger", "none", "--quiet", "--eval-every", "1000", *more]
+    script, *flags = words
+    line = [sys.executable, str(ROOT / script), *flags, "--dataset", str(data), "--out", str(out)]
+    line += ["--device", device, "--logger", "none", "--quiet", "--eval-every", "1000"]
     done = subprocess.run(line, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"benchmarks.py: error: {' '.join(words)}: {done.stderr.strip().splitlines()[-1]}")
+        why = done.stderr.strip().splitlines()[-1]
+        raise SystemExit(f"benchmarks.py: error: {' '.join(words)}: {why}")
     (folder,) = {path.parent for path in out.glob("*/*/*/seed*/args.json")}
     rows = [json.loads(row) for row in (folder / "metrics.jsonl").read_text().splitlines()]
-    return json.loads((folder / "args.json").read_text()), list({row["stage"]: row for row in rows}.values())
+    last = {row["stage"]: row for row in rows}
+    return json.loads((folder / "args.json").read_text()), list(last.values())
 
 
 def batch_of(row: dict) -> int:
@@ -91,19 +94,24 @@ def seconds_of(step: Callable, device: str, repeats: int = 30) -> float:
     return statistics.median(spent)
 
 
-def bare_steps(name: str, batch: int, side: int, device: str, precision: str, compiled: bool) -> dict:
-    """Passes a second of bare steps of a backbone with a linear head of ten classes, and operations of one pass."""
-    args = type("Args", (), {"device": device, "precision": precision})
-    images = torch.randn(batch, 3, side, side, device=device).contiguous(memory_format=torch.channels_last)
-    labels = torch.arange(batch, device=device) % 10
+def bare_steps(name: str, shape: tuple[int, int], args, compiled: bool) -> dict:
+    """Passes a second of bare steps of a backbone with ten classes, and operations of one pass.
+
+    shape: (batch, side) of the images. args: device and precision.
+    """
+    batch, side = shape
+    images = torch.randn(batch, 3, side, side, device=args.device)
+    images = images.contiguous(memory_format=torch.channels_last)
+    labels = torch.arange(batch, device=args.device) % 10
     modes = {"bare": None} | ({"bare_compiled": "default"} if compiled else {})
-    modes |= {"bare_graphed": "reduce-overhead"} if compiled and device.startswith("cuda") else {}
+    if compiled and args.device.startswith("cuda"):
+        modes["bare_graphed"] = "reduce-overhead"
     found = {"bare_compiled": None, "bare_graphed": None}
     for kind, mode in modes.items():
         backbone = models.backbone(name)
         net = models.Net(backbone, torch.nn.Linear(backbone.feature_dim, 10))
-        net = net.to(device, memory_format=torch.channels_last)
-        optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9, fused=device.startswith("cuda"))
+        net = net.to(args.device, memory_format=torch.channels_last)
+        optimizer = common.sgd(net.parameters(), 0.01)
         network = torch.compile(net, mode=mode) if mode else net
 
         def step(network=network, optimizer=optimizer) -> None:
@@ -118,36 +126,36 @@ def bare_steps(name: str, batch: int, side: int, device: str, precision: str, co
             with FlopCounterMode(display=False) as counter:
                 step()
             found["operations"] = counter.get_total_flops() / batch
-        found[kind] = batch / seconds_of(step, device)
+        found[kind] = batch / seconds_of(step, args.device)
     return found
 
 
-def measure(name: str, words: str, data: Path, device: str, epochs: int, compiled: bool, more: Sequence[str] = ()):
+def measure(name: str, words: Sequence[str], data: Path, device: str, compiled: bool):
     """Yield one row a stage of a method."""
-    words = words.format(e=epochs).split()
     with tempfile.TemporaryDirectory() as folder:
-        args, rows = run_method(words, data, Path(folder) / "eager", device, more)
+        said, rows = run_method(words, data, Path(folder) / "eager", device)
         faster = {}
         if compiled:
-            again = run_method([*words, "--compile"], data, Path(folder) / "compiled", device, more)[1]
+            again = run_method([*words, "--compile"], data, Path(folder) / "compiled", device)[1]
             faster = {row["stage"]: round(row["timing"]["passes_per_second"]) for row in again}
-    side = np.load(data)["x_test"].shape[1]
-    peak = next((PEAK[key] for key in PEAK if device.startswith("cuda") and key in torch.cuda.get_device_name()), None)
-    bare = {}
+    args = type("Args", (), {"device": device, "precision": said["precision"]})
+    card = torch.cuda.get_device_name() if device.startswith("cuda") else ""
+    peak, bare = next((PEAK[key] for key in PEAK if key in card), None), {}
     for row in rows:
         if not row["passes"]:
             continue  # a classifier on a frozen network: nothing to compare with its whole step
-        batch, passes = batch_of(row), row["timing"]["passes_per_second"]
-        if batch not in bare:
-            bare[batch] = bare_steps(args["backbone"], batch, side, device, args["precision"], compiled)
-        floor = bare[batch]
+        shape = batch_of(row), np.load(data)["x_test"].shape[1]
+        bare[shape] = bare.get(shape) or bare_steps(said["backbone"], shape, args, compiled)
+        floor, passes = bare[shape], row["timing"]["passes_per_second"]
+        kinds = ("bare", "bare_compiled", "bare_graphed")
         yield {
-            "name": name, "stage": row["stage"], "backbone": args["backbone"], "batch": batch,
-            "precision": args["precision"], "passes_per_second": round(passes),
-            "data_wait": row["timing"]["data_wait_share"], "of_bare": round(passes / floor["bare"], 3),
+            "name": name, "stage": row["stage"], "backbone": said["backbone"], "batch": shape[0],
+            "precision": args.precision, "passes_per_second": round(passes),
+            "data_wait": row["timing"]["data_wait_share"],
+            "of_bare": round(passes / floor["bare"], 3),
             "utilisation": round(passes * floor["operations"] / peak, 4) if peak else None,
             "compiled": faster.get(row["stage"]),
-            **{key: floor[key] and round(floor[key]) for key in ("bare", "bare_compiled", "bare_graphed")},
+            **{key: floor[key] and round(floor[key]) for key in kinds},
         }  # fmt: skip
 
 
@@ -157,5 +165,5 @@ def main(device: str = "cuda") -> None:
         data = Path(folder) / "random.npz"
         cifar_like(data, n_max=5000, n_test=100, side=32)
         for name, words in METHODS.items():
-            for row in measure(name, words, data, device, epochs=4, compiled=True):
+            for row in measure(name, words.format(e=4).split(), data, device, compiled=True):
                 print(json.dumps(row | {"device": torch.cuda.get_device_name()}), flush=True)

@@ -1,8 +1,8 @@
 """Pictures of runs, drawn from what they wrote: `python -m tools.figures RUN_FOLDER...`.
 
-Into each run's folder: the tables that are curves, confusion, recall against class size,
-reliability; of features that were saved (`--save-features`) their two first principal components.
-`python -m tools.report figures` draws all runs of a folder, averaged over seeds, side by side.
+Into each run's folder: the tables that are curves, learning curves, recall against class size,
+reliability, confusion; of features that were saved (`--save-features`) their two first principal
+components. `python -m tools.report figures` draws what RESULTS.md shows.
 """
 
 import argparse
@@ -23,10 +23,11 @@ import tailcalibx
 from tools.results import (
     Published,
     by_run,
-    label,
+    describe,
     mean_std,
     mean_text,
     read_results,
+    rows_of,
     tables_of,
 )
 
@@ -66,12 +67,15 @@ class Album:
 
     def add(self, draw, size: tuple[float, float], name: Sequence[str], *what) -> None:
         """One picture of `size` inches that `draw(axes, *what)` makes."""
+        figure, axes = self.plt.subplots(figsize=size)
+        draw(axes, *what)
+        self.keep(figure, name)
+
+    def keep(self, figure, name: Sequence[str]) -> None:
         stem = re.sub(r"[^\w.+]+", "-", "-".join(name)).strip("-")[:150]
         path = self.folder / f"{stem}.png"
         if path in self.written:
             path = self.folder / f"{stem}-{len(self.written)}.png"
-        figure, axes = self.plt.subplots(figsize=size)
-        draw(axes, *what)
         self.written.append(save_figure(figure, path))
 
 
@@ -80,46 +84,44 @@ class Album:
 WIDE, SQUARE = (7.2, 4.4), (6.4, 5.6)
 
 
-def write_figures(results: Sequence[dict], folder: Path, published: Published) -> list[Path]:
-    """Draw curves, recall, reliability and confusion as PNG, averaged over seeds; the files."""
-    album, runs = Album(folder), by_run(results)
-    for name, seeds in runs.items():
-        run = ", ".join(name[1:])
+def write_figures(results: Sequence[dict], cells: Sequence, folder: Path) -> list[Path]:
+    """The pictures that RESULTS.md shows, averaged over seeds; the files.
+
+    Recall of the classes for every claim and league, reliability of leagues, the tables that are
+    curves, learning curves of a script on a data set.
+    """
+    album, published = Album(folder), Published.read()
+    for (table, dataset), rows in rows_of(cells, results).items():
+        kind, _, name = table.partition(" ")
+        rows = {row: own for row, seeds in rows.items() if (own := with_recall(seeds))}
+        if (kind == "claim" and len(rows) > 1) or (kind == "league," and len(rows) > 2):
+            name = name.split(",")[0]
+            title = f"{name}, {dataset}: "
+            album.add(
+                draw_recall, WIDE, [kind, name, dataset], rows, title + "recall by class size"
+            )
+            if kind == "league,":
+                what = [kind, name, dataset, "reliability"]
+                album.add(draw_reliability, WIDE, what, rows, title + "reliability")
+    learning: dict[tuple, dict] = {}
+    for (script, dataset, variant), seeds in by_run(results).items():
         for table in tables_of(seeds, published):
             if table.get("plot"):
-                album.add(draw_curves, WIDE, [*name, table["title"]], table, run)
-        if counted := [result["confusion"] for result in seeds if result.get("confusion")]:
-            point = f", {seeds[0]['confusion_of']}" if seeds[0].get("confusion_of") else ""
-            title = f"{name[0]}, {run}{point}, {len(counted)} seed(s)"
-            names = seeds[0].get("classes")
-            album.add(draw_confusion, SQUARE, [*name, "confusion"], counted, names, title)
-    recalls = _side_by_side(runs)
-    for (script, dataset), members in recalls.items():
-        known = [seeds for seeds in members if all(r.get("reliability") for r in seeds)]
-        if known:
-            title = f"{script}, {dataset}: reliability"
-            album.add(draw_reliability, WIDE, [script, dataset, "reliability"], known, title)
-    for name, members in recalls.items():
-        title = f"{', '.join(name)}: recall against class size"
-        album.add(draw_recall, WIDE, [*name, "recall"], members, title)
+                run = f"{dataset}, {describe(seeds[0])}"
+                what = [script, dataset, variant, table.get("row_header", "")]
+                album.add(draw_curves, WIDE, what, table, run)
+        for result in seeds:
+            if result.get("curve") and not dataset.startswith("glyphs_lt"):
+                name = f"{describe(result)}, seed {result['seed']}"
+                learning.setdefault((script, dataset), {})[name] = result
+    for name, runs in learning.items():
+        figure = draw_learning(album.plt, runs, ", ".join(name))
+        album.keep(figure, [*name, "learning"])
     return album.written
 
 
-def _side_by_side(runs: dict[tuple, list[dict]]) -> dict[tuple, list[list[dict]]]:
-    """Runs of one picture: those of a script and data set, and those of a comparison."""
-    recalls: dict[tuple, list[list[dict]]] = {}
-    for name, seeds in runs.items():
-        counted = [r for r in seeds if r.get("headline") and r.get("per_class")]
-        if counted:
-            recalls.setdefault(name[:2], []).append(counted)
-            made_for = [table for result in counted for table in result.get("made_for", [])]
-            if any(table.startswith("comparison") for table in made_for):
-                recalls.setdefault(("comparison", name[1]), []).append(counted)
-    return recalls
-
-
-def _run_name(seeds: list[dict], title: str) -> str:
-    return label(seeds) if title.startswith("comparison") else seeds[0]["variant"]
+def with_recall(seeds: list[dict]) -> list[dict]:
+    return [result for result in seeds if result.get("headline") and result.get("per_class")]
 
 
 def _line(axes, x: Sequence[float], rows: Sequence, name: str, index: int) -> str:
@@ -174,13 +176,13 @@ def draw_curves(axes, table: dict, run: str) -> None:
     _finish(axes, plot["x"], plot.get("xlabel", ""), plot.get("ylabel", ""), title)
 
 
-def draw_recall(axes, runs: list[list[dict]], title: str) -> None:
+def draw_recall(axes, runs: dict[str, list[dict]], title: str) -> None:
     """Recall of the classes (percent) against their training count, one line a run.
 
     Classes of equal count are averaged; of more than 30 those within a tenth of a decade.
     """
     every: list[float] = []
-    for index, seeds in enumerate(runs):
+    for index, (name, seeds) in enumerate(runs.items()):
         counts, bins = seeds[0]["counts"], {}
         for c, count in enumerate(counts):
             exact = len(counts) <= 30 or count < 1
@@ -191,29 +193,62 @@ def draw_recall(axes, runs: list[list[dict]], title: str) -> None:
             for result in seeds
         ]
         rows = [[None if value is None else 100 * value for value in row] for row in rows]
-        _line(axes, list(bins), rows, _run_name(seeds, title), index)
+        _line(axes, list(bins), rows, name, index)
         every += bins
     _finish(axes, every, "training images of the class", "recall (%)", title)
 
 
-def draw_reliability(axes, runs: list[list[dict]], title: str) -> None:
+def draw_reliability(axes, runs: dict[str, list[dict]], title: str) -> None:
     """Accuracy against confidence in 15 bins, all seeds of a run together; honest: the diagonal."""
     axes.plot([0, 100], [0, 100], color="black", linewidth=0.8)
-    for index, seeds in enumerate(runs):
-        bins = [result["reliability"] for result in seeds]
+    for index, (name, seeds) in enumerate(runs.items()):
+        bins = [result["reliability"] for result in seeds if result.get("reliability")]
+        if not bins:
+            continue
         count = np.array([part["count"] for part in bins], float)  # [seeds, 15]
         filled = count.sum(0) > 0
-
-        def mean(key: str, bins=bins, count=count, filled=filled):
-            values = np.array([part[key] for part in bins], float)
-            values[count == 0] = 0
-            return 100 * (values * count).sum(0)[filled] / count.sum(0)[filled]
-
+        x, y = (
+            100 * (np.array([part[key] for part in bins]) * count).sum(0)[filled]
+            / count.sum(0)[filled]
+            for key in ("confidence", "accuracy")
+        )  # fmt: skip
         ece = [100 * result["headline"]["ece"] for result in seeds]
-        name = f"{_run_name(seeds, title)} (ECE {mean_text(ece, runs=len(seeds))})"
+        name = textwrap.fill(f"{name} (ECE {mean_text(ece, runs=len(seeds))})", 34)
         style = {"color": f"C{index % 10}", "marker": "o", "markersize": 3, "linewidth": 1.4}
-        axes.plot(mean("confidence"), mean("accuracy"), label=textwrap.fill(name, 34), **style)
+        axes.plot(x, y, label=name, **style)
     _dress(axes, "confidence (%)", "accuracy (%)", title)
+
+
+def draw_learning(plt, runs: dict[str, dict], title: str):
+    """Accuracy on the test set and training loss of every epoch, over all stages of a run.
+
+    A line breaks where a stage ends. In toy_similarity.py a stage is a point of the experiment,
+    trained from scratch: each has a line of its own.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    positive = True
+    for name, result in runs.items():
+        lines, epoch = {}, 0
+        for stage, own in result["curve"].items():
+            apart = result["script"] == "toy_similarity"
+            line = lines.setdefault(f"{name}, {stage}" if apart else name, ([], [], []))
+            epoch = 0 if apart else epoch
+            epochs = range(epoch + 1, epoch + 1 + len(own["loss"]))
+            for part, values in zip(line, (epochs, own["accuracy"], own["loss"]), strict=True):
+                part.extend([*(math.nan if v is None else v for v in values), math.nan])
+            epoch += len(own["loss"])
+            positive &= not any(v is not None and v <= 0 for v in own["loss"])
+        for label, (epochs, accuracy, loss) in lines.items():
+            left.plot(epochs, 100 * np.array(accuracy), linewidth=1, label=textwrap.fill(label, 40))
+            right.plot(epochs, loss, linewidth=1)
+    right.set_yscale("log" if positive else "linear")
+    left.set(xlabel="epoch", ylabel="overall accuracy, test (%)")
+    right.set(xlabel="epoch", ylabel="training loss")
+    for axes in (left, right):
+        axes.grid(alpha=0.3, linewidth=0.6)
+    figure.suptitle(title, fontsize=10)
+    figure.legend(loc="outside right center", fontsize=8, frameon=False)
+    return figure
 
 
 def draw_confusion(axes, counted: list, names: Sequence[str] | None, title: str) -> None:
@@ -303,16 +338,28 @@ def draw_circle(path: Path) -> Path:
 
 def draw_run(folder: Path) -> list[Path]:
     """All pictures of one run, into its folder."""
-    results, _ = read_results([folder])
+    results = read_results([folder])
     if not results:
         raise common.UserError(f"{folder}: its result.json is not one of ours")
-    (result,) = results
-    written = write_figures(results, folder, Published.read())
-    album = Album(folder)
+    (result,), album = results, Album(folder)
+    title = f"{result['script']}, {result['dataset']}, {describe(result)}, seed {result['seed']}"
+    own = {describe(result): results}
+    for table in tables_of(results, Published.read()):
+        if table.get("plot"):
+            album.add(draw_curves, WIDE, [table["title"]], table, title)
+    if result.get("curve"):
+        album.keep(draw_learning(album.plt, {describe(result): result}, title), ["learning"])
+    if result.get("headline") and result.get("per_class"):
+        album.add(draw_recall, WIDE, ["recall"], own, title)
+    if result.get("headline") and result.get("reliability"):
+        album.add(draw_reliability, WIDE, ["reliability"], own, title)
+    if result.get("confusion"):
+        what = [result["confusion"]], result.get("classes"), title
+        album.add(draw_confusion, SQUARE, ["confusion"], *what)
     for path in sorted(folder.glob("features_*.npz")):
         album.add(draw_features, SQUARE, [path.stem], path, result)
     circles = [draw_circle(path) for path in folder.glob("circle.npz")]
-    return [*written, *album.written, *circles]
+    return [*album.written, *circles]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

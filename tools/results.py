@@ -1,4 +1,8 @@
-"""result.json files and published.csv: read, checked, joined, averaged over seeds."""
+"""What runs have left behind, the figures of papers, and numbers over seeds.
+
+A run leaves result.json in its folder. What is recorded for good is a line of runs.jsonl each: the
+same without what is long. Both are read alike, as plain dictionaries.
+"""
 
 import csv
 import json
@@ -11,77 +15,115 @@ from pathlib import Path
 
 from common import GROUPS, ROOT, UserError
 
-# --- results --------------------------------------------------------------------------------------
+RECORDED = ROOT / "results" / "runs.jsonl"
+
+# --- runs -----------------------------------------------------------------------------------------
+
+LONG = ("kind", "confusion", "rows")  # no table and no picture of RESULTS.md is made of them
+FIRST = ("script", "dataset", "variant", "seed", "changed", "headline", "best_on_test", "timing")
 
 
-def read_results(folders: Iterable[Path]) -> tuple[list[dict], int]:
-    """The results below `folders` and how many files were not one of ours (named on stderr)."""
-    results, places, bad = {}, {}, 0
-    for folder in folders:
-        if not folder.is_dir():
-            raise UserError(f"{folder} is not a folder of runs")
-        for path in sorted(folder.rglob("result.json")):
-            try:
-                result = json.loads(path.read_text(), parse_constant=lambda name: None)
-                check_result(result)
-            except (
-                OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError
-            ) as error:  # fmt: skip
-                bad += 1
-                why = f"{type(error).__name__}: {error}"
-                print(f"skipped {path}: not one of our results ({why})", file=sys.stderr)
-                continue
-            key = (result["script"], result["dataset"], result["variant"], result["seed"])
+def read_results(places: Iterable[Path]) -> list[dict]:
+    """Results below folders and in .jsonl files, each run once, in order of name and seed.
+
+    What is not one of ours, and what is there twice, is named on stderr and left out. UserError
+    for a place that is not there.
+    """
+    results = {}
+    for place in places:
+        for where, result in _read(place):
+            key = (*name_of(result), result["seed"])
             if key in results:
-                print(f"skipped {path}: another folder has this run already", file=sys.stderr)
-                continue
-            results[key] = places[path.resolve()] = result
-        _mark_cells(folder, places)
-    return [results[key] for key in sorted(results)], bad
+                print(f"skipped {where}: this run was read already", file=sys.stderr)
+            results.setdefault(key, result)
+    return [results[key] for key in sorted(results)]
 
 
-def _mark_cells(folder: Path, places: dict[Path, dict]) -> None:
-    """Note in each result, as `made_for`, the tables of the cells that `run` made it for."""
-    for record in sorted((folder / "cells").glob("*.json")):
+def _read(place: Path):
+    """(where it stands, result) of one folder or file."""
+    if place.suffix == ".jsonl" and place.is_file():
+        texts = {f"{place}, line {k}": t for k, t in enumerate(place.read_text().splitlines(), 1)}
+    elif place.is_dir():
+        texts = {path: path.read_text() for path in sorted(place.rglob("result.json"))}
+    else:
+        raise UserError(f"{place} is neither a folder of runs nor a .jsonl file of recorded ones")
+    for where, text in texts.items():
         try:
-            cell = json.loads(record.read_text())
-            paths, table = [(folder / path).resolve() for path in cell["results"]], cell["table"]
-        except (OSError, ValueError, LookupError, TypeError):
+            result = json.loads(text, parse_constant=lambda name: None)
+            [result[key] for key in ("headline", "args", "changed", "method")]
+            if [type(part) for part in (*name_of(result), result["seed"])] != [str, str, str, int]:
+                raise TypeError("script, dataset, variant or seed is of the wrong type")
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            why = f"{type(error).__name__}: {error}"
+            print(f"skipped {where}: not one of our results ({why})", file=sys.stderr)
             continue
-        for path in paths:
-            if path in places:
-                places[path].setdefault("made_for", []).append(str(table))
+        if isinstance(where, Path):
+            result |= {"folder": where.parent, "curve": curve(where.with_name("metrics.jsonl"))}
+        yield where, result
 
 
-def check_result(result: dict) -> None:
-    """Raise (an error that `read_results` catches) when it does not give rows of a table."""
-    if [type(result[key]) for key in ("script", "dataset", "variant", "seed")] != [str] * 3 + [int]:
-        raise TypeError("script, dataset, variant or seed has the wrong type")
-    for name in ("overall", *GROUPS, "macro_f1", "ece"):
-        mean_text(percent([result], "headline", name) + percent([result], "best_on_test", name))
-    for key in ("paper", "released"):  # of runs from before published.csv
-        mean_text([(result.get(key) or {}).get("overall")])
-    for table in tables_of([result], Published([])):
-        for values, _ in table["rows"].values():
-            mean_text([value for _, value in zip(table["columns"], values[0], strict=True)])
-        if plot := table.get("plot"):
-            sorted(set(plot["x"]))
-            for name in plot["rows"]:
-                list(zip(plot["x"], *table["rows"][name][0], strict=True))
-    if result.get("per_class"):
-        pairs = zip(result["counts"], result["per_class"], strict=True)
-        mean_text([value for _, value in pairs])
-    for row in result.get("confusion") or []:
-        list(zip(map(float, row), result["confusion"], strict=True))
+def name_of(result: dict) -> tuple[str, str, str]:
+    """What a run is called, without its seed."""
+    return result["script"], result["dataset"], result["variant"]
 
 
 def by_run(results: Iterable[dict]) -> dict[tuple, list[dict]]:
-    """Results of the seeds of one run: {(script, dataset, variant): results}."""
+    """The seeds of each run: {(script, dataset, variant): results}."""
     groups: dict[tuple, list[dict]] = {}
     for result in results:
-        key = (result["script"], result["dataset"], result["variant"])
-        groups.setdefault(key, []).append(result)
+        groups.setdefault(name_of(result), []).append(result)
     return groups
+
+
+def rows_of(cells: Iterable, results: Iterable[dict]) -> dict[tuple, dict[str, list[dict]]]:
+    """The rows of tables: {(table, data set): {row: its seeds}}, in the order of the lines.
+
+    A table is what stands before the last `: ` in the table field of a cell, its row what follows.
+    A row without a finished run has no seeds.
+    """
+    runs = {(*name_of(result), result["seed"]): result for result in results}
+    tables: dict[tuple, dict[str, list[dict]]] = {}
+    lines = [(place, name, cell) for cell in cells for place, _, name in cell.tables]
+    for _, name, cell in sorted(lines, key=lambda line: line[0]):
+        head, _, row = name.rpartition(": ")
+        seeds = tables.setdefault((head, cell.name[1]), {}).setdefault(row, [])
+        seeds += [runs[cell.run]] if cell.run in runs else []
+    return tables
+
+
+def curve(path: Path) -> dict[str, dict[str, list]]:
+    """{stage: {"accuracy": [...], "loss": [...]}} of metrics.jsonl, an entry an epoch, or None."""
+    stages: dict[str, dict[str, list]] = {}
+    for text in path.read_text().splitlines() if path.is_file() else []:
+        row = json.loads(text)
+        own = stages.setdefault(row["stage"], {"accuracy": [], "loss": []})
+        own["accuracy"].append((row.get("test") or {}).get("overall"))
+        own["loss"].append(row.get("loss"))
+    return stages
+
+
+def record(results: Iterable[dict], path: Path) -> list[dict]:
+    """All lines of runs.jsonl with these results; a run that is there already is replaced."""
+    lines = {}
+    for result in [*(read_results([path]) if path.exists() else []), *results]:
+        lines[(*name_of(result), result["seed"])] = shortened(result)
+    return [lines[key] for key in sorted(lines)]
+
+
+def shortened(result: dict) -> dict:
+    """What a line of runs.jsonl holds: no long table, curves only of real images, six digits."""
+    keep = {key: value for key, value in result.items() if key not in (*LONG, "folder")}
+    if result["dataset"].startswith("glyphs_lt"):
+        keep.pop("curve", None)
+    return rounded({key: keep[key] for key in FIRST if key in keep} | keep)
+
+
+def rounded(value):
+    if isinstance(value, dict):
+        return {key: rounded(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(part) for part in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def tables_of(seeds: list[dict], published: "Published") -> list[dict]:
@@ -91,30 +133,46 @@ def tables_of(seeds: list[dict], published: "Published") -> list[dict]:
     """
     merged: dict[tuple, dict] = {}
     for result in seeds:
-        for table in result.get("tables") or []:
+        for table in [*(result.get("tables") or []), *_beside(result)]:
             key = (table["title"], *map(str, table["columns"]))
             entry = merged.setdefault(key, {**table, "rows": {}, "seeds": []})
             entry["seeds"].append(result["seed"])
             for row in table["rows"]:
                 values, paper = entry["rows"].get(row["name"], ([], None))
-                paper = paper or published.row(result, table, row["name"]) or row.get("paper")
+                paper = paper or published.row(result, table, row["name"])
                 entry["rows"][row["name"]] = ([*values, row["values"]], paper)
     return list(merged.values())
 
 
-def label(seeds: list[dict]) -> str:
-    """`TSC` of a cell `comparison, letters: TSC`, else script and variant."""
-    for name in seeds[0].get("made_for", []):
-        if name.startswith("comparison") and ":" in name:
-            return name.partition(":")[2].strip()
-    return f"{seeds[0]['script']} {seeds[0]['variant']}"
+def _beside(result: dict) -> list[dict]:
+    """Reports of the test set that a run has beside its headline, such as `plain`, as a table."""
+    columns, rows = ("overall", *GROUPS, "worst_class"), []
+    for name, part in result.items():
+        if name not in ("headline", "best_on_test") and isinstance(part, dict) and "many" in part:
+            values = [part.get(column) for column in columns]
+            rows.append({"name": name, "values": [v if v is None else 100 * v for v in values]})
+    return [{"title": "Beside the headline", "columns": columns, "rows": rows}] if rows else []
+
+
+def describe(result: dict) -> str:
+    """Method and changed flags as they are typed: `--method bns_ipdpp --subset-mode uniform`."""
+    named = "ssp" if result["script"] == "ssp_pretrain" else "method"
+    words = []
+    for name, value in {named: result["method"], **result["changed"]}.items():
+        words.append(f"--{name.replace('_', '-')}")
+        if name == "stages":
+            words.append(value.replace("-", ","))
+        elif value is not True:
+            text = f"{value:g}" if isinstance(value, float) else str(value)
+            words.append(text.split("/")[-1])
+    return " ".join(words)
 
 
 # --- published figures ----------------------------------------------------------------------------
 
 COLUMNS = "script dataset ratio method flags metric value source epoch_rule".split()
 # Flags that change no published setting: a figure may stand beside a run with others of these.
-HARMLESS = set("recipe stages points compare eval_every gpus compile precision cache".split())
+HARMLESS = set("points eval_every gpus compile precision cache".split())
 
 
 class Published:
@@ -130,8 +188,6 @@ class Published:
         for row in rows:
             key = (row["script"], row["dataset"], row["ratio"])
             self.rows.setdefault(key, []).append(row)
-        every = [row for own in self.rows.values() for row in own]
-        self.methods = {(r["script"], r["method"]) for r in every if r["metric"] == "overall"}
 
     @classmethod
     def read(cls, path: Path = ROOT / "results" / "published.csv") -> "Published":
@@ -150,40 +206,32 @@ class Published:
 
     def fitting(self, result: dict) -> list[dict]:
         """The rows that fit the settings of a run, in the file's order."""
-        args, changed = result.get("args") or {}, result.get("changed")
-        if changed is None:  # of before published.csv: it carries its published figures
-            return []
+        args, changed = result["args"], result["changed"]
         ratio = args.get("imb_ratio")
         key = (result["script"], args.get("dataset"), "" if ratio is None else f"{ratio:g}")
         return [row for row in self.rows.get(key, []) if _fits(row["patterns"], args, changed)]
 
     def headline(self, result: dict, released: bool = False) -> dict | None:
         """{"overall": percent, "source": where and which epoch} of the published run, or None."""
-        arms = [row["name"] for table in result.get("tables") or [] for row in table["rows"]]
-        named = [arm for arm in arms if (result["script"], arm) in self.methods]
-        method = named[-1] if named else result.get("method")  # the last arm has the headline
         for row in self.fitting(result):
-            if (row["method"], row["metric"]) == (method, "overall"):
+            if (row["method"], row["metric"]) == (result["method"], "overall"):
                 if row["source"].startswith("released code") == released:
                     source = row["source"].removeprefix("released code: ")
                     source = f"{source}; epoch: {row['epoch_rule']}"
                     return {"overall": row["value"], "source": source}
-        return result.get("released" if released else "paper")
+        return None
 
     def row(self, result: dict, table: dict, name: str) -> list[float | None] | None:
         """Published values beside the row `name` of a run's table; None where there is none.
 
-        A row that is named like a method has its metrics for columns; else the metric is
-        `ROW @ NAME OF THE COLUMNS COLUMN`, such as `truck (tail) @ images of the tail 100`.
+        Their metric is `ROW @ NAME OF THE COLUMNS COLUMN`, such as `truck (tail) @ p 0.2`.
         """
-        found: dict[tuple, float] = {}
+        found: dict[str, float] = {}
         for row in self.fitting(result):
-            if not row["source"].startswith("released code"):
-                found.setdefault((row["method"], row["metric"]), row["value"])
-        values = []
-        for column in map(str, table["columns"]):
-            metric = f"{name} @ {table.get('row_header')} {column}"
-            values.append(found.get((name, column), found.get((result.get("method"), metric))))
+            if row["method"] == result["method"] and not row["source"].startswith("released code"):
+                found.setdefault(row["metric"], row["value"])
+        names = [f"{table.get('row_header') or ''} {column}".strip() for column in table["columns"]]
+        values = [found.get(f"{name} @ {column}") for column in names]
         return values if any(value is not None for value in values) else None
 
 

@@ -1,0 +1,129 @@
+"""tools.figures: the pictures of RESULTS.md, those of one run, and what they are made of."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from test_report import put, result
+
+from tools import figures, report
+
+pytest.importorskip("matplotlib")
+
+
+def drawn(folder, name: str, lines: str = "") -> dict[str, bytes]:
+    """The files that `tools.report figures` makes of the runs in a folder."""
+    (folder / "cells").write_text(lines)
+    words = ["figures", str(folder), "--out", str(folder / name)]
+    assert report.main([*words, "--cells", str(folder / "cells")]) == 0
+    return {path.name: path.read_bytes() for path in (folder / name).iterdir()}
+
+
+def test_pictures_of_results_are_the_same_bytes_every_time(tmp_path):
+    many = {"counts": list(range(1, 61)), "per_class": [0.5] * 60}
+    reliability = {key: [1, 0.5, 0] * 5 for key in ("count", "confidence", "accuracy")}
+    plain = {"dataset": "cifar100_lt_ir100", "tables": []}
+    for name, more in (("kcl", {}), ("tsc", many), ("tsc_k2", {"reliability": reliability})):
+        paths = put(tmp_path, *(result(seed, variant=name, **plain, **more) for seed in (0, 1)))
+    row = {"stage": "kcl", "epoch": 0, "loss": 0.5}
+    paths[0].with_name("metrics.jsonl").write_text(json.dumps(row) + "\n")
+    put(tmp_path, result(0))
+    c100 = "tsc.py --dataset cifar100_lt"
+    lines = f"""claim KCL, few: it | {c100} --method kcl | 0,1
+                claim KCL, few: TSC | {c100} | 0,1
+                claim alone: KCL | {c100} --method kcl | 0,1
+                league, all: KCL | {c100} --method kcl | 0,1
+                league, all: TSC | {c100} | 0,1
+                league, all: two | {c100} --k 2 | 0,1"""
+    first, second = drawn(tmp_path, "a", lines), drawn(tmp_path, "b", lines)
+    assert first == second and all(data.startswith(b"\x89PNG") for data in first.values())
+    assert sorted(first) == [
+        "claim-KCL-cifar100_lt_ir100.png",
+        "league-all-cifar100_lt_ir100-reliability.png",
+        "league-all-cifar100_lt_ir100.png",
+        "tsc-cifar100_lt_ir100-learning.png",
+        "tsc-cifar10_lt_ir100-kcl-class.png",
+    ]
+
+
+def test_without_matplotlib_figures_stop_and_tables_go_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path / "runs", result(0))
+    (tmp_path / "cells").touch()
+    assert report.main(["figures", "runs", "--cells", "cells"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "pip install matplotlib" in error
+    assert report.main(["tables", "runs", "--cells", "cells"]) == 0
+    assert report.main(["run", "cells"]) == 0 and "no figures" in capsys.readouterr().out
+
+
+def test_pictures_of_a_run_go_into_its_folder(tmp_path, capsys):
+    bins = {key: [1, 0.5, 0] * 5 for key in ("count", "confidence", "accuracy")}
+    (path,) = put(tmp_path / "runs", result(0, reliability=bins))
+    row = {"stage": "train", "epoch": 0, "loss": 0.0, "test": {"overall": 0.5}}
+    path.with_name("metrics.jsonl").write_text(json.dumps(row) + "\n")
+    features = np.random.RandomState(0).randn(60, 5).astype(np.float32)
+    labels = np.repeat([0, 1, 2], 20)
+    np.savez(path.with_name("features_test.npz"), features=features, labels=labels)
+    assert figures.main([str(tmp_path / "runs")]) == 0
+    assert {picture.stem for picture in path.parent.glob("*.png")} == {
+        "A-B", "confusion", "features_test", "learning", "recall", "reliability"
+    }  # fmt: skip
+    assert capsys.readouterr().out.count("wrote ") == 6
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "result.json").write_text("{}")
+    for name, words in (("nothing", "no result.json"), ("bad", "not one of ours")):
+        assert figures.main([str(tmp_path / name)]) == 2
+        assert words in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_learning_curves_count_epochs_over_the_stages():
+    runs = {}
+    for script in ("tsc", "toy_similarity"):
+        curve = {"a": {"accuracy": [None, 0.5], "loss": [2.0, 1.0]}}
+        curve["b"] = {"accuracy": [0.75], "loss": [0.5]}
+        runs[script] = {"script": script, "curve": curve}
+    plot = figures.pyplot()
+    figure = figures.draw_learning(plot, runs, "title")
+    left, right = figure.axes
+    (chain, *points), losses = left.get_lines(), right.get_lines()
+    np.testing.assert_equal(chain.get_xdata(), [1, 2, np.nan, 3, np.nan])
+    np.testing.assert_equal(chain.get_ydata(), [np.nan, 50, np.nan, 75, np.nan])
+    np.testing.assert_equal(losses[0].get_ydata(), [2, 1, np.nan, 0.5, np.nan])
+    assert [line.get_xdata()[0] for line in points] == [1, 1], "a point of the toy is a line"
+    assert right.get_yscale() == "log"
+    plot.close(figure)
+
+
+def test_generated_features_stand_beside_the_real_ones(tmp_path, monkeypatch):
+    args = {"tukey": 1.0, "alpha": 0.0, "topk": 1}
+    known = {"script": "tailcalibx", "method": "tailcalibx", "counts": [50, 8, 2]}
+    one, stars = result(0, args=args, classes=["a", "b", "c"], **known), []
+    labels, path = np.repeat([0, 1, 2], [50, 8, 2]), tmp_path / "features_train.npz"
+    features = np.random.RandomState(0).rand(60, 5).astype(np.float32)
+    np.savez(path, features=features, labels=labels)
+    plot = figures.pyplot()
+    figure, axes = plot.subplots()
+    scatter = axes.scatter
+
+    def watch(x, y, **style):
+        stars.append((style.get("marker"), len(x)))
+        return scatter(x, y, **style)
+
+    monkeypatch.setattr(axes, "scatter", watch)
+    figures.draw_features(axes, path, one)
+    assert stars == [("*", 0), (None, 50), ("*", 42), (None, 8), ("*", 48), (None, 2)]
+    for plain in ({"method": "crt"}, {"args": args | {"no_generate": True}}):
+        stars.clear()
+        figures.draw_features(axes, path, one | plain)
+        assert [count for marker, count in stars if marker] == [0, 0, 0], plain
+    plot.close(figure)
+
+
+def test_principal_plane_is_that_of_an_svd():
+    x = np.random.RandomState(0).randn(50, 6)
+    left, scale, _ = np.linalg.svd(x - x.mean(0), full_matrices=False)
+    ours, expected = figures.principal_plane(x), left[:, :2] * scale[:2]
+    np.testing.assert_allclose(np.abs(ours), np.abs(expected), atol=1e-10)
