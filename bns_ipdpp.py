@@ -11,7 +11,8 @@ drawn from a determinantal point process made of p(i), the probability of the tr
 that images the network is unsure of are kept more often.
 
   pretrain    unit embeddings by BNS
-  finetune    the whole network and a new classifier, on a subset drawn anew every tenth of it
+  finetune    the whole network and a new classifier, on a subset drawn anew every tenth of its
+              epochs (CIFAR-100: fifth)
   probe       (--method bns) a linear classifier on the frozen encoder: how good are the features?
 
   python bns_ipdpp.py                                   # letters: 76.9 +- 3.8 %, 126 s
@@ -34,7 +35,8 @@ Where this differs from the paper and the released code:
     letters: 40 to 4, small classes have no more. Its encoder keeps its batch statistics; in the
     code they drift (--frozen-bn train).
  7. Fine-tuning trains the whole network as the code does; the article speaks of the classifier.
- 8. An encoder of other images is refused: the released command would leak images of the tail.
+ 8. An encoder of other images of this set is refused: the released command, which pre-trains at
+    ratio 10, leaks images of the tail.
  9. Warm-ups and the period of the draws are shares of the epochs, exact at the published length.
 10. Settings of letters and large images are our own. The headline is the last epoch; what the
     published figures are of is not said. CIFAR-10's groups there: above 500, below 200 images.
@@ -117,7 +119,7 @@ def bns_loss(z: Tensor, labels: Tensor, temperature: float) -> Tensor:
 def bns_sums(z: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """P and N [n] of the loss (released form): means of exp(z_a z_b / tau) over other rows b.
 
-    P: over those of the label of a, itself left out. N: the sum over those of other labels, by n.
+    P: over those of the label of a, itself left out. N: the sum over those of other labels, over n.
     """
     e = (z / temperature @ z.T).exp()  # [n, n]
     same = labels[:, None] == labels
@@ -345,7 +347,7 @@ def pretrain(run: common.Run, args, data, net: models.Net) -> None:
             loss.backward()
             stage.guard(loss)
             optimizer.step()
-            stage.add(len(labels), loss=loss, **common.pair_cosines(z.detach(), y))
+            stage.add(len(labels), loss=loss, **common.pair_cosines(z.detach(), y, views=2))
         stage.end_epoch()
 
 

@@ -59,7 +59,7 @@ import models
 # --- settings -------------------------------------------------------------------------------------
 
 METHODS = {"tsc": ("kcl", "tsc", "classifier"), "kcl": ("kcl", "classifier")}
-ANY = {"range": (0, math.inf)}
+FREE = {"range": (0, math.inf)}
 FLAGS = (
     # name                   letters    small       large       what it is
     ("backbone",             "resnet8", "resnet32", "resnet50", "network"),
@@ -68,8 +68,8 @@ FLAGS = (
     ("epochs",               100,       1000,       400,        "of kcl and tsc together"),
     ("batch_size",           32,        1024,       256,        "images over all ranks"),
     ("lr",                   0.2,       0.5,        0.1,        "rate of kcl and tsc"),
-    ("weight_decay",         1e-4,      "on all parameters",    ANY),
-    ("k",                    1,         6,          6,          "positives drawn, 0: all", ANY),
+    ("weight_decay",         1e-4,      "on all parameters",    FREE),
+    ("k",                    1,         6,          6,          "positives drawn, 0: all", FREE),
     ("temperature",          0.07,      "tau"),
     ("projection_dim",       128,       "length d of an embedding"),
     ("queue",                384,       4096,       65536,      "keys", {"contrast": "queue"}),
@@ -78,7 +78,7 @@ FLAGS = (
     ("bn_groups",            int,       "parts of the batch for batch norm, unasked one a rank"),
     ("warmup",               0.5,       "share of the epochs that is kcl",
                              {"method": "tsc", "range": (0, 0.999)}),
-    ("target_weight",        0.2,       "lambda",               {"stages": "tsc"} | ANY),
+    ("target_weight",        0.2,       "lambda",               {"stages": "tsc"} | FREE),
     ("targets",              "auto",    "auto, or an .npy with C rows of length d",
                              {"stages": "kcl", "method": "tsc"}),
     ("classifier",           ("ldam", "linear"), ("ldam", "linear"), ("linear", "ldam"),
@@ -206,15 +206,16 @@ class Pairs(nn.Module):
     def forward(self, encode, views: Tensor, labels: Tensor, rng):
         """Anchors [N, d], their labels [N], logits [N, M], positives as columns and used [N, P]."""
         z = common.gather_with_gradient(encode(views).transpose(0, 1).contiguous())  # [B, 2, d]
-        z, labels = z.transpose(0, 1).flatten(0, 1), common.gather_with_gradient(labels).repeat(2)
-        self.seen = z.detach(), labels
+        y = common.gather_with_gradient(labels).repeat(2)
+        z = z.transpose(0, 1).flatten(0, 1)  # [2B, d]
+        self.seen = z.detach(), y
         me = torch.arange(len(z), device=z.device)[:, None]
         other = (me + len(z) // 2) % len(z)
-        rows, used = draw(labels, labels, self.k + 2 if self.k else 0, rng)  # two may be these two
+        rows, used = draw(y, y, self.k + 2 if self.k else 0, rng)  # among them may be these two
         used = used & (rows != me) & (rows != other)
         used = used & (used.cumsum(1) <= (self.k or len(z)))
         logits = (z @ z.T / self.temperature).fill_diagonal_(-math.inf)
-        return z, labels, logits, torch.cat([other, rows], 1), F.pad(used, (1, 0), value=True)
+        return z, y, logits, torch.cat([other, rows], 1), F.pad(used, (1, 0), value=True)
 
     def remember(self) -> None:
         """Nothing outlives the batch."""
@@ -362,18 +363,18 @@ def pretrain(run: common.Run, args, name: str, epochs: int, data, net, carried: 
         for views, labels, _ in stage.batches(loader, scheme.passes):
             common.set_lr(optimizer, rate(args, name, epoch + stage.step / len(loader), epochs))
             rng = common.generator(args.seed, name, "positives", epoch, stage.step)
-            z, y, *columns = scheme(encode, views, labels, rng)
+            z, y, logits, columns, used = scheme(encode, views, labels, rng)
             logs = common.pair_cosines(*scheme.seen, scheme.passes)
-            weight = torch.ones(columns[1].shape[1] + int(targeted), device=z.device)
+            weight = torch.ones(columns.shape[1] + int(targeted), device=z.device)  # [P]
             if matching:
                 matching.update(*scheme.seen)
             if targeted:
                 logs["changes"] = matching.solve(stage.step)
                 logs["centre_cosine"] = matching.cosine()
-                columns = matching.add(z, y, *columns, args.temperature)
+                logits, columns, used = matching.add(z, y, logits, columns, used, args.temperature)
                 weight[-1] = args.target_weight
-            losses = contrast(*columns, weight)  # [N, P]
-            loss = losses.sum(1).mean()
+            losses = contrast(logits, columns, used, weight).sum(1)  # [N]
+            loss = losses.mean()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             stage.guard(loss)
@@ -390,7 +391,8 @@ def build_classifier(args, backbone: nn.Module, classes: int) -> models.Net:
         head = models.NormalisedLinear(backbone.feature_dim, classes, scale=30)
     else:
         head = models.linear_head(backbone.feature_dim, classes, init="small")
-    return models.Net(backbone.requires_grad_(False), head).to(args.device)
+    net = models.Net(backbone.requires_grad_(False), head)
+    return net.to(args.device, memory_format=torch.channels_last)
 
 
 def train_classifier(run: common.Run, args, data, net: models.Net) -> None:
@@ -458,7 +460,7 @@ def check(args, data) -> None:
     world, groups = common.world_size(), args.bn_groups or common.world_size()
     batch, rest = args.batch_size, args.classifier_batch_size
     empty = [name for name, epochs in lengths(args).items() if name in args.stages and not epochs]
-    few = len(data.train) < rest
+    few = args.classifier == "linear" and len(data.train) < rest  # whose sampler fills batches
     small = args.contrast == "queue" and args.queue < batch
     for bad, why in (
         (data.num_classes < 2, f"{args.dataset} has one class; contrast needs two"),
@@ -506,17 +508,18 @@ def main(args) -> None:
     net = build(args)
     carried = carry(args, data, net)
     if args.init_from:
-        saved = common.load_backbone(net.backbone, args.init_from, args)["state"]
+        same = ("dataset", "imb_ratio", "imb_type", "data_seed", "backbone")
+        saved = common.load_backbone(net.backbone, args.init_from, args, same, run.fingerprint)
         for name, part in {"model": net, **carried}.items() if args.stages[0] == "tsc" else ():
-            if name not in saved:
+            if name not in saved["state"]:
                 why = "make it with --stages kcl and the same --method and --contrast"
                 raise common.UserError(f"{args.init_from} holds no {name}: {why}")
-            common.load_weights(part, saved[name], args.init_from)
+            common.load_weights(part, saved["state"][name], args.init_from)
     for name, epochs in lengths(args).items():
         if name in args.stages and epochs:
             pretrain(run, args, name, epochs, data, net, carried)
+    net = build_classifier(args, net.backbone, data.num_classes)
     if "classifier" in args.stages:
-        net = build_classifier(args, net.backbone, data.num_classes)
         train_classifier(run, args, data, net)
     data_lt.finish(run, net, data, "classifier", parameters=models.count_parameters(net))
 

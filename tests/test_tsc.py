@@ -622,6 +622,10 @@ def test_a_part_of_the_chain_goes_on_from_a_checkpoint(tmp_path):
     with pytest.raises(SystemExit) as stopped:
         call("--stages", "tsc", "--init-from", alone["folder"] / "kcl.pt", out=tmp_path / "none")
     assert stopped.value.code == 2
+    other = ["--imb-ratio", "2", "--init-from", whole["folder"] / "kcl.pt"]
+    with pytest.raises(SystemExit) as stopped:
+        call("--stages", "classifier", *other, out=tmp_path / "leak")
+    assert stopped.value.code == 2, "images of another ratio would leak"
     tsc_pt = ["--init-from", whole["folder"] / "tsc.pt", "--classifier-epochs", "1"]
     last = call("--stages", "classifier", *tsc_pt, out=tmp_path / "last")
     assert last["rows"][0]["loss"] == whole["rows"][2]["loss"]
@@ -703,6 +707,9 @@ def test_features_evaluation_and_compile(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         common.launch(tsc.main, parsed("--eval", run["folder"] / "kcl.pt"))
     assert "evaluates classifier.pt" in capsys.readouterr().err
+    few = "--stages kcl --projection-dim 6 --save-features test".split()  # fewer than classes
+    alone = call("--method", "kcl", "--epochs", "1", *few, out=tmp_path / "d")
+    assert alone["result"]["headline"] is None and (alone["folder"] / "features_test.npz").exists()
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda net: compiled.append(net) or net)
     call(*flags, "--compile", "--projection-dim", "6", out=tmp_path / "c")
