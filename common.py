@@ -700,9 +700,10 @@ def load_backbone(
 
     Scripts keep their network as the part `model`, its backbone as `backbone.*`; a file of plain
     tensors is torchvision's, its classifier `fc`. Heads are left out. Returns the checkpoint, of
-    torchvision's weights one with the backbone alone. UserError when a tensor is missing, left over or of
-    another shape; or, where the checkpoint is of this very data set, when an argument in `names` or
-    `data`, the fingerprint of the training images, differs: what is held out here was seen there.
+    torchvision's weights one with the backbone alone. UserError when a tensor is missing, left over
+    or of another shape; or, where the checkpoint is of this very data set, when an argument in
+    `names` or `data`, the fingerprint of the training images, differs: what is held out here was
+    seen there.
     """
     found = read_file(path)
     if isinstance(found, dict) and all(isinstance(value, Tensor) for value in found.values()):

@@ -292,8 +292,8 @@ class tailcalib:  # noqa: N801 the published name
         for part in (X, X if y is None else y):
             assert isinstance(part, kind), f"{type(part)}: {self.base_engine} takes {kind}"
         if X.ndim != 2 or not len(X) or (y is not None and y.shape != X.shape[:1]):
-            shapes = f"X is {tuple(X.shape)}" + (f", y is {tuple(y.shape)}" if y is not None else "")
-            raise ValueError(f"{shapes}: need X [N, D], y [N]")
+            shapes = " and ".join(f"{[*part.shape]}" for part in (X, y) if part is not None)
+            raise ValueError(f"X (and y) of {shapes}: need [N, D] (and [N])")
         x = torch.from_numpy(X.astype(float)) if self.arrays else X.detach().double()
         if not x.isfinite().all():
             raise ValueError("X holds values that are not finite")
