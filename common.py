@@ -711,7 +711,8 @@ def load_backbone(
         own |= {k: v for k, v in found.items() if not k.startswith("fc.")}  # older files lack these
         load_weights(backbone, own, path)
         state = {"model": {f"backbone.{name}": value for name, value in own.items()}}
-        return {"script": "torchvision", "stage": "", "args": {}, "info": {}, "state": state}
+        of = {"script": "torchvision", "stage": "", "epoch": 0}
+        return of | {"args": {}, "info": {}, "state": state}
     found, now = load_checkpoint(path), result_args(args)
     if found["args"]["dataset"] == now["dataset"]:
         check_same(path, found["args"], now, names)

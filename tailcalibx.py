@@ -67,8 +67,8 @@ CALIBRATED = ("tailcalib", "tailcalibx")
 GENERATED = ("modals", *CALIBRATED)
 HEADS = ("crt", *GENERATED)  # on a frozen backbone
 WHOLE, HEAD = {"stages": ("teacher", "ce", "cosine_ce", "cbd")}, {"stages": HEADS}
-OURS, NEW = {"stages": CALIBRATED}, {"stages": GENERATED}
-FREE, MADE = {"range": (0, math.inf)}, {"no_generate": (False,)}
+OURS, NEW, CBD = {"stages": CALIBRATED}, {"stages": GENERATED}, {"stages": "cbd"}
+FREE, UNIT, MADE = {"range": (0, math.inf)}, {"range": (0, 1)}, {"no_generate": (False,)}
 FLAGS = (
     # name                    letters    small           large        what it is
     ("backbone",              "resnet8", "resnet32_bbn", "resnext50", "network"),
@@ -87,12 +87,12 @@ FLAGS = (
     ("classifier_epochs",     50,        150,            111,         "of a head alone", HEAD),
     ("classifier_batch_size", 64,        128,            512,         "rows, over all ranks", HEAD),
     ("classifier_lr",         0.01,      "rate of a head alone", HEAD),
-    ("classifier_momentum",   0.7,       "momentum of a head alone", HEAD | {"range": (0, 1)}),
+    ("classifier_momentum",   0.7,       "momentum of a head alone", UNIT | HEAD),
     ("frozen_bn",             ("eval", "train"), "batch norm of crt's backbone, cbd's teacher",
                               {"stages": ("crt", "cbd")}),
     ("cbd_alpha",             0.8,       0.8,            0.4,         "weight of distillation",
-                              {"stages": "cbd", "range": (0, 1)}),
-    ("cbd_beta",              100.0,     "factor of distillation", FREE | {"stages": "cbd"}),
+                              UNIT | CBD),
+    ("cbd_beta",              100.0,     "factor of distillation", FREE | CBD),
     ("teacher_data_seed",     int,       "teacher's own --data-seed", FREE | {"stages": "teacher"}),
 )  # fmt: skip
 OTHER = {
@@ -100,9 +100,8 @@ OTHER = {
     ("small", 50): {"tukey": 0.9, "alpha": 0.2, "classifier_momentum": 0.0, "cbd_beta": 200.0},
     ("small", 10): {"tukey": 0.9, "topk": 2, "classifier_momentum": 0.9},
     **dict.fromkeys(("crt", "modals"), {"classifier_lr": 0.2, "classifier_momentum": 0.9}),
-    **dict.fromkeys((("crt", "large"), ("modals", "large")), {"classifier_lr": 0.01}),
-    ("tailcalibx", "large"): {"classifier_batch_size": 128},
-    ("cbd_tailcalibx", "large"): {"classifier_batch_size": 128},
+    **{(name, "large"): {"classifier_lr": 0.01} for name in ("crt", "modals")},
+    **{(f"{of}tailcalibx", "large"): {"classifier_batch_size": 128} for of in ("", "cbd_")},
 }
 VIEWS = {
     "letters": {"crop": "pad", "pad": 2},
@@ -538,8 +537,7 @@ def main(args) -> None:
         own = of_teacher(args) if name == "teacher" else args
         before, net = net, build(own, name, data.num_classes, net)
         if whole and args.init_from and name not in HEADS:
-            images = data.train.fingerprint()
-            common.load_backbone(net.backbone, args.init_from, args, data=images)
+            common.load_backbone(net.backbone, args.init_from, args, data=run.fingerprint)
         train(run, own, name, data if own is args else data_lt.load(own), net, before)
     data_lt.finish(run, net, data, last, parameters=models.count_parameters(net))
 
