@@ -959,7 +959,8 @@ class Stage:
         """Add means over `count` images of this rank to those of the epoch; no host sync."""
         for key, value in values.items():
             total, weight = self.sums.get(key, (0.0, 0))
-            self.sums[key] = value.detach().double() * count + total, weight + count
+            exact = torch.float32 if value.device.type == "mps" else torch.float64  # all it has
+            self.sums[key] = value.detach().to(exact) * count + total, weight + count
 
     def due(self, every: int) -> bool:
         """Whether this epoch is one of every `every`; the last always is."""

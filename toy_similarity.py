@@ -54,7 +54,7 @@ import models
 
 METHODS = {name: ("train",) for name in ("verification", "control", "sweep1", "sweep2")}
 MIXED = ("verification", "control")
-FREE, SHARE = (0, math.inf), {"range": (0, 1), "method": MIXED}
+ANY, SHARE = {"range": (0, math.inf)}, {"range": (0, 1), "method": MIXED}
 FLAGS = (
     # name           letters    small       large       what it is
     ("backbone",     "resnet8", "resnet32", "resnet32", "network"),
@@ -62,7 +62,7 @@ FLAGS = (
                      "sweep2 20)"),
     ("batch_size",   64,        256,        256,        "images over all ranks"),
     ("lr",           0.1,       "learning rate"),
-    ("weight_decay", 2e-4,      "on all parameters",    {"range": FREE}),
+    ("weight_decay", 2e-4,      "on all parameters",    ANY),
     ("eval_every",   10,        1,          1,          "epochs between evaluations"),
     ("imb_ratio",    10.0,      100.0,      100.0,      "largest / smallest class",
                      {"range": (1, math.inf), "method": MIXED}),
@@ -338,6 +338,8 @@ def examine(args, data, net: models.Net) -> None:
     mine, theirs = ({k: x.shape for k, x in part.items()} for part in (net.state_dict(), state))
     if mine == theirs:
         net.load_state_dict(state)
+    if args.predict and mine == theirs:
+        return data_lt.predict(args, net, data.test, (data.mean, data.std))
     scores, alike = look(args, data, net)
     if mine == theirs:
         common.tell_figures(args, checkpoint, scores.report(counts), **alike)
