@@ -700,16 +700,19 @@ def load_backbone(
 
     Scripts keep their network as the part `model`, its backbone as `backbone.*`; a file of plain
     tensors is torchvision's, its classifier `fc`. Heads are left out. Returns the checkpoint, of
-    torchvision's weights one without parts. UserError when a tensor is missing, left over or of
-    another shape; or, where the checkpoint is of this very data set, when an argument in `names` or
-    `data`, the fingerprint of the training images, differs: what is held out here was seen there.
+    torchvision's weights one with the backbone alone. UserError when a tensor is missing, left over
+    or of another shape; or, where the checkpoint is of this very data set, when an argument in
+    `names` or `data`, the fingerprint of the training images, differs: what is held out here was
+    seen there.
     """
     found = read_file(path)
     if isinstance(found, dict) and all(isinstance(value, Tensor) for value in found.values()):
         own = {k: v for k, v in backbone.state_dict().items() if k.endswith("batches_tracked")}
         own |= {k: v for k, v in found.items() if not k.startswith("fc.")}  # older files lack these
         load_weights(backbone, own, path)
-        return {"script": "torchvision", "stage": "", "args": {}, "info": {}, "state": {}}
+        state = {"model": {f"backbone.{name}": value for name, value in own.items()}}
+        of = {"script": "torchvision", "stage": "", "epoch": 0}
+        return of | {"args": {}, "info": {}, "state": state}
     found, now = load_checkpoint(path), result_args(args)
     if found["args"]["dataset"] == now["dataset"]:
         check_same(path, found["args"], now, names)

@@ -15,13 +15,14 @@ a new classifier. Yet imbalanced labels are good enough to label further images,
 
   python ssp_pretrain.py                              # letters: 88.0 +- 2.5 %
   python ssp_pretrain.py --ssp none                   # letters: 83.4 +- 2.2 %, 84 to 88 s
+  python ssp_pretrain.py --rule drw --stages train --init-from runs/.../pretrain.pt
   python ssp_pretrain.py --ssp none --stages train,pseudo,semi    # letters: 85.2 +- 0.7 %
   python ssp_pretrain.py --dataset cifar10_lt         # 72.8 (seed 0, H200, 18 min), published 73.8
   python ssp_pretrain.py --dataset imagenet_lt --stages pretrain,train,classifier   # not measured
 
 Where this differs from the papers and the released code:
  1. YX's commands for CIFAR load nothing: a prefix hides the weights, missing ones are put up with.
-    Here a checkpoint of the same images fills every tensor, or the run ends.
+    Here --init-from fills every tensor of the backbone, or the run ends.
  2. LL's code never reaches the x 0.01 of epoch 180; its rate is 0.01, YX's and ours 0.1; its
     classifier freezes nothing. The cosine is stepped after an epoch, not before.
  3. Batch norm of a frozen backbone trains in both codes, here on large sets (--frozen-bn).
@@ -289,7 +290,7 @@ def read_unlabeled(path: str, train: data_lt.Set) -> tuple[data_lt.Set, bool]:
     """The images of an .npz with x [N, S, S, 3] and perhaps y; are their hidden classes known?"""
     arrays = read_arrays("unlabeled", path, "x")
     size, classes, x = train.size, len(train.classes), arrays["x"]
-    y = arrays.get("y", np.zeros(len(x), np.int64))
+    y = arrays.get("y", np.zeros(x.shape[:1], np.int64))
     fits = x.dtype == np.uint8 and x.shape[1:] == (size, size, 3) and len(x) > 0
     fits = fits and y.dtype.kind in "iu" and y.shape == x.shape[:1]
     if not fits or y.min() < 0 or y.max() >= classes:
@@ -370,10 +371,11 @@ def build(args, outputs: int, head: str = "", backbone: nn.Module | None = None)
     return net
 
 
-def pretrain(run: common.Run, args, data: data_lt.Splits) -> nn.Module:
+def pretrain(run: common.Run, args, data, backbone: nn.Module | None) -> nn.Module:
     """Stage pretrain: batch -> logits of turns or of keys -> loss -> step; the backbone."""
     moco, epochs = args.method == "moco", args.epochs
-    net = build(args, *((args.projection_dim, "projection") if moco else (4, "linear")))
+    task = (args.projection_dim, "projection") if moco else (4, "linear")
+    net = build(args, *task, backbone)
     net = models.group_batch_norm(net, args.bn_groups // common.world_size() if moco else 1)
     scheme = (Queue if moco else Rotation)(net, args, data).to(args.device)
     optimizer = common.sgd(net.parameters(), args.lr, DECAY.get(args.kind, DECAY[args.method]))
@@ -486,7 +488,6 @@ def check(args, data) -> None:
     visits = [name for name, rule in rules.items() if name in stages and rule == "resample"]
     big = [f"--{name}-batch-size" for name in visits if plan(args, name)[2] > images]
     for bad, why in (
-        (args.init_from and "pretrain" in stages, "--init-from is for the stages after pretrain"),
         ("semi" in stages[1:] and "pseudo" not in stages, "--stages: semi needs pseudo before it"),
         (moco and groups % world, f"--bn-groups {groups}: no multiple of {world} ranks"),
         (moco and batch < 2 * groups, f"--batch-size {batch}: two images a group, at least"),
@@ -526,7 +527,7 @@ def main(args) -> None:
         net = go_on(args, data)
     for name in stages:
         if name == "pretrain":
-            net = build(args, classes, backbone=pretrain(run, args, data))
+            net = build(args, classes, backbone=pretrain(run, args, data, net and net.backbone))
         elif name == "pseudo":
             label(run, args, net, unlabeled)
             images, told = join(args, data, unlabeled, known, run.folder / "pseudo.npz")

@@ -67,8 +67,8 @@ CALIBRATED = ("tailcalib", "tailcalibx")
 GENERATED = ("modals", *CALIBRATED)
 HEADS = ("crt", *GENERATED)  # on a frozen backbone
 WHOLE, HEAD = {"stages": ("teacher", "ce", "cosine_ce", "cbd")}, {"stages": HEADS}
-OURS, NEW = {"stages": CALIBRATED}, {"stages": GENERATED}
-FREE, MADE = {"range": (0, math.inf)}, {"no_generate": (False,)}
+OURS, NEW, CBD = {"stages": CALIBRATED}, {"stages": GENERATED}, {"stages": "cbd"}
+FREE, UNIT, MADE = {"range": (0, math.inf)}, {"range": (0, 1)}, {"no_generate": (False,)}
 FLAGS = (
     # name                    letters    small           large        what it is
     ("backbone",              "resnet8", "resnet32_bbn", "resnext50", "network"),
@@ -87,12 +87,12 @@ FLAGS = (
     ("classifier_epochs",     50,        150,            111,         "of a head alone", HEAD),
     ("classifier_batch_size", 64,        128,            512,         "rows, over all ranks", HEAD),
     ("classifier_lr",         0.01,      "rate of a head alone", HEAD),
-    ("classifier_momentum",   0.7,       "momentum of a head alone", HEAD | {"range": (0, 1)}),
+    ("classifier_momentum",   0.7,       "momentum of a head alone", UNIT | HEAD),
     ("frozen_bn",             ("eval", "train"), "batch norm of crt's backbone, cbd's teacher",
                               {"stages": ("crt", "cbd")}),
     ("cbd_alpha",             0.8,       0.8,            0.4,         "weight of distillation",
-                              {"stages": "cbd", "range": (0, 1)}),
-    ("cbd_beta",              100.0,     "factor of distillation", FREE | {"stages": "cbd"}),
+                              UNIT | CBD),
+    ("cbd_beta",              100.0,     "factor of distillation", FREE | CBD),
     ("teacher_data_seed",     int,       "teacher's own --data-seed", FREE | {"stages": "teacher"}),
 )  # fmt: skip
 OTHER = {
@@ -100,9 +100,8 @@ OTHER = {
     ("small", 50): {"tukey": 0.9, "alpha": 0.2, "classifier_momentum": 0.0, "cbd_beta": 200.0},
     ("small", 10): {"tukey": 0.9, "topk": 2, "classifier_momentum": 0.9},
     **dict.fromkeys(("crt", "modals"), {"classifier_lr": 0.2, "classifier_momentum": 0.9}),
-    **dict.fromkeys((("crt", "large"), ("modals", "large")), {"classifier_lr": 0.01}),
-    ("tailcalibx", "large"): {"classifier_batch_size": 128},
-    ("cbd_tailcalibx", "large"): {"classifier_batch_size": 128},
+    **{(name, "large"): {"classifier_lr": 0.01} for name in ("crt", "modals")},
+    **{(f"{of}tailcalibx", "large"): {"classifier_batch_size": 128} for of in ("", "cbd_")},
 }
 VIEWS = {
     "letters": {"crop": "pad", "pad": 2},
@@ -187,6 +186,8 @@ def tukey(x: Tensor, power: float) -> Tensor:
     """Tukey's ladder: x^power, log(x + 1e-6) for power 0; ValueError where that is no number."""
     if power == 1:
         return x
+    if not math.isfinite(power):
+        raise ValueError(f"Tukey power {power:g}: give a number")
     if (power != int(power) or power == 0) and (x < 0).any():
         why = "use power 1 or pass features through a ReLU"
         raise ValueError(f"Tukey power {power:g} of a negative feature: {why}")
@@ -251,8 +252,8 @@ class tailcalib:  # noqa: N801 the published name
         Without shuffle: real, then generated, each by ascending label. seed None: drawn from the
         engine's global generator. ValueError where X, y or alpha cannot be used.
         """
-        x, self.power = self.tensor(X, y), tukey_value
-        if alpha < 0:
+        x = self.tensor(X, y)
+        if not 0 <= alpha < math.inf:
             raise ValueError(f"alpha {alpha:g}: give at least 0")
         if seed is None:
             seed = int(np.random.randint(2**31) if self.arrays else torch.randint(2**31, ()))
@@ -267,7 +268,7 @@ class tailcalib:  # noqa: N801 the published name
         order = labels.argsort(stable=True)
         sources = order.repeat_interleave(draws[order])  # class by class
         gaussians = ClassGaussians(x, labels, len(names))
-        x = tukey(x, tukey_value)
+        x, self.power = tukey(x, tukey_value), tukey_value
         new = generate(x, sources.to(x.device), gaussians, topk, own, alpha)
         rows, features = torch.cat([order, sources]), torch.cat([x[order], new])
         made = new.split(torch.bincount(labels[sources], minlength=len(names)).tolist())
@@ -290,7 +291,8 @@ class tailcalib:  # noqa: N801 the published name
         for part in (X, X if y is None else y):
             assert isinstance(part, kind), f"{type(part)}: {self.base_engine} takes {kind}"
         if X.ndim != 2 or not len(X) or (y is not None and y.shape != X.shape[:1]):
-            raise ValueError(f"X is {X.shape}, y is {y.shape}: need [N, D] and [N]")
+            shapes = " and ".join(f"{[*part.shape]}" for part in (X, y) if part is not None)
+            raise ValueError(f"X (and y) of {shapes}: need [N, D] (and [N])")
         x = torch.from_numpy(X.astype(float)) if self.arrays else X.detach().double()
         if not x.isfinite().all():
             raise ValueError("X holds values that are not finite")
@@ -452,6 +454,7 @@ def train(run: common.Run, args, name: str, data, net: Net, before: Net | None) 
         for views, labels, _ in stage.batches(loader, passes=int(not alone)):
             with common.autocast(args):
                 logits, z = replica(views[0], both=True)  # [b, C], [b, D]
+            right = (logits.argmax(1) == labels).float().mean()
             losses = F.cross_entropy(logits.float(), labels, reduction="none")  # [b]
             if name == "cbd":
                 with torch.no_grad(), common.autocast(args):
@@ -459,7 +462,6 @@ def train(run: common.Run, args, name: str, data, net: Net, before: Net | None) 
                 distance = distillation(z, target, args.cbd_beta)
                 losses = args.cbd_alpha * distance + (1 - args.cbd_alpha) * losses
             loss = losses.mean()
-            right = (logits.argmax(1) == labels).float().mean()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             stage.guard(loss)
@@ -514,7 +516,7 @@ def go_on(args, data) -> Net:
     net = build(args, name, data.num_classes)
     images = None if name == "teacher" else data.train.fingerprint()  # it may have seen others
     saved = common.load_backbone(net.backbone, args.init_from, args, data=images)
-    if first != "crt":  # which takes the backbone of any network
+    if first not in ("crt", "cbd"):  # which take the backbone of any network
         common.load_weights(net, saved["state"]["model"], args.init_from)
     return net
 
@@ -535,7 +537,7 @@ def main(args) -> None:
         own = of_teacher(args) if name == "teacher" else args
         before, net = net, build(own, name, data.num_classes, net)
         if whole and args.init_from and name not in HEADS:
-            common.load_backbone(net.backbone, args.init_from, args)
+            common.load_backbone(net.backbone, args.init_from, args, data=run.fingerprint)
         train(run, own, name, data if own is args else data_lt.load(own), net, before)
     data_lt.finish(run, net, data, last, parameters=models.count_parameters(net))
 

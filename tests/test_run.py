@@ -364,7 +364,8 @@ def test_a_backbone_comes_from_torchvision_or_another_data_set(tmp_path):
     for number, state in enumerate((theirs, old, bare)):
         torch.save(state, tmp_path / f"{number}.pth")
         net = models.backbone("resnet18", stem="imagenet")
-        common.load_backbone(net, tmp_path / f"{number}.pth", make_args(tmp_path))
+        found = common.load_backbone(net, tmp_path / f"{number}.pth", make_args(tmp_path))
+        assert {*found["state"]["model"]} == {f"backbone.{key}" for key in net.state_dict()}
         assert all(torch.equal(value, net.state_dict()[key]) for key, value in bare.items())
     bare.pop("layer1.0.conv1.weight")
     torch.save(bare, tmp_path / "3.pth")

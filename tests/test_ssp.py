@@ -461,6 +461,25 @@ def test_weights_are_handed_over_whole_or_not_at_all(tmp_path, capsys, pretraine
         assert said in refused(capsys, *flags, out=tmp_path / name), name
 
 
+def test_any_backbone_to_begin_with(tmp_path, capsys, pretrained):
+    """Of no run of ours, and of another set: pre-training goes on with it; it has no labels."""
+    saved = state(pretrained, "train")["model"]
+    bare = {key[9:]: value for key, value in saved.items() if key.startswith("backbone.")}
+    torch.save(bare | {"fc.weight": torch.zeros(3, 64)}, tmp_path / "theirs.pth")
+    start = ["--init-from", tmp_path / "theirs.pth"]
+    for method, flags in PRE.items():
+        run = call(flags, *start, "--lr 1e-9 --train-lr 1e-9", out=tmp_path / method)
+        for stage in ("pretrain", "train"):
+            weight = state(run, stage)["model"]["backbone.conv1.weight"]
+            torch.testing.assert_close(weight, bare["conv1.weight"], atol=1e-4, rtol=1e-3)
+    said = refused(capsys, "--ssp none --stages pseudo", *start, out=tmp_path / "no")
+    assert "theirs.pth has no tensor head.weight" in said
+    elsewhere = torch.load(pretrained["folder"] / "pretrain.pt", weights_only=True)
+    elsewhere["args"] |= {"dataset": "svhn_lt", "imb_ratio": 7}
+    torch.save(elsewhere | {"data": "images:1"}, tmp_path / "elsewhere.pt")
+    call("--stages train --init-from", tmp_path / "elsewhere.pt", out=tmp_path / "e")
+
+
 def test_evaluation_features_and_compile(tmp_path, capsys, monkeypatch, pretrained):
     flags = "--ssp none --loss balanced --save-features test"
     run = call(flags, out=tmp_path / "a")
@@ -525,7 +544,8 @@ def test_semi_supervised_stages(tmp_path, capsys):
     few = [SEMI, "--imb-ratio-unlabeled 3 --unlabeled", tmp_path / "x.npz"]
     assert "needs y in" in refused(capsys, *few, out=tmp_path / "no")
     for given in ({"x": x[..., :2]}, {"x": x / 255}, {"x": x, "y": y + 9}, {"images": x},
-                  {"x": np.zeros((3, 9, 9, 3), np.uint8)}, {"x": x, "y": y[:3]}):  # fmt: skip
+                  {"x": np.zeros((3, 9, 9, 3), np.uint8)}, {"x": x, "y": y[:3]},
+                  {"x": np.uint8(3)}):  # fmt: skip
         np.savez(tmp_path / "wrong.npz", **given)
         words = SEMI, "--unlabeled", tmp_path / "wrong.npz"
         assert "wrong.npz" in refused(capsys, *words, out=tmp_path / "no")
@@ -634,7 +654,7 @@ def test_two_ranks_equal_one(tmp_path):
         ("--stages pretrain --rule drw", "--rule belongs to --stages train or semi"),
         ("--ssp none --stages train,semi", "semi needs pseudo before it"),
         ("--stages train", "leaves out pretrain"),
-        ("--init-from {tiny}", "--init-from is for the stages after pretrain"),
+        ("--init-from none.pt", "none.pt"),
         ("--stages train --init-from none.pt", "none.pt"),
         ("--ssp none --stages semi --init-from none.npz", "none.npz"),
         ("--ssp none --stages train,pseudo --unlabeled none.npz", "none.npz"),
