@@ -902,7 +902,9 @@ class Stage:
 
     @property
     def lr(self) -> float:
-        return float(self.parts["optimizer"].param_groups[0]["lr"])
+        """Of the optimiser; 0 of a stage without one."""
+        optimizer = self.parts.get("optimizer")
+        return float(optimizer.param_groups[0]["lr"]) if optimizer else 0.0
 
     def epochs(self):
         """Yield the epochs that are still to be done, from 0; the script must call `end_epoch`."""
@@ -910,6 +912,7 @@ class Stage:
             now = self.epoch
             torch.manual_seed(derive_seed(self.run.args.seed, self.name, now, rank()))
             self.step, self.sums, self.bad, self.begin = 0, {}, None, time.perf_counter()
+            self.images, self.sent, self.wait, self.trained = 0, 0, 0.0, 1e-9  # without batches
             yield now
             if self.epoch == now:
                 raise RuntimeError(f"stage {self.name}: the loop must call end_epoch")
@@ -920,7 +923,7 @@ class Stage:
         That is the number of views, twice with SAM, 0 where the backbone is frozen.
         """
         loader.set_epoch(self.epoch)
-        self.steps, self.images, self.wait, self.bar = len(loader), 0, 0.0, 0.0
+        self.steps, self.bar = len(loader), 0.0
         start = asked = time.perf_counter()
         for batch in loader:
             self.wait += time.perf_counter() - asked
