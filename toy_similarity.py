@@ -339,10 +339,8 @@ def examine(args, data, net: models.Net) -> None:
     if mine == theirs:
         net.load_state_dict(state)
     scores, alike = look(args, data, net)
-    if mine == theirs:
-        common.tell_figures(args, checkpoint, scores.report(counts), **alike)
-    else:
-        common.keep_examined(args, checkpoint, alike)
+    figures = scores.report(counts) if mine == theirs else {}
+    common.tell_figures(args, checkpoint, figures | alike)
     tail = info.get("tail", plan(args, data)[0].tail)
     near = list(zip(*(rows[tail] for rows in alike.values()), data.classes, strict=True))
     for cosine, distance, name in sorted(near, reverse=True)[:11] * common.is_main():
