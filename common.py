@@ -45,7 +45,6 @@ import socket
 import stat
 import sys
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,18 +98,14 @@ def barrier() -> None:
         dist.barrier()
 
 
-def distribute(model: nn.Module) -> nn.Module:
-    """DistributedDataParallel around the model under several ranks, the model itself otherwise."""
-    if world_size() == 1:
-        return model
-    device = next(model.parameters()).device
-    ids = [device] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(model, device_ids=ids)
-
-
 def replicate(args, module: nn.Module) -> nn.Module:
     """What a loop calls: compiled if `--compile`, averaging gradients under several ranks."""
-    return distribute(torch.compile(module) if args.compile else module)
+    module = torch.compile(module) if args.compile else module
+    if world_size() == 1:
+        return module
+    device = next(module.parameters()).device
+    ids = [device] if device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(module, device_ids=ids)
 
 
 def sgd(params, lr: float, weight_decay: float = 0.0, momentum: float = 0.9) -> torch.optim.SGD:
@@ -188,6 +183,12 @@ def printing():
 class Parser(argparse.ArgumentParser):
     """argparse with one-line errors and `@file` lines read like a shell would."""
 
+    named = "method"  # how the flag is called that chooses the method
+
+    def flag(self, name: str) -> str:
+        """A flag as it is typed."""
+        return "--" + (self.named if name == "method" else name).replace("_", "-")
+
     def _print_message(self, message: str, file=None) -> None:
         with printing():
             super()._print_message(message, file)
@@ -198,18 +199,12 @@ class Parser(argparse.ArgumentParser):
             sys.exit(2)
         self.exit(2, f"{self.prog}: error: {message}\n")
 
-    def parse_known_args(self, args=None, namespace=None):
-        words = list(sys.argv[1:] if args is None else args)
+    def _read_args_from_files(self, words: list[str]) -> list[str]:
         try:
-            if self.fromfile_prefix_chars:
-                words = self._read_args_from_files(words)
-            found, rest = super().parse_known_args(words, namespace)
-            found.command_line = words
-            return found, rest
+            self.words = super()._read_args_from_files(words)
         except UnicodeDecodeError:
             self.error("an @file of flags is not text in UTF-8")
-        except argparse.ArgumentError as error:  # of a file that is not there, from Python 3.12 on
-            self.error(str(error))
+        return self.words
 
     def convert_arg_line_to_args(self, line: str) -> list[str]:
         try:
@@ -220,17 +215,15 @@ class Parser(argparse.ArgumentParser):
 
 def number(kind: type, low: float = -math.inf, high: float = math.inf, open_low: bool = False):
     """argparse type: a finite int or float in [low, high] (or (low, high])."""
+    bound = "an integer" if kind is int else "a number"
+    bound += f" above {low:g}" if open_low else f", at least {low:g}"
+    bound += f" and at most {high:g}" if high < math.inf else ""
 
     def parse(text: str):
-        try:
+        with contextlib.suppress(ValueError):
             value = kind(text)
-        except ValueError:
-            wanted = "an integer" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"needs {wanted}, got {text[:40]!r}") from None
-        if math.isfinite(value) and low <= value <= high and not (open_low and value == low):
-            return value
-        bound = f"above {low:g}" if open_low else f"at least {low:g}"
-        bound += f" and at most {high:g}" if high < math.inf else ""
+            if math.isfinite(value) and low <= value <= high and not (open_low and value == low):
+                return value
         raise argparse.ArgumentTypeError(f"must be {bound}, got {text[:40]}")
 
     return parse
@@ -239,7 +232,8 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf, open_low:
 # A row: name, its default (or the three of letters, small and large sets), what it is, and where
 # needed a dictionary: "range": lowest and highest value (without it whole numbers start at 1, other
 # ones lie above 0), "bare": a switch, and other flags with the values beside which alone it means
-# something. A tuple lists choices, the default first; a type stands for no default.
+# something, (False,) if not beside it. A tuple lists choices, the default first; a type stands for
+# no default.
 SHARED = (
     ("dataset", "glyphs_lt", f"{', '.join(KNOWN_SETS)}, a folder of class folders, or an .npz"),
     ("data_root", "data", "folder of the data sets"),
@@ -253,12 +247,13 @@ SHARED = (
     ("epochs", int, "of the first stage"),
     ("batch_size", int, "images over all ranks"),
     ("lr", float, "learning rate of the first stage"),
-    ("init_from", str, "checkpoint to start from"),
+    ("init_from", str, "checkpoint to start from", {"eval": (False,)}),
     ("eval", str, "only evaluate this checkpoint"),
     ("predict", str, "with --eval: name the classes of the images of this folder"),
     ("eval_every", 1, "epochs between evaluations; the last is always one"),
     ("select", ("last", "val", "test"), "headline: last epoch, or best on validation or test data"),
-    ("save_features", ("", "train", "val", "test"), "write features_<split>.npz at the end"),
+    ("save_features", ("", "train", "val", "test"), "write features_<split>.npz at the end",
+                      {"eval": (False,)}),
     ("gpus", 1, "local ranks, one GPU each"),
     ("device", "auto", "auto, cpu, cuda, cuda:1 or mps"),
     ("workers", 4, "decoding processes a rank, for image files", {"range": (0, math.inf)}),
@@ -267,7 +262,8 @@ SHARED = (
     ("precision", ("auto", "fp32", "bf16"), "auto: bf16 on GPUs that have it, else fp32"),
     ("compile", False, "torch.compile the network", {"bare": True}),
     ("out", "runs", "folder of all runs"),
-    ("fresh", False, "start over and drop what the run folder holds", {"bare": True}),
+    ("fresh", False, "start over and drop what the run folder holds",
+                     {"bare": True, "eval": (False,)}),
     ("logger", ("tensorboard", "none"), "event files beside metrics.jsonl"),
     ("quiet", False, "print nothing but the result", {"bare": True}),
 )  # fmt: skip
@@ -313,11 +309,10 @@ def make_parser(doc: str, table: dict, named: str) -> Parser:
     parser.named = named
     for name, (defaults, text, only) in table.items():
         shown = ["-" if default_of(d) is None else f"{default_of(d)}" for d in defaults]
-        shown = shown[0] if len(set(shown)) == 1 else " / ".join(shown)
+        shown = " / ".join(shown if len(set(shown)) > 1 else shown[:1])
         like = next((d for d in defaults if not isinstance(d, type)), defaults[0])
         text = f"{text} (default: {shown})".replace("%", "%%")
-        flag = f"--{named if name == 'method' else name.replace('_', '-')}"
-        parser.add_argument(flag, dest=name, help=text, **reader(name, like, only))
+        parser.add_argument(parser.flag(name), dest=name, help=text, **reader(name, like, only))
     return parser
 
 
@@ -338,6 +333,7 @@ def parse(doc: str, flags, methods: dict, other: dict, side, argv=None, named: s
     table = read_rows(SHARED) | read_rows((method, stages)) | read_rows(flags)
     parser = make_parser(doc, table, named)
     args = parser.parse_args(argv)
+    args.command_line = parser.words
     said = {name for name in table if getattr(args, name) is not None}
     args.dataset = args.dataset or "glyphs_lt"
     try:
@@ -359,14 +355,8 @@ def parse(doc: str, flags, methods: dict, other: dict, side, argv=None, named: s
 
 def kind_of(args, side) -> str:
     """letters, small or large: by the name of the set, else by the side of its images."""
-    if args.dataset == "glyphs_lt" and args.image_size is None:
-        return "letters"
-    if args.dataset in LARGE_SETS:
-        return "large"
-    pixels = args.image_size or 32
-    if args.image_size is None and args.dataset not in KNOWN_SETS:
-        pixels = side(args.dataset, args.data_root, None)
-    if pixels > 64:
+    large = args.dataset in LARGE_SETS
+    if large or side(args.dataset, args.data_root, args.image_size) > 64:
         return "large"
     return "letters" if args.dataset == "glyphs_lt" else "small"
 
@@ -391,7 +381,7 @@ def choose_stages(parser, args, methods) -> None:
     chain = methods[args.method]
     stages = tuple(args.stages.split(",")) if args.stages else chain
     if [stage for stage in chain if stage in stages] != list(stages):
-        has = f"--{parser.named} {args.method} has {', '.join(chain)}, in this order"
+        has = f"{parser.flag('method')} {args.method} has {', '.join(chain)}, in this order"
         parser.error(f"--stages {args.stages}: {has}")
     if stages[0] != chain[0] and not (args.init_from or args.eval):
         left = f"leaves out {chain[0]}: give its checkpoint with --init-from"
@@ -401,24 +391,20 @@ def choose_stages(parser, args, methods) -> None:
 
 def refuse(parser, args, table, said) -> None:
     """End the parsing where a flag was said beside others with which it means nothing."""
-    for name, (_, _, only) in table.items():
-        for needed, wanted in only.items():
-            if name not in said or needed in ("range", "bare"):
-                continue
-            here = getattr(args, needed)
-            here = here if isinstance(here, tuple) else (here,)
-            wanted = (wanted,) if isinstance(wanted, str) else wanted
-            if not set(here) & set(wanted):
-                needed = parser.named if needed == "method" else needed
-                flag, other = (word.replace("_", "-") for word in (name, needed))
-                if wanted == (False,):
-                    parser.error(f"--{flag} and --{other} contradict each other")
-                parser.error(f"--{flag} belongs to --{other} {' or '.join(map(str, wanted))}")
+    beside = [(name, *pair) for name, row in table.items() for pair in row[2].items()]
+    for name, needed, wanted in beside:
+        if name not in said or needed in ("range", "bare"):
+            continue
+        flag, other, here = parser.flag(name), parser.flag(needed), getattr(args, needed)
+        if wanted == (False,):
+            if here:
+                parser.error(f"{flag} and {other} contradict each other")
+            continue
+        wanted = (wanted,) if isinstance(wanted, str) else wanted
+        if not set(here if isinstance(here, tuple) else (here,)) & set(wanted):
+            parser.error(f"{flag} belongs to {other} {' or '.join(wanted)}")
     if args.predict and not args.eval:
         parser.error("--predict belongs to --eval CKPT")
-    for one, two in (("eval", "fresh"), ("eval", "init_from"), ("eval", "save_features")):
-        if getattr(args, one) and getattr(args, two):
-            parser.error(f"--{one} and --{two.replace('_', '-')} contradict each other")
     if args.save_features == "val" and args.select != "val":
         parser.error("--save-features val: there is a validation split only with --select val")
 
@@ -435,10 +421,7 @@ def result_args(args) -> dict:
 @functools.cache
 def file_identity(path: str) -> str:
     """A file's name and a code of its content, the same wherever it lies: `kcl-1a2b3c4d`."""
-    try:
-        code = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    code = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
     return f"{Path(path).stem}-{code}"
 
 
@@ -464,8 +447,8 @@ def launch(main, args) -> None:
     under_torchrun = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     try:
         for path in (args.init_from, args.eval):  # also where a result is there already
-            if path and not os.path.exists(path):
-                raise UserError(f"checkpoint {path} does not exist")
+            if path and not (os.path.isfile(path) and os.access(path, os.R_OK)):
+                raise UserError(f"checkpoint {path} does not exist or cannot be read")
         if under_torchrun and not {"MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
             why = "but not MASTER_ADDR and MASTER_PORT: start with torchrun, or unset RANK"
             raise UserError(f"RANK and WORLD_SIZE are set, {why}")
@@ -515,10 +498,8 @@ def _tell_and_exit(error: Exception) -> None:
 def _choose_device(args, under_torchrun: bool) -> None:
     name = args.device
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cpu" and args.gpus > 1:
-            why = f"needs {args.gpus} GPUs, this machine has none; CPU ranks: --device cpu"
-            raise UserError(f"--gpus {args.gpus} {why}")
+        alone = args.gpus == 1 and not torch.cuda.is_available()
+        name = "cpu" if alone else "cuda"
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
         raise UserError(f"--device {name} is unknown; use auto, cpu, cuda, cuda:N or mps")
     if name.startswith("cuda"):
@@ -526,7 +507,7 @@ def _choose_device(args, under_torchrun: bool) -> None:
         local = int(os.environ.get("LOCAL_RANK", 0)) if under_torchrun else local
         needed = max(args.gpus, local + 1)
         if here < needed:
-            why = f"needs {needed} GPUs, this machine has {here}"
+            why = f"needs {needed} GPUs, this machine has {here}; CPU ranks: --device cpu"
             raise UserError(f"--gpus {args.gpus} --device {args.device} {why}")
         name = f"cuda:{local}"
         torch.cuda.set_device(local)
@@ -546,14 +527,11 @@ def _start_ranks(count: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    for name in logging.root.manager.loggerDict:  # the ranks say themselves what is wrong
-        if name.startswith("torch.distributed.elastic"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-
+    logging.disable()  # the ranks say themselves what is wrong
     # a stop signal waits for the end of an evaluation
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")
-    place = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": uuid.uuid4().hex}
-    config = LaunchConfig(1, 1, count, max_restarts=0, monitor_interval=0.1, **place)
+    place = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "monitor_interval": 0.1}
+    config = LaunchConfig(1, 1, count, max_restarts=0, **place)
     try:
         elastic_launch(config, sys.executable)("-u", *sys.argv)
     except SignalException as stopped:
@@ -562,12 +540,11 @@ def _start_ranks(count: int) -> int:
         number_, first = failed.get_first_failure()
         code = first.exitcode
         if code not in (1, 2, 130, 141, 143):  # those have said why themselves
-            how = f"died with exit code {code}"
-            if code < 0:
-                hint = " (out of memory?)" if code == -signal.SIGKILL else ""
-                how = f"was killed by {signal.Signals(-code).name}{hint}"
+            killed = code < 0 and f"was killed by {signal.Signals(-code).name}"
+            how = killed or f"died with exit code {code}"
+            hint = " (out of memory?)" if code == -signal.SIGKILL else ""
             rest = "all ranks were stopped, the same command continues from what was saved"
-            print(f"error: rank {number_} {how}; {rest}", file=sys.stderr)
+            print(f"error: rank {number_} {how}{hint}; {rest}", file=sys.stderr)
         return code if code > 0 else 1
     return 0
 
@@ -585,16 +562,16 @@ KEPT = "what was saved before is intact"
 
 
 @contextlib.contextmanager
-def writing(path: Path):
-    """Around writing to `path`: RunError where that cannot be, saying so when the disk is full."""
+def writing(path: Path, kind: type = RunError):
+    """Around writing to `path`: an error of this kind where that cannot be, of a full disk, too."""
     try:
-        yield path
+        yield
     except OSError as error:
         why = error.strerror or error
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(path.parent).free / 1e6
             why = f"the disk is full ({free:,.1f} MB free)"
-        raise RunError(f"cannot write {path}: {why}; {KEPT}") from None
+        raise kind(f"cannot write {path}: {why}; {KEPT}") from None
 
 
 def write_atomic(path: Path, write) -> None:
@@ -620,10 +597,8 @@ def write_json(path: Path, value) -> None:
 
 def make_folder(path: Path) -> None:
     """Make a folder of results; UserError when that cannot be."""
-    try:
+    with writing(path, UserError):
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {path}: {error.strerror}") from None
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
@@ -637,10 +612,8 @@ def read_file(path: str | Path, hint: str = "") -> dict:
     """What torch.save wrote, without running code in it; UserError when it is damaged."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"checkpoint {path} does not exist") from None
-    except PermissionError:
-        raise UserError(f"checkpoint {path}: no permission to read it") from None
+    except OSError as error:
+        raise UserError(f"cannot read checkpoint {path}: {error.strerror}") from None
     except Exception:  # unpickling raises many kinds; whichever it was, the file is of no use
         raise UserError(f"checkpoint {path} is damaged or not one of ours{hint}") from None
 
@@ -662,17 +635,12 @@ def check_same(path, saved: dict, now: dict, names, remedy="give the saved value
 
 
 def load_weights(module: nn.Module, state: dict[str, Tensor], source) -> None:
-    """Load weights that must fill `module` exactly; UserError naming the first misfit."""
-    own = module.state_dict()
-    for name in [*own, *state]:
-        if name not in state:
-            raise UserError(f"{source} has no tensor {name}: it belongs to another network")
-        if name not in own:
-            raise UserError(f"{source} holds {name}, which this network does not have")
-        if own[name].shape != state[name].shape:
-            sizes = f"is {list(state[name].shape)}, this network needs {list(own[name].shape)}"
-            raise UserError(f"{source}: {name} {sizes}")
-    module.load_state_dict(state)
+    """Load weights that must fill `module` exactly; UserError naming what does not fit."""
+    try:
+        module.load_state_dict(dict(state))
+    except RuntimeError as error:
+        misfit = str(error).splitlines()[1].strip()
+        raise UserError(f"{source} does not fit this network: {misfit[:200]}") from None
 
 
 def check_data(path, saved: str, now: str, dataset: str) -> None:
@@ -681,10 +649,7 @@ def check_data(path, saved: str, now: str, dataset: str) -> None:
     A code without a name is that of the images with their labels.
     """
     was, here = (
-        {
-            name or "images": code
-            for name, _, code in (word.rpartition(":") for word in text.split())
-        }
+        dict(word.split(":") if ":" in word else ("images", word) for word in text.split())
         for text in (saved, now)
     )
     other = [name for name in here if was.get(name, here[name]) != here[name]]
@@ -705,21 +670,17 @@ def load_backbone(
     `names` or `data`, the fingerprint of the training images, differs: what is held out here was
     seen there.
     """
-    found = read_file(path)
+    found, start = read_file(path), "backbone."
     if isinstance(found, dict) and all(isinstance(value, Tensor) for value in found.values()):
-        own = {k: v for k, v in backbone.state_dict().items() if k.endswith("batches_tracked")}
-        own |= {k: v for k, v in found.items() if not k.startswith("fc.")}  # older files lack these
-        load_weights(backbone, own, path)
-        state = {"model": {f"backbone.{name}": value for name, value in own.items()}}
+        load_weights(backbone, {k: v for k, v in found.items() if not k.startswith("fc.")}, path)
+        state = {f"backbone.{name}": value for name, value in backbone.state_dict().items()}
         of = {"script": "torchvision", "stage": "", "epoch": 0}
-        return of | {"args": {}, "info": {}, "state": state}
+        return of | {"args": {}, "info": {}, "state": {"model": state}}
     found, now = load_checkpoint(path), result_args(args)
     if found["args"]["dataset"] == now["dataset"]:
         check_same(path, found["args"], now, names)
         check_data(path, found["data"], data or found["data"], args.dataset)
-    start, state = "backbone.", found["state"].get("model")
-    if state is None:
-        raise UserError(f"{path} holds no network under the name model")
+    state = found["state"]["model"]
     own = {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
     load_weights(backbone, own, path)
     return found
@@ -760,10 +721,8 @@ def variant_name(args, method: str) -> str:
 
 def lock(path: Path):
     """The open file that keeps a folder to one process; UserError when another one holds it."""
-    try:
+    with writing(path, UserError):
         file = open(path, "a+")
-    except OSError as error:
-        raise UserError(f"cannot write to {path.parent}: {error.strerror}") from None
     try:
         import fcntl  # here and not above: not every system has it, and a run does without
 
@@ -810,7 +769,6 @@ class Run:
         if is_main() and not finished:
             write_json(self.folder / "args.json", vars(args))
             self.writer = event_writer(self)
-        barrier()
 
     @property
     def result(self) -> dict | None:
@@ -833,13 +791,10 @@ class Run:
         return checkpoint
 
     def check(self, path, checkpoint: dict) -> None:
-        """Refuse a checkpoint of another script, other arguments or other data."""
-        script, now = checkpoint["script"], self.made["args"]
-        if script != self.script:
-            raise UserError(f"{path} is a checkpoint of {script}.py, this is {self.script}.py")
-        remedy, saved = "give the saved value, another --out, or --fresh", checkpoint["args"]
+        """Refuse a checkpoint of other arguments or other data."""
+        saved, now = checkpoint["args"], self.made["args"]
         names = [name for name in ("dataset", "backbone", *now, *saved) if name not in NEUTRAL]
-        check_same(path, saved, now, names, remedy)
+        check_same(path, saved, now, names, "give the saved value, another --out, or --fresh")
         check_data(path, checkpoint["data"], self.fingerprint, self.args.dataset)
 
     def say(self, text: str) -> None:
@@ -862,7 +817,7 @@ class Run:
         full |= {"variant": self.variant, "method": self.method, "seed": args.seed}
         full |= {"changed": args.changed, "headline": None, "best_on_test": None} | result
         full["machine"] = machine(args) | {"stretches": stretches(self.rows)}
-        full["timing"] = {"seconds": round(seconds, 2)} | result.get("timing", {})
+        full["timing"] = {"seconds": round(seconds, 2)}
         if is_main():
             write_json(self.folder / "result.json", full)
         self.show()
@@ -888,17 +843,13 @@ class Stage:
         if saved and saved["stage"] == name:
             self.restore(saved)
             run.rows = max(run.rows, saved["rows"], key=len)
-            if not self.finished:
+            if self.epoch < epochs:
                 run.say(f"{name}: continuing at epoch {self.epoch + 1} of {epochs}")
 
     def restore(self, saved: dict) -> None:
         for key, part in self.parts.items():
             part.load_state_dict(saved["state"][key])
         self.epoch, self.passes, self.best = saved["epoch"], saved["passes"], saved["best"]
-
-    @property
-    def finished(self) -> bool:
-        return self.epoch >= self.total
 
     @property
     def lr(self) -> float:
@@ -908,20 +859,15 @@ class Stage:
 
     def epochs(self):
         """Yield the epochs that are still to be done, from 0; the script must call `end_epoch`."""
-        while not self.finished:
-            now = self.epoch
-            torch.manual_seed(derive_seed(self.run.args.seed, self.name, now, rank()))
-            self.step, self.sums, self.bad, self.begin = 0, {}, None, time.perf_counter()
+        for epoch in range(self.epoch, self.total):
+            torch.manual_seed(derive_seed(self.run.args.seed, self.name, epoch, rank()))
+            self.step, self.sums, self.begin = 0, {}, time.perf_counter()
             self.images, self.sent, self.wait, self.trained = 0, 0, 0.0, 1e-9  # without batches
-            yield now
-            if self.epoch == now:
-                raise RuntimeError(f"stage {self.name}: the loop must call end_epoch")
+            self.bad = torch.full((), math.inf, device=self.run.args.device)
+            yield epoch
 
     def batches(self, loader, passes: int = 1):
-        """Yield an epoch's batches; passes: how often a step sends an image forward and backward.
-
-        That is the number of views, twice with SAM, 0 where the backbone is frozen.
-        """
+        """Yield an epoch's batches; passes: views sent through, twice with SAM, 0 where frozen."""
         loader.set_epoch(self.epoch)
         self.steps, self.bar = len(loader), 0.0
         start = asked = time.perf_counter()
@@ -942,21 +888,18 @@ class Stage:
         A CPU looks at once; a GPU, without a wait in every step, at the end of the epoch.
         """
         step = torch.where(torch.isfinite(loss.detach()), math.inf, float(self.step))
-        self.bad = step if self.bad is None else torch.minimum(self.bad, step)
+        self.bad = torch.minimum(self.bad, step)
         if step.device.type == "cpu":
             self.look()
 
     def look(self) -> None:
         """RunError when a loss of the epoch was not finite on any rank."""
-        if self.bad is None:
-            return
         if world_size() > 1:
             dist.all_reduce(self.bad, op=dist.ReduceOp.MIN)
         step = self.bad.item()
         if step < math.inf:
-            epoch = f"epoch {self.epoch + 1} of {self.total}, step {step + 1:.0f}"
-            where = f"stage {self.name}, {epoch}, lr {self.lr:g}"
-            raise RunError(f"the loss is not finite in {where}; {KEPT}")
+            place = f"epoch {self.epoch + 1} of {self.total}, step {step + 1:.0f}, lr {self.lr:g}"
+            raise RunError(f"the loss is not finite in stage {self.name}, {place}; {KEPT}")
 
     def add(self, count: int, **values: Tensor) -> None:
         """Add means over `count` images of this rank to those of the epoch; no host sync."""
@@ -986,7 +929,7 @@ class Stage:
         self.best, self.epoch = score if better else self.best, self.epoch + 1
         self.run.rows.append(row)
         if is_main():
-            warn_of_collapse(self)
+            warn_of_collapse(self, row)
             log_row(self, row)
             self.save(better)
         barrier()
@@ -999,7 +942,7 @@ class Stage:
         checkpoint |= {"passes": self.passes, "best": self.best}
         if better:
             save_checkpoint(run.folder / f"{self.name}_best.pt", checkpoint)
-        if self.finished:
+        if self.epoch == self.total:
             save_checkpoint(self.own, checkpoint)
         save_checkpoint(run.folder / "last.pt", checkpoint)
 
@@ -1064,9 +1007,7 @@ def in_words(figures: dict, form: str = "{:.1f} %") -> str:
 
 def trouble(row: dict, total: int) -> str | None:
     """What the cosines of an epoch's embeddings tell against a contrastive stage of `total`."""
-    same, other = row.get("same_label"), row.get("other_label")
-    if same is None or other is None:
-        return None
+    same, other = row["same_label"], row["other_label"]
     if other > 0.999:
         return "all embeddings have collapsed into one point"
     late = row["epoch"] + 1 >= max(total / 2, 5)  # a shorter stage only tries whether all runs
@@ -1075,15 +1016,14 @@ def trouble(row: dict, total: int) -> str | None:
     return None
 
 
-def warn_of_collapse(stage: Stage) -> None:
+def warn_of_collapse(stage: Stage, row: dict) -> None:
     """Say once what is wrong with the embeddings of a stage, and since which epoch."""
-    rows = [row for row in stage.run.rows if row["stage"] == stage.name]
-    found = [trouble(row, stage.total) for row in rows]
-    if found[-1] and found[-1] not in found[:-1]:
-        row = rows[-1]
+    rows = [old for old in stage.run.rows if old["stage"] == stage.name and "same_label" in old]
+    *before, now = [trouble(old, stage.total) for old in rows] or [None]
+    if now and now not in before:
         cosines = f"mean cosines {row['same_label']:.4f} and {row['other_label']:.4f}"
         where = f"stage {stage.name}, epoch {row['epoch'] + 1} of {stage.total}"
-        print(f"warning: {where}: {found[-1]} ({cosines})", file=sys.stderr, flush=True)
+        print(f"warning: {where}: {now} ({cosines})", file=sys.stderr, flush=True)
 
 
 def event_writer(run: Run):
@@ -1157,14 +1097,10 @@ def scale_milestones(published: Sequence[float], published_epochs: int, epochs: 
     return [max(1, math.floor(m * epochs / published_epochs)) if m > 0 else 0 for m in published]
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
-    """Give every parameter group the rate `lr`, in place where it is a tensor, and return it."""
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every parameter group the rate `lr`."""
     for group in optimizer.param_groups:
-        if isinstance(group["lr"], torch.Tensor):
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr
-    return lr
+        group["lr"] = lr
 
 
 def milestone_lr(base_lr: float, epoch: float, milestones: Sequence[float], factor=0.1) -> float:
@@ -1207,17 +1143,13 @@ CHOSEN = {  # what `--select` makes of a result, as it says itself
 }
 
 
-def _array(values) -> np.ndarray:
-    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
-
-
 def _ratio(part: float, whole: float) -> float | None:
     return float(part / whole) if whole else None
 
 
 def group_of(counts, many: int = 100, few: int = 20) -> np.ndarray:
     """Group of each class by its training count, int64 [C]: 0 above many, 2 below few, else 1."""
-    counts = _array(counts)
+    counts = np.asarray(counts)
     return np.where(counts > many, 0, np.where(counts < few, 2, 1)).astype(np.int64)
 
 
@@ -1229,12 +1161,12 @@ def report(
     labels, predictions: [N] class ids (a prediction of -1 is no class: always wrong); counts:
     training images of each class [C]; confidence, nll, topk_hits: [N]. O(N + C); numpy, torch or
     lists. mean_class: mean recall of the classes that have test images (balanced accuracy); many,
-    medium, few: that of each group. macro_f1:
-    over the classes that occur in labels or predictions. worst_class: lowest recall. confusion (up
-    to 200 classes): rows are the true class. groups: the bounds of `group_of`.
+    medium, few: that of each group, bounds of `group_of` in `groups`. macro_f1: over the classes
+    that occur in labels or predictions. worst_class: lowest recall. confusion (up to 200 classes):
+    rows are the true class.
     """
     labels, predictions, counts = (
-        _array(values).astype(np.int64) for values in (labels, predictions, counts)
+        np.asarray(values).astype(np.int64) for values in (labels, predictions, counts)
     )
     size, hit, named = len(counts), labels == predictions, predictions >= 0
     support, correct, predicted = (
@@ -1242,25 +1174,21 @@ def report(
     )
     tested = support > 0
     recall = correct[tested] / support[tested]
-    per_class = np.full(size, None, dtype=object)
-    per_class[tested] = recall.tolist()
+    group = group_of(counts, **groups)[tested]
+    total, classes = np.bincount(group, recall, minlength=3), np.bincount(group, minlength=3)
     f1 = 2.0 * correct / np.maximum(support + predicted, 1)
-    loss = None if nll is None or not len(hit) else float(_array(nll).astype(np.float64).mean())
+    loss = math.nan if nll is None or not len(hit) else np.asarray(nll, np.float64).mean()
     figures = {
         "overall": _ratio(hit.sum(), len(hit)),
         "mean_class": _ratio(recall.sum(), recall.size),
-    }
-    group = group_of(counts, **groups)[tested]
-    total, classes = np.bincount(group, recall, minlength=3), np.bincount(group, minlength=3)
-    figures |= {name: _ratio(total[g], classes[g]) for g, name in enumerate(GROUPS)}
-    figures |= {
+        **{name: _ratio(total[g], classes[g]) for g, name in enumerate(GROUPS)},
         "macro_f1": _ratio(f1.sum(), np.count_nonzero(support + predicted)),
         "harmonic_mean": _ratio(recall.size, (1.0 / recall).sum()) if recall.all() else 0.0,
         "worst_class": float(recall.min()) if recall.size else None,
         **calibration(confidence, hit),
-        "top5": None if topk_hits is None else _ratio(_array(topk_hits).sum(), len(hit)),
-        "loss": loss if loss is not None and math.isfinite(loss) else None,
-        "per_class": per_class.tolist(),
+        "top5": None if topk_hits is None else _ratio(np.asarray(topk_hits).sum(), len(hit)),
+        "loss": float(loss) if math.isfinite(loss) else None,
+        "per_class": [_ratio(*pair) for pair in zip(correct, support, strict=True)],
     }
     if size <= 200:
         pairs = np.bincount((labels * size + predictions)[named], minlength=size * size)
@@ -1273,9 +1201,9 @@ def calibration(confidence, hit: np.ndarray, bins: int = 15) -> dict:
 
     Bins ((b - 1) / bins, b / bins]: how many, their mean confidence and accuracy (0 when empty).
     """
-    if confidence is None or not len(hit) or not np.isfinite(_array(confidence)).all():
+    confidence = np.asarray([math.nan] if confidence is None else confidence)
+    if not len(hit) or not np.isfinite(confidence).all():
         return {"ece": None, "reliability": None}
-    confidence = _array(confidence)
     index = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
     count = np.bincount(index, minlength=bins)
     sure, right = (
@@ -1316,57 +1244,51 @@ class Scores:
 
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module, loader, num_items=None, device=None, autocast=None, features=None
-) -> Scores:
+def evaluate(model: nn.Module, loader, num_items=None, autocast=None, features=None) -> Scores:
     """Scores of `model` on an evaluation loader, every item exactly once over all ranks.
 
     loader yields (views [V, b, 3, H, W], labels [b], indices [b]); the first view counts. num_items
-    and device are the loader's own by default. autocast: makes the context of a forward pass,
-    `lambda: autocast(args)`. features: a second function of the images whose output [b, d] is kept,
+    is that of its set by default. autocast: makes the context of a forward pass, `lambda:
+    autocast(args)`. features: a second function of the images whose output [b, d] is kept,
     `net.features`. Modules are in eval mode inside and have their own again afterwards; no host
     sync per batch. RuntimeError when an item is missing or comes twice.
     """
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module  # ranks may have different numbers of batches
     if dist.is_initialized():
         for buffer in model.buffers():  # batch norm: the statistics that rank 0 saves
             dist.broadcast(buffer, 0)
     size = len(loader.dataset) if num_items is None else num_items
-    table = torch.zeros(0, 0, device=loader.device if device is None else device)
-    modes = [(module, module.training) for module in model.modules()]
+    modes, rows = [(module, module.training) for module in model.modules()], []
     model.eval()
     try:
         for views, labels, indices in loader:
             with autocast() if autocast else contextlib.nullcontext():
                 logits, extra = model(views[0]), features(views[0]) if features else None
-            rows = score(logits.float(), labels, extra)
-            if not len(table):
-                table = rows.new_zeros(size + 1, rows.shape[1])
-            inside = (indices >= 0) & (indices < size)  # what is not, the last row counts
-            table.index_add_(0, torch.where(inside, indices, size), rows)
+            rows.append(score(logits.float(), labels, indices, extra))
     finally:
         for module, mode in modes:
             module.training = mode
-    table = sum_over_ranks(table, size + 1).cpu()
-    visits, outside = table[:-1, 0], int(table[-1, 0])
-    if outside or (visits != 1).any():
+    table = gather_rows(rows)
+    place = table[:, 0].long()
+    inside = (place >= 0) & (place < size)
+    visits = torch.bincount(place[inside], minlength=size)
+    if (visits != 1).any() or not inside.all():
         seen = f"{int((visits == 0).sum())} missing, {int((visits > 1).sum())} more than once"
-        seen += f", {outside} indices out of range"
+        seen += f", {int((~inside).sum())} indices out of range"
         raise RuntimeError(f"evaluation must see each of {size} items once: {seen}")
-    labels, predictions, confidence, nll, top5 = table[:-1, 1:6].T
-    kept = table[:-1, 6:].clone() if features else None
+    table = table[place.argsort()]
+    labels, predictions, confidence, nll, top5 = table[:, 1:6].T
+    kept = table[:, 6:].clone() if features else None
     return Scores(labels.long(), predictions.long(), confidence, nll, top5 > 0, kept)
 
 
-def score(logits: Tensor, labels: Tensor, extra: Tensor | None) -> Tensor:
-    """A row of each item: 1, the five fields of Scores, its features; float32 [b, 6 + d]."""
+def score(logits: Tensor, labels: Tensor, indices: Tensor, extra: Tensor | None) -> Tensor:
+    """A row of each item: index, the five fields of Scores, its features; float32 [b, 6 + d]."""
     log_p = logits.log_softmax(1)
     valid = ~log_p.isnan().any(1)
     predictions = logits.argmax(1)
     columns = [
-        torch.ones_like(labels),
-        labels,  # class ids are exact in float32, below 2^24
+        indices,  # whole numbers are exact in float32, below 2^24
+        labels,
         torch.where(valid, predictions, -1),
         log_p.gather(1, predictions[:, None])[:, 0].exp(),
         -log_p.gather(1, labels[:, None])[:, 0],
@@ -1376,26 +1298,21 @@ def score(logits: Tensor, labels: Tensor, extra: Tensor | None) -> Tensor:
     return rows if extra is None else torch.cat([rows, extra.float()], 1)
 
 
-def sum_over_ranks(table: Tensor, length: int) -> Tensor:
-    """The sum of the ranks' tables [length, width]; a rank without a batch has no table."""
-    width = max(6, table.shape[1])
+def gather_rows(rows: list[Tensor]) -> Tensor:
+    """The rows [n, width] of all batches of all ranks, on the CPU; a rank may have none."""
+    parts = [torch.cat(rows).cpu()] if rows else []
     if dist.is_initialized():
-        widest = torch.tensor(width, device=table.device)
-        dist.all_reduce(widest, op=dist.ReduceOp.MAX)
-        width = int(widest)
-    if not len(table):
-        table = torch.zeros(length, width, device=table.device)
-    if dist.is_initialized():
-        dist.all_reduce(table)
-    return table
+        shares = [None] * world_size()
+        dist.all_gather_object(shares, parts)
+        parts = [part for share in shares for part in share]
+    return torch.cat(parts)
 
 
 def figures(args, net: nn.Module, loader, counts: Sequence[int], **groups) -> dict:
     """`report` of a network on an evaluation loader; RunError when its outputs are not finite."""
     full = evaluate(net, loader, autocast=lambda: autocast(args)).report(counts, **groups)
-    if full["loss"] is None and len(loader.dataset):
-        why = "its outputs are not finite; a smaller --lr may help"
-        raise RunError(f"the network has diverged: {why}")
+    if full["loss"] is None:
+        raise RunError("the network has diverged (outputs not finite): try a smaller --lr")
     return full
 
 
@@ -1463,40 +1380,33 @@ def features_path(run: Run, suffix: str = "") -> Path:
 
 
 def keep_features(run: Run, net: nn.Module, dataset, loader, suffix: str = "") -> None:
-    """`--save-features`: the features of a set, from its evaluation loader, in the run folder."""
-    scores = evaluate(net, loader, autocast=lambda: autocast(run.args), features=net.features)
-    save_features(scores, dataset.indices, features_path(run, suffix))
+    """`--save-features`: features_<split>.npz of a set in the run folder, by its evaluation loader.
 
-
-def save_features(scores: Scores, indices: Tensor, path: Path) -> None:
-    """Write `features` [N, d] (float32, before the head), `labels` [N] and `indices` [N] as .npz.
-
-    indices: positions of the images in the source set (`Set.indices`).
+    `features` [N, d] (float32, before the head), `labels` [N], and `indices` [N], the positions in
+    the source set (`Set.indices`).
     """
-    arrays = {"features": scores.features, "labels": scores.labels, "indices": indices}
+    scores = evaluate(net, loader, autocast=lambda: autocast(run.args), features=net.features)
+    arrays = {"features": scores.features, "labels": scores.labels, "indices": dataset.indices}
     arrays = {key: value.cpu().numpy() for key, value in arrays.items()}
     if is_main():
-        write_atomic(path, lambda file: np.savez(file, **arrays))
+        write_atomic(features_path(run, suffix), lambda file: np.savez(file, **arrays))
     barrier()
 
 
-def tell_figures(args, checkpoint: dict, full: dict, **more) -> None:
-    """`--eval`: the report of the checkpoint's network in one line, all of it in a file."""
-    if is_main():
-        place = f"{checkpoint['stage']}, epoch {checkpoint['epoch']}"
-        print(f"{args.eval}: {place}: {in_words(full, '{:.2f}%')}")
-    keep_examined(args, checkpoint, full | more)
+def tell_figures(args, checkpoint: dict, found: dict) -> None:
+    """`--eval`: the report of the checkpoint's network in one line, and all that was found.
 
-
-def keep_examined(args, checkpoint: dict, result: dict) -> None:
-    """`<out>/<script>/examined/eval-<run>-<stage>.json`: what `--eval` found."""
+    It is kept as `<out>/<script>/examined/eval-<run>-<stage>.json`.
+    """
     if is_main():
-        path = Path(args.eval).resolve()
+        stage, epoch, path = checkpoint["stage"], checkpoint["epoch"], Path(args.eval).resolve()
+        if "overall" in found:
+            print(f"{args.eval}: {stage}, epoch {epoch}: {in_words(found, '{:.2f}%')}")
         folder = Path(args.out, checkpoint["script"], "examined")
         make_folder(folder)
         name = "-".join(["eval", *path.parts[1:-1][-3:], path.stem])
-        head = {"checkpoint": args.eval, "stage": checkpoint["stage"], "epoch": checkpoint["epoch"]}
-        write_json(folder / f"{name}.json", head | result)
+        head = {"checkpoint": args.eval, "stage": stage, "epoch": epoch}
+        write_json(folder / f"{name}.json", head | found)
     barrier()
 
 

@@ -94,12 +94,11 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
         parts = [part for part in x.tensor_split(self.groups) if len(part)]
         if not self.training or len(parts) == 1:
             return super().forward(x)
-        momentum = self.momentum if self.track_running_stats else 0.0
         mean = self.running_mean.repeat(len(parts), 1)
         var = self.running_var.repeat(len(parts), 1)
         done = [
-            F.batch_norm(part, mean[g], var[g], self.weight, self.bias, True, momentum, self.eps)
-            for g, part in enumerate(parts)
+            F.batch_norm(part, *own, self.weight, self.bias, True, self.momentum, self.eps)
+            for part, *own in zip(parts, mean, var, strict=True)
         ]
         self.running_mean.copy_(mean.mean(0))
         self.running_var.copy_(var.mean(0))
@@ -297,15 +296,11 @@ class CosineClassifier(nn.Module):
     """softplus(s) * cos + b, scale s (10 at the start) and bias b learned: logits [B, C].
 
     Head of Vigneswaran et al. 2021 (TailCalibX). weight W [C, D] and bias start as in `nn.Linear`.
-    norm: "class", W[c, d] / ||W[c, :]||, the cosine of the paper; "feature", W[c, d] / ||W[:, d]||,
-    the released code, which takes the norm over the classes of each feature dimension.
+    The released code divides W[c, d] by ||W[:, d]||, the norm over the classes: no cosine.
     """
 
-    def __init__(self, dim: int, classes: int, norm: str = "class"):
+    def __init__(self, dim: int, classes: int):
         super().__init__()
-        if norm not in ("class", "feature"):
-            raise ValueError(f"unknown norm {norm!r}; known: class, feature")
-        self.norm = norm
         bound = dim**-0.5
         self.weight = nn.Parameter(torch.empty(classes, dim).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(classes).uniform_(-bound, bound))
@@ -314,7 +309,7 @@ class CosineClassifier(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         with torch.autocast(features.device.type, enabled=False):
             x = F.normalize(features.to(self.weight.dtype), dim=1, eps=1e-12)  # [B, D]
-            w = F.normalize(self.weight, dim=1 if self.norm == "class" else 0, eps=1e-12)  # [C, D]
+            w = F.normalize(self.weight, dim=1, eps=1e-12)  # [C, D]
             return F.softplus(self.scale) * (x @ w.T) + self.bias  # [B, C]
 
 

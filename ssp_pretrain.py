@@ -210,10 +210,8 @@ class Rotation(nn.Module):
 
     def examine(self, net: nn.Module) -> dict[str, float]:
         """Share of the test images whose turn is told; no accuracy of classes."""
-        size = len(self.test.dataset)
-        options = {"num_items": size, "device": self.test.device}
-        options["autocast"] = lambda: common.autocast(self.args)
-        scores = common.evaluate(net, self.turned(), **options)
+        size, autocast = len(self.test.dataset), lambda: common.autocast(self.args)
+        scores = common.evaluate(net, self.turned(), size, autocast)
         return {"test_rotation_accuracy": scores.report([0] * 4)["overall"]}
 
 

@@ -341,10 +341,8 @@ def examine(args, data, net: models.Net) -> None:
     if args.predict and mine == theirs:
         return data_lt.predict(args, net, data.test, (data.mean, data.std))
     scores, alike = look(args, data, net)
-    if mine == theirs:
-        common.tell_figures(args, checkpoint, scores.report(counts), **alike)
-    else:
-        common.keep_examined(args, checkpoint, alike)
+    figures = scores.report(counts) if mine == theirs else {}
+    common.tell_figures(args, checkpoint, figures | alike)
     tail = info.get("tail", plan(args, data)[0].tail)
     near = list(zip(*(rows[tail] for rows in alike.values()), data.classes, strict=True))
     for cosine, distance, name in sorted(near, reverse=True)[:11] * common.is_main():

@@ -723,7 +723,7 @@ def test_bad_flags(tmp_path, capsys):
         (f"show --dataset {none}.npz", "no.npz: no such folder or .npz"),
         ("show --imb-ratio 0.5", "at least 1, got 0.5"),
         ("show --imb-ratio nan", "got nan"),
-        ("show --imb-ratio many", "needs a number, got 'many'"),
+        ("show --imb-ratio many", "must be a number, at least 1, got many"),
         ("show --imb-ratio 500", "ratio 500 leaves class 'R' with 0 of its 400 images"),
         ("show --imb-type linear", "'linear'"),
         ("show --select dev", "'dev'"),

@@ -27,7 +27,7 @@ OTHER = {
 }
 
 
-def parsed(*flags, side=lambda *rest: 48, **more):
+def parsed(*flags, side=lambda dataset, root, size: size or 48, **more):
     words = [*map(str, flags)]
     return common.parse("What it does.\n\nMore.", FLAGS, METHODS, OTHER, side, words, **more)
 
@@ -125,7 +125,7 @@ def test_stages_are_a_part_of_the_chain(capsys):
         ("--imb-ratio 0.5", "at least 1"),
         ("--kind-of-pairs some", "invalid choice"), ("--precision fp16", "invalid choice"),
         ("--unknown 1", "--unknown"),
-        ("--epoch 3", "--epoch"), ("--eval a.pt --fresh", "--eval and --fresh contradict"),
+        ("--epoch 3", "--epoch"), ("--eval a.pt --fresh", "--fresh and --eval contradict"),
         ("--eval a.pt --init-from b.pt", "contradict"), ("--save-features val", "--select val"),
         ("--method three", "invalid choice"), ("@nowhere", "nowhere"),
     ],

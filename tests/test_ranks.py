@@ -1,5 +1,6 @@
 """Several ranks against one: loss and gradients in float64, whole commands and launchers."""
 
+import argparse
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ import common
 import data_lt
 import models
 
+PLAIN = argparse.Namespace(compile=False)
 PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
 
@@ -75,7 +77,7 @@ def losses_and_gradients(batch: int):
 
 def epoch_of_gradients(net, loader):
     """Loss of each batch, summed gradients; no update in between, batch norm is frozen."""
-    replica, losses = common.distribute(net), []
+    replica, losses = common.replicate(PLAIN, net), []
     for views, labels, _ in loader:
         values = F.cross_entropy(replica(views[0].double()), labels, reduction="none")
         loss = values.mean()
@@ -92,7 +94,7 @@ def contrastive_gradients():
     torch.manual_seed(1)
     layer, x = torch.nn.Linear(5, 3).double(), torch.randn(8, 5, dtype=torch.float64)
     mine = x.tensor_split(common.world_size())[common.rank()]
-    replica = common.distribute(layer)
+    replica = common.replicate(PLAIN, layer)
     own = F.normalize(replica(mine), dim=1)
     every = common.gather_with_gradient(own)
     targets = (

@@ -93,7 +93,7 @@ class FakeLoader:
 def make_args(out, **extra):
     words = ["--out", str(out), "--quiet", "--logger", "none", "--device", "cpu"]
     table = (("backbone", "resnet8", "network"), ("lr", 0.1, "rate"))
-    args = common.parse("A test.", table, {"fit": ("fit",)}, {}, None, words)
+    args = common.parse("A test.", table, {"fit": ("fit",)}, {}, lambda *_: 16, words)
     args.precision = "fp32"
     vars(args).update(extra)
     return args
@@ -302,15 +302,11 @@ def test_other_arguments_than_the_saved_ones_are_refused_by_name(tmp_path, chang
         train(tmp_path, args=make_args(tmp_path, **change))
 
 
-def test_other_data_and_another_script_are_refused(tmp_path, monkeypatch):
+def test_other_data_are_refused(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, stop_at=(2, 3))
     with pytest.raises(common.UserError, match="other images than"):
         train(tmp_path, data="changed")
-    (last,) = tmp_path.glob("**/last.pt")
-    monkeypatch.setattr(sys, "argv", ["another_script.py"])
-    with pytest.raises(common.UserError, match="another_script"):
-        common.Run(make_args(tmp_path), "unit", "data").read(last)
 
 
 def test_a_moved_copied_or_linked_set_is_the_same_and_other_content_is_named(tmp_path):
@@ -369,9 +365,9 @@ def test_a_backbone_comes_from_torchvision_or_another_data_set(tmp_path):
         assert all(torch.equal(value, net.state_dict()[key]) for key, value in bare.items())
     bare.pop("layer1.0.conv1.weight")
     torch.save(bare, tmp_path / "3.pth")
-    with pytest.raises(common.UserError, match="no tensor layer1.0.conv1.weight"):
+    with pytest.raises(common.UserError, match="Missing.*layer1.0.conv1.weight"):
         common.load_backbone(net, tmp_path / "3.pth", make_args(tmp_path))
-    with pytest.raises(common.UserError, match="conv1.weight is .*7, 7.*needs .*3, 3"):
+    with pytest.raises(common.UserError, match="conv1.weight: .*7, 7.*3, 3"):
         common.load_backbone(models.backbone("resnet18"), tmp_path / "0.pth", make_args(tmp_path))
     run = common.Run(make_args(tmp_path, dataset="cifar10_lt"), "unit", "data")
     net = models.Net(models.backbone("resnet8"), models.linear_head(64, 10))
