@@ -566,7 +566,7 @@ def test_two_ranks_equal_one(tmp_path):
         ("--ssp moco --batch-size 8", "two images a group"),
         ("--ssp moco", "batch size 512: no batch from 46 images"),
         ("--ssp none --stages train,semi", "semi needs pseudo before it"),
-        ("--init-from x.pt", "--init-from is for the stages after pretrain"),
+        ("--init-from {tiny}", "--init-from is for the stages after pretrain"),
         ("--stages train --init-from none.pt", "none.pt"),
         ("--ssp none --stages semi --init-from none.npz", "none.npz"),
         ("--ssp none --stages train,pseudo --unlabeled none.npz", "none.npz"),
