@@ -608,9 +608,12 @@ def test_a_balanced_set_once_or_every_epoch(straight):
     assert len(each) == 4 and not torch.equal(one, two) and torch.equal(one, again)
 
 
-def test_an_epoch_of_tailcalibx_is_a_random_part_of_the_balanced_set(straight):
-    made = features(straight)
+def test_an_epoch_of_tailcalibx_is_a_random_part_of_the_balanced_set(straight, monkeypatch):
+    made, asked = features(straight, "--alpha", 0.5, "--alpha-mode", "diag"), []
+    generate = tc.generate
+    monkeypatch.setattr(tc, "generate", lambda x, *rest: asked.extend(rest) or generate(x, *rest))
     x, labels = epoch(made, 4)
+    assert asked[-2:] == [0.0, tc.EPS + 0.5], "alpha on the diagonal is more of epsilon"
     order = torch.randperm(200, generator=common.generator(0, "tailcalibx", "order", 4))[:64]
     assert len(x) == 64 and torch.equal(labels, made.images.device_labels[made.origin(4)[order]])
     real, _ = made.make(4, torch.arange(79))
