@@ -679,9 +679,12 @@ def test_published_defaults():
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, flags, said):
     monkeypatch.setattr(tc, "train", lambda *rest: pytest.fail("refused only after training"))
-    words = ["--dataset", TINY[0], *FAST, *flags.split()]
-    args = commands.parse("tailcalibx", words)
-    assert said in commands.refused(capsys, commands.launch, tc, args, tmp_path)
+
+    def run():
+        words = ["--dataset", TINY[0], *FAST, *flags.split()]
+        commands.launch(tc, commands.parse("tailcalibx", words), tmp_path)
+
+    assert said in commands.refused(capsys, run)
 
 
 def last_stages(folder: str, tiny: str, starts: dict) -> None:
