@@ -1,6 +1,7 @@
 """Running the scripts as a user does: `run("tsc.py", "--epochs", "1", out=tmp_path)`."""
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -86,3 +88,67 @@ def result(out) -> dict:
     """result.json of the one run below `out`, without what is clocked or of the machine."""
     full = json.loads((folder(out) / "result.json").read_text())
     return {key: value for key, value in full.items() if key not in ("timing", "machine")}
+
+
+# --- in this process ------------------------------------------------------------------------------
+
+
+def launch(module, args, out) -> dict:
+    """Run a script to its end, its lock left as at the end of a process: rows, result, folder."""
+    torch.set_num_threads(1)
+    args.out, locks, lock = str(out), [], common.lock
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{module.__name__}.py"])
+        patch.setattr(common, "lock", lambda path: locks.append(lock(path)) or locks[-1])
+        try:
+            common.launch(module.main, args)
+        finally:
+            for file in locks:
+                file.close()
+    return {} if args.eval else {"rows": rows(out), "result": result(out), "folder": folder(out)}
+
+
+def refused(capsys, function, *words, **more) -> str:
+    """The one line that a call says before it ends with exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        function(*words, **more)
+    shown = capsys.readouterr().err
+    assert stopped.value.code == 2 and shown.strip().count("\n") == 0, shown
+    return shown
+
+
+@contextlib.contextmanager
+def stopped(stage: str, epoch: int, step: int):
+    """What runs here meets a Ctrl-C in this step of this stage."""
+    guard = common.Stage.guard
+
+    def guarded(self, loss):
+        if (self.name, self.epoch, self.step) == (stage, epoch, step):
+            raise KeyboardInterrupt
+        guard(self, loss)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(common.Stage, "guard", guarded)
+        yield
+
+
+def state(folder, stage: str) -> dict[str, torch.Tensor]:
+    """All tensors of a stage's checkpoint by their path in it, such as model/head.bias."""
+    found = {}
+
+    def walk(value, path):
+        if isinstance(value, torch.Tensor):
+            found["/".join(path)] = value
+        pairs = value.items() if isinstance(value, dict) else ()
+        pairs = enumerate(value) if isinstance(value, list | tuple) else pairs
+        for key, part in pairs:
+            walk(part, [*path, str(key)])
+
+    walk(common.load_checkpoint(Path(folder) / f"{stage}.pt")["state"], [])
+    return found
+
+
+def same(one: dict, other: dict) -> bool:
+    """Two dictionaries of tensors are equal, bit for bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import sys
 import warnings
 
 import commands
@@ -11,10 +10,9 @@ import numpy as np
 import oracles
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from scipy import stats
+from test_ranks import on_ranks
 
 import bns_ipdpp as bns
 import common
@@ -221,28 +219,6 @@ def test_kdpp_against_long_arithmetic_and_inclusion_frequencies(golden):
             check_frequencies(many_draws(d, u, k, 20_000), inclusion)
 
 
-PROFILES = {  # log p of the 200 images of a class
-    "untrained": np.log(np.linspace(0.05, 0.15, 200)),
-    "trained": np.log(np.append(np.linspace(0.9, 1, 170), np.linspace(0.01, 0.3, 30))),
-    "almost equal to 1": -np.linspace(1e-38, 2e-38, 200),
-    "one hard image": np.append(-np.geomspace(1e-9, 1e-7, 199), -4.0),
-}
-
-
-@pytest.mark.parametrize("scale", ["n", "n2"])
-@pytest.mark.parametrize("name", PROFILES)
-def test_inclusion_of_20000_draws_of_every_tenth_image(name, scale):
-    d, u = oracles.kernel_parts(PROFILES[name], scale)
-    expected = oracles.inclusion_probabilities(oracles.kdpp_tables(d, u, 20))
-    drawn = many_draws(d, u, 20, 20_000)
-    check_frequencies(drawn, expected)
-    uneven = scale == "n" and name in ("trained", "one hard image")
-    assert (expected.std() > 0.02) == uneven, "a profile that tells the k-DPP from uniform draws"
-    if uneven:
-        with pytest.raises(AssertionError):
-            check_frequencies(drawn, np.full(len(d), 0.1))
-
-
 def test_edges_of_the_sampler(monkeypatch):
     generator, log_p = common.generator(0), t(np.log([0.2, 0.5, 0.9, 0.7]))
     for k, expected in ((4, 4), (9, 4), (0, 0)):
@@ -304,11 +280,6 @@ def tiny_set(tmp_path_factory):
         yield
 
 
-@pytest.fixture(autouse=True)
-def as_script(monkeypatch):
-    monkeypatch.setattr(sys, "argv", [str(commands.ROOT / "bns_ipdpp.py")])
-
-
 def parsed(*flags):
     """The arguments of a short run: the sizes of the stages that it has, then these flags."""
     words = list(map(str, flags))
@@ -321,68 +292,30 @@ def parsed(*flags):
 
 
 def call(*flags, out) -> dict:
-    """Run the script in this process: its rows, its result and its folder."""
-    torch.set_num_threads(1)
-    args = parsed(*flags)
-    args.out, runs, made = str(out), [], common.Run.__init__
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            common.Run, "__init__", lambda run, *rest: (runs.append(run), made(run, *rest))[1]
-        )
-        try:
-            common.launch(bns.main, args)
-        finally:
-            for run in runs:
-                getattr(run, "lock", None) and run.lock.close()  # as the end of the process would
-    found = {"rows": commands.rows(out), "result": commands.result(out)}
-    return found | {"folder": commands.folder(out)}
-
-
-def state_of(run: dict, stage: str) -> dict[str, torch.Tensor]:
-    """All tensors of a stage's checkpoint, such as model.head.bias and optimizer.state.0.step."""
-    found = {}
-
-    def walk(value, path):
-        if isinstance(value, torch.Tensor):
-            found[".".join(path)] = value
-        for key, part in value.items() if isinstance(value, dict) else ():
-            walk(part, [*path, str(key)])
-
-    walk(common.load_checkpoint(run["folder"] / f"{stage}.pt")["state"], [])
-    return found
+    return commands.launch(bns, parsed(*flags), out)
 
 
 def assert_same_end(one: dict, other: dict, *stages: str) -> None:
-    for ours, theirs in ((state_of(one, stage), state_of(other, stage)) for stage in stages):
-        assert ours.keys() == theirs.keys() and len(ours) > 20
-        assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    for stage in stages:
+        ours, theirs = (commands.state(run["folder"], stage) for run in (one, other))
+        assert commands.same(ours, theirs) and len(ours) > 20
 
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory) -> list:
     """Flags that start from a pre-trained encoder of the tiny set."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["bns_ipdpp.py"])
-        run = call("--stages", "pretrain", out=tmp_path_factory.mktemp("encoder"))
+    run = call("--stages", "pretrain", out=tmp_path_factory.mktemp("encoder"))
     return ["--init-from", run["folder"] / "pretrain.pt"]
 
 
 @pytest.mark.parametrize("method", ["bns_ipdpp", "bns"])
-def test_stages_end_to_end_and_begun_again_in_each(tmp_path, monkeypatch, method):
+def test_stages_end_to_end_and_begun_again_in_each(tmp_path, method):
     last = bns.METHODS[method][-1]
     flags = ["--method", method, "--select", "val", *(KDPP if method == "bns_ipdpp" else [])]
-    straight, guard = call(*flags, out=tmp_path / "a"), common.Stage.guard
+    straight = call(*flags, out=tmp_path / "a")
     for stop in (("pretrain", 1, 1), (last, 0, 1), (last, 1, 0)):
-
-        def stopping(stage, loss, stop=stop):
-            if (stage.name, stage.epoch, stage.step) == stop:
-                raise KeyboardInterrupt
-            guard(stage, loss)
-
-        monkeypatch.setattr(common.Stage, "guard", stopping)
-        with pytest.raises(KeyboardInterrupt):
+        with commands.stopped(*stop):
             call(*flags, out=tmp_path / "b")
-    monkeypatch.setattr(common.Stage, "guard", guard)
     again = call(*flags, out=tmp_path / "b")
     assert again["rows"] == straight["rows"] and again["result"] == straight["result"]
     assert_same_end(again, straight, "pretrain", last)
@@ -448,7 +381,7 @@ def test_subsets_of_every_mode_from_one_encoder(tmp_path, encoder, draws, mode):
         first, within = np.cumsum([0, *COUNTS]), bns.legacy_subset(COUNTS, [8] * 10)
         assert subsets[0].tolist() == [first[c] + i for c in range(10) for i in within[c]]
     assert [call[3] for call in calls] == [scale] * 20 * (name == "kdpp")
-    assert torch.equal(state_of(run, "finetune")["subset.positions"], subsets[-1])
+    assert torch.equal(commands.state(run["folder"], "finetune")["subset/positions"], subsets[-1])
     assert run["rows"][0]["passes"] == len(subsets[0]) and run["result"]["counts"] == COUNTS
     logged = ["p_kept" in row for row in run["rows"]]
     assert logged == ([True, True, False] if name == "kdpp" else [False] * 3)
@@ -488,11 +421,11 @@ def test_the_probe_leaves_the_encoder_alone_and_takes_few_of_a_class(tmp_path, e
     for mode in ("eval", "train"):
         flags = ["--method", "bns", "--stages", "probe", "--frozen-bn", mode, *encoder]
         run = call(*flags, out=tmp_path / mode)
-        state = state_of(run, "probe")
+        state = commands.state(run["folder"], "probe")
         for name in start.keys() - {key for key in start if key.startswith("head")}:
             drifts = name.endswith(("mean", "var", "tracked")) and mode == "train"
-            assert torch.equal(state[f"model.{name}"], start[name]) != drifts, (mode, name)
-        kept = np.bincount(np.repeat(np.arange(10), COUNTS)[state["subset.positions"]])
+            assert torch.equal(state[f"model/{name}"], start[name]) != drifts, (mode, name)
+        kept = np.bincount(np.repeat(np.arange(10), COUNTS)[state["subset/positions"]])
         assert kept.tolist() == [min(n, 6) for n in COUNTS]
         assert run["rows"][0]["steps"] == -(-sum(kept) // 16)
 
@@ -518,14 +451,7 @@ def test_published_settings(dataset, probe):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ("--stages finetune", "leaves out pretrain"), ("--temperature 0.01", "at least 0.0115"),
-        ("--subset-mode uniform --dpp-scale n2", "--dpp-scale belongs to --subset-mode kdpp"),
-        ("--subset-mode all --num-samples 5", "--num-samples belongs to --subset-mode"),
-        ("--subset-mode legacy --resample-every 3", "--resample-every belongs to --subset-mode"),
-        ("--frozen-bn train", "--frozen-bn belongs to --method bns"),
-        ("--method bns --subset-mode all", "--subset-mode belongs to --method bns_ipdpp"),
-        ("--stages finetune --init-from x.pt --jitter 1", "--jitter belongs to --stages pretrain"),
-        ("--jitter 3", "at most 2.5"), ("--grey 1.1", "at most 1"),
+        ("--temperature 0.01", "at least 0.0115"), ("--jitter 3", "at most 2.5"),
         ("--init-from none.pt", "none.pt"), ("--eval none.pt", "none.pt"),
         ("--batch-size 200", "batch size 200"),
         ("--init-from ENCODER --data-seed 1", "--data-seed 0"),
@@ -536,10 +462,7 @@ def test_published_settings(dataset, probe):
 )  # fmt: skip
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, encoder, flags, said):
     words = [encoder[1] if word == "ENCODER" else word for word in flags.split()]
-    with pytest.raises(SystemExit) as stopped:
-        call(*words, out=tmp_path)
-    shown = capsys.readouterr().err
-    assert stopped.value.code == 2 and said in shown and shown.strip().count("\n") == 0, shown
+    assert said in commands.refused(capsys, call, *words, out=tmp_path)
 
 
 def test_features_evaluation_own_groups_and_compile(tmp_path, capsys, monkeypatch, encoder):
@@ -554,11 +477,10 @@ def test_features_evaluation_own_groups_and_compile(tmp_path, capsys, monkeypatc
         assert run["result"]["own_groups"][name] == pytest.approx(recall[inside].mean())
     capsys.readouterr()
     shown = f"overall {100 * run['result']['headline']['overall']:.2f}%"
-    common.launch(bns.main, parsed("--method", "bns", "--eval", run["folder"] / "probe.pt"))
+    words = "--eval", run["folder"] / "probe.pt"
+    call("--method", "bns", *words, out=tmp_path)
     assert shown in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        common.launch(bns.main, parsed("--eval", run["folder"] / "probe.pt"))
-    assert "evaluates finetune.pt" in capsys.readouterr().err
+    assert "evaluates finetune.pt" in commands.refused(capsys, call, *words, out=tmp_path)
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda net: compiled.append(net) or net)
     call("--compile", *KDPP, "--save-features", "train", out=tmp_path / "c")
@@ -577,7 +499,7 @@ class Double(bns.Encoder):
 
 def two_stages(folder: str) -> dict:
     """Pre-training in float64, batch norm frozen, and the first draw: what they end with."""
-    sys.argv, bns.Encoder, bns.HIDDEN = ["bns_ipdpp.py"], Double, {"small": 16}
+    bns.Encoder, bns.HIDDEN = Double, {"small": 16}
     torch.set_num_threads(1)
     args = parsed("--dataset", f"{folder}/tiny.npz", "--out", f"{folder}/{common.world_size()}")
     args.device, args.precision, args.num_samples = "cpu", "fp32", 8
@@ -595,26 +517,19 @@ def two_stages(folder: str) -> dict:
     return {"rows": rows, "kept": kept, "positions": subset.positions}
 
 
-def rank_entry(rank: int, world: int, folder: str):
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
-    try:
-        torch.save(two_stages(folder), f"{folder}/rank{rank}.pt")
-        with pytest.raises(common.UserError, match="no multiple of 2 ranks"):
-            args = parsed("--dataset", f"{folder}/tiny.npz", "--batch-size", 17)
-            bns.check(args, data_lt.load(args))
-    finally:
-        dist.destroy_process_group()
+def on_a_rank(folder: str) -> dict:
+    found, odd = two_stages(folder), parsed("--dataset", f"{folder}/tiny.npz", "--batch-size", 17)
+    with pytest.raises(common.UserError, match="no multiple of 2 ranks"):
+        bns.check(odd, data_lt.load(odd))
+    return found
 
 
 def test_two_ranks_equal_one(tmp_path, monkeypatch):
     """Loss over all pairs of the batch, weights, p(i) and the subset."""
     commands.tiny_letters(tmp_path / "tiny.npz")
     monkeypatch.setattr(bns, "Encoder", bns.Encoder)  # put back afterwards
-    mp.spawn(rank_entry, (2, str(tmp_path)), nprocs=2)
     ours = two_stages(str(tmp_path))
-    for rank in range(2):
-        theirs = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+    for theirs in on_ranks(on_a_rank, (str(tmp_path),), 2, tmp_path):
         assert torch.equal(theirs["positions"], ours["positions"])
         for mine, row, close in zip(ours["rows"], theirs["rows"], (1e-5, 1e-7, 1e-7), strict=True):
             assert row == pytest.approx(mine, rel=close)

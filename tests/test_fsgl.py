@@ -2,7 +2,6 @@
 
 import functools
 import math
-import sys
 from collections import OrderedDict
 from types import SimpleNamespace
 
@@ -12,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from commands import same
+from test_ranks import on_ranks
 from torch import nn
 
 import common
@@ -413,33 +413,19 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture
-def call(tiny, tmp_path, monkeypatch):
-    """Run the script in this process: its rows, its result and its folder."""
-    monkeypatch.setattr(sys, "argv", [str(commands.ROOT / "fsgl.py")])
+def call(tiny, tmp_path):
+    """Run the script in this process: its rows, its result, its folder and its checkpoint."""
 
     def run(*flags, out: str):
-        words = [*BASE, "--epochs", "2", "--eval-every", "1", "--out", tmp_path / out, *flags]
+        words = [*BASE, "--epochs", "2", "--eval-every", "1", *flags]
         words = words if "--dataset" in flags else [*words, "--dataset", tiny]
-        torch.set_num_threads(1)
-        runs, made = [], common.Run.__init__
-        with pytest.MonkeyPatch.context() as patch:
-            keep = lambda run, *rest: (runs.append(run), made(run, *rest))[1]  # noqa: E731
-            patch.setattr(common.Run, "__init__", keep)
-            try:
-                common.launch(fsgl.main, commands.parse("fsgl", map(str, words)))
-            finally:
-                for one in runs:
-                    one.lock.close()  # as the end of the process would
-        found = commands.folder(tmp_path / out)
-        rows, result = commands.rows(tmp_path / out), commands.result(tmp_path / out)
-        state = common.load_checkpoint(found / "train.pt")["state"]
-        return SimpleNamespace(rows=rows, result=result, folder=found, **state)
+        args = commands.parse("fsgl", map(str, words))
+        found = commands.launch(fsgl, args, tmp_path / out)
+        if found:
+            found |= common.load_checkpoint(found["folder"] / "train.pt")["state"]
+        return SimpleNamespace(**found)
 
     return run
-
-
-def equal(one: dict, other: dict) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_methods_end_to_end(call, tiny):
@@ -454,9 +440,9 @@ def test_methods_end_to_end(call, tiny):
             assert result["plain"]["overall"] == rows[-1]["plain"]["overall"]
         assert ("first" in rows[0]) == (passes == 4)
     bare = call("--fcc", "0", out="bare")
-    assert equal(bare.model, runs["glmc_sam"].model), "the gain is all that fsgl adds"
+    assert same(bare.model, runs["glmc_sam"].model), "the gain is all that fsgl adds"
     bare = call("--fcc", "0", "--rho", "0", out="barer")
-    assert equal(bare.model, runs["glmc"].model), "and SAM all that glmc_sam adds to glmc"
+    assert same(bare.model, runs["glmc"].model), "and SAM all that glmc_sam adds to glmc"
     assert len({tuple(row["loss"] for row in run.rows) for run in runs.values()}) == 4
 
 
@@ -470,40 +456,15 @@ def test_every_flag_changes_the_losses(call):
     assert len({run.result["variant"] for run in runs}) == len(runs)
 
 
-def test_fc_cb_learns_nothing_in_the_first_epoch(call, tiny):
-    """alpha is exactly 1 there: only weight decay moves it."""
-    run = call("--epochs", "1", out="a")
-    args = settings(*BASE, "--dataset", tiny, "--epochs", "1")
-    torch.manual_seed(common.derive_seed(0, "init"))
-    start, kept, momentum = fsgl.build(args, 10).state_dict(), 1.0, 0.0
-    for _ in range(3):  # what SGD makes of a weight without gradient
-        momentum = 0.9 * momentum + args.weight_decay * kept
-        kept -= args.lr * momentum
-    for kind in ("weight", "bias"):
-        name, plain = f"head.fc_cb.{kind}", f"head.fc.{kind}"
-        torch.testing.assert_close(run.model[name], kept * start[name], rtol=1e-5, atol=1e-7)
-        assert (run.model[plain] / start[plain]).std() > 0.01, "the plain head did learn"
-
-
 @pytest.mark.parametrize("flags", [[], ["--method", "ce"]])
-def test_stopped_inside_an_epoch_and_continued_is_bit_equal(call, monkeypatch, flags):
-    straight, guard = call(*flags, out="a"), common.Stage.guard
-    for place in ((0, 1), (1, 1)):
-
-        def stopping(stage, loss, place=place):
-            if (stage.epoch, stage.step) == place:
-                raise KeyboardInterrupt
-            guard(stage, loss)
-
-        monkeypatch.setattr(common.Stage, "guard", stopping)
-        with pytest.raises(KeyboardInterrupt):
+def test_stopped_inside_an_epoch_and_continued_is_bit_equal(call, flags):
+    straight = call(*flags, out="a")
+    for epoch in (0, 1):
+        with commands.stopped("train", epoch, 1):
             call(*flags, out="b")
-    monkeypatch.setattr(common.Stage, "guard", guard)
     again = call(*flags, out="b")
     assert again.rows == straight.rows and again.result == straight.result
-    assert equal(again.model, straight.model)
-    buffers = [run.optimizer["state"][0]["momentum_buffer"] for run in (again, straight)]
-    assert torch.equal(*buffers)
+    assert same(*(commands.state(run.folder, "train") for run in (again, straight)))
 
 
 def test_partners_come_from_a_weighted_loader_of_their_own(call, monkeypatch):
@@ -534,9 +495,8 @@ def test_features_evaluation_initialisation_and_selection(call, capsys):
     capsys.readouterr()
     call("--eval", path, out="a")
     assert f"overall {100 * run.result['headline']['overall']:.2f}%" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as stopped:
-        call("--eval", path, "--method", "ce", out="a")
-    assert stopped.value.code == 2 and "made with --method fsgl" in capsys.readouterr().err
+    other = "--eval", path, "--method", "ce"
+    assert "made with --method fsgl" in commands.refused(capsys, call, *other, out="a")
     again = call("--init-from", path, "--lr", "1e-12", "--weight-decay", "0", out="b")
     for name, value in run.model.items():  # at a rate that changes nothing
         if name.startswith("backbone.") and "running" not in name and "num_" not in name:
@@ -607,21 +567,10 @@ def epoch_of_a_rank(path: str) -> dict:
     return {"losses": losses, "model": net.state_dict()}
 
 
-def rank_entry(rank: int, world: int, path: str, folder: str):
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
-    try:
-        torch.save(epoch_of_a_rank(path), f"{folder}/rank{rank}.pt")
-    finally:
-        dist.destroy_process_group()
-
-
 def test_two_ranks_equal_one(tiny, tmp_path):
     """Gains, both passes of SAM, mixing draws and both loaders: the same weights, rank by rank."""
-    mp.spawn(rank_entry, (2, tiny, str(tmp_path)), nprocs=2)
     one = epoch_of_a_rank(tiny)
-    for rank in range(2):
-        other = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+    for other in on_ranks(epoch_of_a_rank, (tiny,), 2, tmp_path):
         close(other["losses"], one["losses"])
         for name, value in one["model"].items():
             if "running" not in name:  # those of a rank are of its share

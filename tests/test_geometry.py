@@ -5,9 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
-import common
 import tsc
 from tools import geometry
 
@@ -91,13 +89,6 @@ def check_targets(classes: int, dim: int, seed: int, excess: float) -> None:
     if classes <= dim + 1:
         cosines = figures["max_cosine"], figures["min_cosine"]
         np.testing.assert_allclose(cosines, -1 / (classes - 1), atol=1e-6)
-
-
-def test_paper_targets_keep_the_lowest_loss_seen():
-    start = torch.randn(6, 3, dtype=torch.float64, generator=common.generator(0))
-    best, last, losses = geometry.optimise_targets(start, 2, 3.0)  # the first step goes too far
-    assert losses[0] < losses[1] and torch.equal(best, F.normalize(start, dim=1))
-    assert not torch.allclose(best, F.normalize(last, dim=1))
 
 
 def test_target_figures_by_hand():

@@ -363,36 +363,13 @@ def test_feature_dim_is_the_length_of_the_features(name, stem):
             assert net(torch.empty(2, 3, height, width)).shape == (2, net.feature_dim)
 
 
-@pytest.mark.parametrize(
-    "net, parameters",
-    [
-        # published counts that no golden file repeats
-        (lambda: backbone("resnet50", stem="cifar"), 23_500_352),
-        (lambda: Net(backbone("resnet32", width=64), FSGLHeads(256, 10, 128)), 7_438_164),
-        (lambda: Net(backbone("resnet34"), FSGLHeads(512, 100)), 21_576_712),
-        (lambda: Net(backbone("resnext50"), FSGLHeads(2048, 1000)), 27_668_240),
-        (lambda: ProjectionHead(64, 64, 128), 12_480),
-        (lambda: ProjectionHead(2048, None, 128), 2048 * 128 + 128),
-        (lambda: CosineClassifier(128, 100), 128 * 100 + 100 + 1),
-        # by hand: stem 432 + 32; stages of one block, 9 w^2 a convolution
-        (
-            lambda: backbone("resnet8"),
-            464 + 2 * 2304 + 64 + 4608 + 9216 + 128 + 18432 + 36864 + 256,
-        ),
-    ],
-)
-def test_parameter_counts(net, parameters):
+def test_parameter_counts():
+    """Published ones that no golden file and no table repeats."""
     with torch.device("meta"):
-        assert count_parameters(net()) == parameters
-
-
-def test_other_depths_and_widths():
-    with torch.device("meta"):
-        assert len(convolutions(backbone("resnet14"))) == 13
-        assert backbone("resnet32", width=5).feature_dim == 20
-        assert backbone("resnet32_bbn", width=8).feature_dim == 64
-    net = backbone("resnet8", width=3)  # odd: 1 zero channel in front, 2 behind
-    assert net(torch.randn(2, 3, 9, 7)).shape == (2, 12)
+        assert count_parameters(backbone("resnet50", stem="cifar")) == 23_500_352
+        net = Net(backbone("resnet32", width=64), FSGLHeads(256, 10, 128))
+        assert count_parameters(net) == 7_438_164
+        assert len(convolutions(backbone("resnet14"))) == 13, "a depth of no table"
 
 
 @pytest.mark.parametrize(
@@ -428,40 +405,6 @@ def test_wide_networks_take_the_weights_of_torchvision():
     x = torch.randn(1, 3, 40, 40, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(theirs.fc(ours(x)), theirs(x), rtol=1e-12, atol=1e-12)
-
-
-NETS = {
-    "resnet8 linear": (lambda: Net(backbone("resnet8"), linear_head(64, 5)), 8),
-    "resnet20 cosine": (lambda: Net(backbone("resnet20"), NormalisedLinear(64, 5)), 8),
-    "resnet32_bbn cosine classifier": (
-        lambda: Net(backbone("resnet32_bbn"), CosineClassifier(128, 5)),
-        8,
-    ),
-    "resnet18 projection": (lambda: Net(backbone("resnet18"), ProjectionHead(512, 32, 16)), 8),
-    "resnet34 fsgl": (lambda: Net(backbone("resnet34"), FSGLHeads(512, 5)), 8),
-    "resnet10 normalised": (lambda: Net(backbone("resnet10"), NormalisedLinear(512, 5)), 32),
-    "resnet50 linear": (lambda: Net(backbone("resnet50", stem="cifar"), linear_head(2048, 5)), 8),
-    "resnext50 fsgl": (lambda: Net(backbone("resnext50"), FSGLHeads(2048, 5)), 64),
-}
-
-
-def outputs(net, x):
-    """All outputs of the network side by side; the four-headed one in its training form."""
-    if not isinstance(net.head, FSGLHeads):
-        return net(x)
-    return torch.cat(net(x, torch.linspace(1, 1.5, len(x), dtype=x.dtype)), dim=1)
-
-
-@pytest.mark.parametrize("name", NETS)
-def test_gradient_reaches_every_parameter(name):
-    torch.manual_seed(0)
-    make, size = NETS[name]
-    net = make()
-    out = outputs(net, torch.randn(4, 3, size, size))
-    (out * torch.randn_like(out)).sum().backward()
-    for key, parameter in net.named_parameters():
-        assert parameter.grad is not None and parameter.grad.isfinite().all(), key
-        assert parameter.grad.abs().max() > 0, key
 
 
 # Initialisation

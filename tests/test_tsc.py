@@ -3,16 +3,14 @@
 import itertools
 import math
 import shutil
-import sys
 
 import commands
 import fake_tree
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from test_ranks import on_ranks
 
 import common
 import data_lt
@@ -168,12 +166,8 @@ def test_pairs_of_a_batch(golden):
         if torch.equal(positives.sum(1), matches) and every:
             pairs = tsc.Pairs(None, Options(k=k, temperature=temperature))
             half = len(x) // 2
-            found = pairs(
-                lambda views: views,
-                x.detach().unflatten(0, (2, half)),
-                names[:half],
-                common.generator(0),
-            )
+            views = x.detach().unflatten(0, (2, half))
+            found = pairs(lambda views: views, views, names[:half], common.generator(0))
             assert as_sets(*found[3:]) == as_sets(columns, used), "all there are"
             torch.testing.assert_close(found[2], logits.detach())
 
@@ -200,16 +194,7 @@ def test_losses_against_a_double_loop(k, targeted):
     matching = tsc.Matching(unit(torch.randn(classes, d, dtype=torch.float64, generator=rng)))
     matching.target_of.copy_(torch.tensor([2, 0, 1]))
     net = torch.nn.Linear(d, d).double()
-    args = Options(
-        k=k,
-        temperature=0.2,
-        queue=size,
-        batch_size=4,
-        key_momentum=0.9,
-        bn_groups=1,
-        projection_dim=d,
-        seed=0,
-    )
+    args = Options(k=k, temperature=0.2, queue=size, key_momentum=0.9, projection_dim=d, seed=0)
     queue = tsc.Queue(net, args).double()
     queue.labels.copy_(torch.randint(-1, classes, (size,), generator=rng))
     queue.encode.forward = unit
@@ -326,25 +311,7 @@ def test_pairs_draw_uniformly_from_the_others_of_the_class():
         assert ((seen[i][drawable] / trials - p).abs() <= 5 * math.sqrt(p * (1 - p) / trials)).all()
 
 
-def test_an_empty_queue_leaves_the_own_key_alone():
-    rows, used = tsc.draw(torch.tensor([0, 1]), torch.full((8,), -1), 3, common.generator(0))
-    assert rows.shape == (2, 3) and not used.any() and (rows >= 0).all() and (rows < 8).all()
-
-
 # --- targets, queue, centres, matching ------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("classes", "dim"), [(2, 1), (2, 5), (3, 2), (10, 9), (10, 128), (100, 128)]
-)
-def test_closed_form_simplex(classes, dim):
-    points = tsc.make_targets(classes, dim, seed=3)
-    cosine = points @ points.T
-    expected = torch.full_like(cosine, -1 / (classes - 1)).fill_diagonal_(1)
-    torch.testing.assert_close(cosine, expected, rtol=0, atol=1e-12)
-    assert points.sum(0).abs().max() < 1e-12 and points.shape == (classes, dim)
-    other = tsc.make_targets(classes, dim, seed=4)
-    assert not torch.allclose(points, other) or dim == 1, "another seed turns it another way"
 
 
 def test_targets_beyond_a_simplex_are_far_apart():
@@ -358,9 +325,7 @@ def test_targets_beyond_a_simplex_are_far_apart():
 @pytest.mark.golden("tsc_queue")
 def test_queue_and_momentum_encoder(golden):
     before = torch.from_numpy(golden["queue_before"])
-    options = Options(
-        queue=len(before), batch_size=1, k=1, temperature=1.0, key_momentum=0.9, bn_groups=1, seed=0
-    )
+    options = Options(queue=len(before), k=1, temperature=1.0, key_momentum=0.9, seed=0)
     options.projection_dim = before.shape[1]
     queue = tsc.Queue(torch.nn.Linear(2, 2), options).double()
     assert (queue.labels == -1).all()
@@ -402,9 +367,7 @@ def test_centres_and_their_targets(golden):
         assert matching.target_of.tolist() == assigned.tolist()
 
 
-def test_matching_is_the_best_permutation_and_solved_only_where_needed(monkeypatch):
-    solved, original = [], tsc.best_matching
-    monkeypatch.setattr(tsc, "best_matching", lambda cosine: solved.append(1) or original(cosine))
+def test_matching_is_the_best_permutation():
     rng = common.generator(0, "matching")
     for trial in range(60):
         targets = unit(torch.randn(5, 4, dtype=torch.float64, generator=rng))
@@ -419,20 +382,10 @@ def test_matching_is_the_best_permutation_and_solved_only_where_needed(monkeypat
         ]
         ours = float(cosine[torch.arange(5), matching.target_of].sum())
         assert ours == pytest.approx(max(every), abs=1e-12)
-    assert 5 < len(solved) < 55
     before = matching.target_of.clone()
     matching.every, matching.centres = 3, matching.centres.flip(0)
     assert matching.solve(1) == 0 and torch.equal(matching.target_of, before), "not due"
     assert matching.solve(3) > 0
-
-
-def test_centres_of_absent_classes_and_zero_means_stay():
-    matching = tsc.Matching(torch.eye(3, 4))
-    z = torch.tensor([[1.0, 0, 0, 0], [-1.0, 0, 0, 0], [0, 0, 2.0, 0]])
-    matching.update(z, torch.tensor([0, 0, 1]))
-    assert matching.centres.tolist() == [[0, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
-    matching.update(torch.tensor([[0, 1.0, 0, 0]]), torch.tensor([1]))
-    torch.testing.assert_close(matching.centres[1], unit(torch.tensor([0, 0.1, 0.9, 0])))
 
 
 def test_cosines_of_pairs_against_a_double_loop():
@@ -488,85 +441,37 @@ def tiny_set(tmp_path_factory):
     TINY[:] = [commands.tiny_letters(path, (20,) * 9 + (19,), (5,) * 10)]
 
 
-@pytest.fixture(autouse=True)
-def as_script(monkeypatch):
-    monkeypatch.setattr(sys, "argv", [str(commands.ROOT / "tsc.py")])
-
-
 def parsed(*flags):
     dataset = [] if "--dataset" in flags else ["--dataset", TINY[0]]
-    words = [*FAST, *dataset, *map(str, flags)]
-    return common.parse(
-        tsc.__doc__, tsc.FLAGS, tsc.METHODS, tsc.OTHER, data_lt.peek_image_size, words
-    )
+    return commands.parse("tsc", [*FAST, *dataset, *map(str, flags)])
 
 
 def call(*flags, out) -> dict:
-    """Run the script in this process: its rows, its result and its folder."""
-    torch.set_num_threads(1)
-    args = parsed(*flags)
-    args.out, runs, made = str(out), [], common.Run.__init__
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            common.Run, "__init__", lambda run, *rest: (runs.append(run), made(run, *rest))[1]
-        )
-        try:
-            common.launch(tsc.main, args)
-        finally:
-            for run in runs:
-                getattr(run, "lock", None) and run.lock.close()  # as the end of the process would
-    return {
-        "rows": commands.rows(out),
-        "result": commands.result(out),
-        "folder": commands.folder(out),
-    }
-
-
-def tensors_of(folder, name: str) -> dict[str, torch.Tensor]:
-    """All tensors of a stage's checkpoint by their path in it."""
-    found = {}
-
-    def walk(value, path):
-        if isinstance(value, torch.Tensor):
-            found[path] = value
-        elif isinstance(value, dict):
-            for key, part in value.items():
-                walk(part, f"{path}/{key}")
-
-    walk(torch.load(folder / f"{name}.pt", weights_only=True)["state"], name)
-    return found
+    return commands.launch(tsc, parsed(*flags), out)
 
 
 @pytest.mark.parametrize("contrast", CONTRAST)
-def test_three_stages_end_to_end_and_begun_again_in_each(tmp_path, monkeypatch, contrast):
+def test_three_stages_end_to_end_and_begun_again_in_each(tmp_path, contrast):
     flags = "--epochs 4 --classifier-epochs 2 --imb-ratio 4 --batch-size 21".split()
     flags += CONTRAST[contrast].split()
     flags += ["--select", "val"] if contrast == "pairs" else []
     straight = call(*flags, out=tmp_path / "a")
-    guard = common.Stage.guard
     for stop in (("kcl", 1, 1), ("tsc", 1, 2), ("classifier", 0, 0)):
-
-        def stopping(stage, loss, stop=stop):
-            if (stage.name, stage.epoch, stage.step) == stop:
-                raise KeyboardInterrupt
-            guard(stage, loss)
-
-        monkeypatch.setattr(common.Stage, "guard", stopping)
-        with pytest.raises(KeyboardInterrupt):
+        with commands.stopped(*stop):
             call(*flags, out=tmp_path / "b")
-    monkeypatch.setattr(common.Stage, "guard", guard)
     again = call(*flags, out=tmp_path / "b")
     assert again["rows"] == straight["rows"] and again["result"] == straight["result"]
     for name in ("kcl", "tsc", "classifier"):
-        one, other = (tensors_of(run["folder"], name) for run in (straight, again))
-        assert one.keys() == other.keys() and len(one) > 20
-        assert all(torch.equal(one[key], other[key]) for key in one)
+        one, other = (commands.state(run["folder"], name) for run in (straight, again))
+        assert commands.same(one, other) and len(one) > 20
     kept = (
         {"contrast/keys", "contrast/labels", "contrast/pointer"} if contrast == "queue" else set()
     )
     kept |= {f"matching/{key}" for key in ("centres", "targets", "target_of")}
-    assert {f"tsc/{key}" for key in kept} <= set(one := tensors_of(again["folder"], "tsc"))
-    assert sorted(one["tsc/matching/target_of"].tolist()) == list(range(10))
+    warm, frozen, last = (commands.state(again["folder"], n) for n in ("kcl", "tsc", "classifier"))
+    torch.testing.assert_close(warm["matching/centres"].norm(dim=1), torch.ones(10))
+    assert kept <= set(frozen)
+    assert sorted(frozen["matching/target_of"].tolist()) == list(range(10))
     result, rows = straight["result"], straight["rows"]
     assert result["headline"]["overall"] == pytest.approx(np.mean(result["per_class"]))
     assert [row["stage"] for row in rows] == ["kcl"] * 2 + ["tsc"] * 2 + ["classifier"] * 2
@@ -577,28 +482,9 @@ def test_three_stages_end_to_end_and_begun_again_in_each(tmp_path, monkeypatch, 
     # two epochs; pairs send both views of every image, a queue one of what fills whole batches
     images = 2 * sum(result["counts"]) if contrast == "pairs" else 21 * rows[0]["steps"]
     assert rows[1]["passes"] == 2 * images
-    frozen = [tensors_of(again["folder"], name) for name in ("tsc", "classifier")]
-    for key, value in frozen[1].items():
-        if key.startswith("classifier/model/backbone") and not key.endswith(
-            ("mean", "var", "tracked")
-        ):
-            assert torch.equal(value, frozen[0][key.replace("classifier", "tsc", 1)]), "frozen"
-
-
-def test_the_optimiser_is_fresh_and_centres_are_warm_at_the_switch(tmp_path, monkeypatch):
-    seen, original = {}, common.Stage.epochs
-
-    def peek(stage):
-        parts = stage.parts
-        kept = parts["matching"].centres.clone() if "matching" in parts else None
-        seen[stage.name] = len(parts["optimizer"].state), kept
-        yield from original(stage)
-
-    monkeypatch.setattr(common.Stage, "epochs", peek)
-    run = call("--epochs", "2", "--classifier-epochs", "1", out=tmp_path)
-    assert seen["tsc"][0] == 0, "momentum starts anew"
-    torch.testing.assert_close(seen["tsc"][1].norm(dim=1), torch.ones(10))
-    assert torch.equal(tensors_of(run["folder"], "kcl")["kcl/matching/centres"], seen["tsc"][1])
+    for key, value in last.items():
+        if key.startswith("model/backbone") and not key.endswith(("mean", "var", "tracked")):
+            assert torch.equal(value, frozen[key]), "frozen"
 
 
 def test_warmup_divides_the_epochs_and_methods_their_stages(tmp_path):
@@ -613,7 +499,7 @@ def test_warmup_divides_the_epochs_and_methods_their_stages(tmp_path):
         assert [row["stage"] for row in run["rows"]] == stages, flags
 
 
-def test_a_part_of_the_chain_goes_on_from_a_checkpoint(tmp_path):
+def test_a_part_of_the_chain_goes_on_from_a_checkpoint(tmp_path, capsys):
     whole = call("--epochs", "2", "--classifier-epochs", "1", out=tmp_path / "whole")
     kcl = ["--init-from", whole["folder"] / "kcl.pt", "--epochs", "2", "--classifier-epochs", "1"]
     rest = call("--stages", "tsc,classifier", *kcl, out=tmp_path / "rest")
@@ -634,38 +520,26 @@ def test_a_part_of_the_chain_goes_on_from_a_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ("--method kcl --target-weight 0.3", "--target-weight belongs to --stages tsc"),
         ("--bn-groups 22", "two images a group"),
         ("--batch-size 1", "two images a group"),
-        ("--queue 84", "--queue belongs to --contrast queue"),
         ("--contrast queue --queue 40", "--queue 40: less than a batch"),
-        ("--save-features val", "--select val"),
-        ("--warmup 1", "at most 0.999"),
         ("--imb-ratio 1000", "with 0 of its"),
         ("--targets none.npy", "none.npy is no .npy"),
         ("--classifier linear --classifier-batch-size 300", "300"),
         ("--backbone resnet9", "unknown backbone"),
-        ("--stages tsc,classifier", "leaves out kcl"),
         ("--stages kcl --epochs 1", "no epoch falls to it"),
-        ("--method kcl --targets x.npy", "--targets belongs to --method tsc"),
         ("--init-from none.pt", "none.pt"),
         ("--eval none.pt", "none.pt"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, flags, said):
     monkeypatch.setattr(tsc, "pretrain", lambda *rest: pytest.fail("refused only after training"))
-    with pytest.raises(SystemExit) as stopped:
-        call(*flags.split(), out=tmp_path)
-    shown = capsys.readouterr().err
-    assert stopped.value.code == 2 and said in shown and shown.strip().count("\n") == 0, shown
+    assert said in commands.refused(capsys, call, *flags.split(), out=tmp_path)
 
 
 def test_a_target_file_of_another_shape_is_refused_and_a_fitting_one_is_used(tmp_path):
-    for name, rows in (
-        ("wide", np.eye(10, 9)),
-        ("zero", np.zeros((10, 8))),
-        ("text", np.array(["a"])),
-    ):
+    wrong = {"wide": np.eye(10, 9), "zero": np.zeros((10, 8)), "text": np.array(["a"])}
+    for name, rows in wrong.items():
         np.save(tmp_path / f"{name}.npy", rows)
         with pytest.raises(common.UserError, match=rf"{name}\.npy"):
             tsc.read_targets(str(tmp_path / f"{name}.npy"), 10, 8)
@@ -684,7 +558,7 @@ def test_published_defaults():
         ("cifar10_lt", "--contrast queue", {"queue": 4096}),
     ):
         words = ["--dataset", dataset, *flags.split()]
-        args = common.parse("", tsc.FLAGS, tsc.METHODS, tsc.OTHER, data_lt.peek_image_size, words)
+        args = commands.parse("tsc", words)
         assert {key: getattr(args, key) for key in expected} == expected, dataset
 
 
@@ -701,7 +575,7 @@ def test_features_evaluation_and_compile(tmp_path, capsys, monkeypatch):
     shutil.copy(TINY[0], moved)
     for dataset in (TINY[0], moved):
         found = ["--dataset", dataset, "--eval", run["folder"] / "classifier.pt"]
-        common.launch(tsc.main, parsed("--method", "kcl", *found))
+        call("--method", "kcl", *found, out=tmp_path)
         figure = f"overall {100 * run['result']['headline']['overall']:.2f}%"
         assert figure in capsys.readouterr().out
     with pytest.raises(SystemExit):
@@ -726,80 +600,46 @@ class Double(tsc.Encoder):
 
 def two_stages(folder: str, contrast: str) -> dict:
     """An epoch of each contrastive stage in float64: what they end with."""
-    sys.argv = ["tsc.py"]
     torch.set_num_threads(1)
     world, flags = common.world_size(), [*CONTRAST[contrast].split(), "--bn-groups", "2"]
-    args = parsed(
-        *flags,
-        "--dataset",
-        f"{folder}/tiny.npz",
-        "--epochs",
-        "2",
-        "--out",
-        f"{folder}/{world}-{contrast}",
-    )
+    flags += ["--epochs", "2", "--dataset", f"{folder}/tiny.npz"]
+    args = parsed(*flags, "--out", f"{folder}/{world}-{contrast}")
     args.device, args.precision, tsc.Encoder = "cpu", "fp32", Double
     data, run = data_lt.load(args), common.Run(args, "tsc", "data")
     net = tsc.build(args).double()
     carried = {name: part.double() for name, part in tsc.carry(args, data, net).items()}
     for name in ("kcl", "tsc"):
         tsc.pretrain(run, args, name, 1, data, net, carried)
-    parts = {"net": net} | carried
-    kept = {
-        f"{part}/{k}": v for part, module in parts.items() for k, v in module.state_dict().items()
-    }
+    parts = torch.nn.ModuleDict({"net": net} | carried)
     keys = ("loss", "same_label", "other_label", "changes", "centre_cosine")
-    return {
-        "kept": kept,
-        "rows": [{key: row[key] for key in keys if key in row} for row in run.rows],
-    }
+    rows = [{key: row[key] for key in keys if key in row} for row in run.rows]
+    return {"kept": parts.state_dict(), "rows": rows}
 
 
-def rank_entry(rank: int, world: int, folder: str):
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
-    )
-    try:
-        for contrast in CONTRAST:
-            torch.save(two_stages(folder, contrast), f"{folder}/{contrast}{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def both_contrasts(folder: str) -> dict:
+    return {contrast: two_stages(folder, contrast) for contrast in CONTRAST}
 
 
 def test_two_ranks_equal_one(tmp_path, monkeypatch):
     """Losses, weights, key encoder, queue in its order, centres and matching."""
     commands.tiny_letters(tmp_path / "tiny.npz", (21,) * 10, (5,) * 10)
     monkeypatch.setattr(tsc, "Encoder", tsc.Encoder)  # put back afterwards
-    mp.spawn(rank_entry, (2, str(tmp_path)), nprocs=2)
-    for contrast in CONTRAST:
-        ours = two_stages(str(tmp_path), contrast)
-        for rank in range(2):
-            theirs = torch.load(tmp_path / f"{contrast}{rank}.pt", weights_only=True)
-            for mine, row in zip(ours["rows"], theirs["rows"], strict=True):
+    ours = both_contrasts(str(tmp_path))
+    for theirs in on_ranks(both_contrasts, (str(tmp_path),), 2, tmp_path):
+        for contrast, one in ours.items():
+            for mine, row in zip(one["rows"], theirs[contrast]["rows"], strict=True):
                 assert row == pytest.approx(mine, rel=1e-7), contrast
-            for name, value in ours["kept"].items():
+            for name, value in one["kept"].items():
                 if "running_" not in name and "num_batches" not in name:
-                    torch.testing.assert_close(theirs["kept"][name], value, rtol=1e-6, atol=1e-8)
+                    other = theirs[contrast]["kept"][name]
+                    torch.testing.assert_close(other, value, rtol=1e-6, atol=1e-8)
 
 
 def test_fake_imagenet_lt_through_three_stages_on_two_ranks(tmp_path):
     fake_tree.make_imagenet_lt(tmp_path)
-    flags = [
-        "--dataset",
-        "imagenet_lt",
-        "--data-root",
-        tmp_path,
-        "--gpus",
-        "2",
-        "--backbone",
-        "resnet10",
-    ]
-    flags += ["--image-size", "64", "--batch-size", "8", "--queue", "16", "--epochs", "2"]
-    flags += ["--classifier-epochs", "1", "--classifier-batch-size", "10", "--workers", "1"]
-    commands.run("tsc.py", *flags, out=tmp_path / "runs")
+    flags = "--dataset imagenet_lt --gpus 2 --backbone resnet10 --image-size 64 --batch-size 8"
+    flags += " --queue 16 --epochs 2 --classifier-epochs 1 --classifier-batch-size 10 --workers 1"
+    commands.run("tsc.py", *flags.split(), "--data-root", tmp_path, out=tmp_path / "runs")
     assert sum(map(sum, commands.result(tmp_path / "runs")["confusion"])) == 10
-    assert [row["stage"] for row in commands.rows(tmp_path / "runs")] == [
-        "kcl",
-        "tsc",
-        "classifier",
-    ]
+    rows = commands.rows(tmp_path / "runs")
+    assert [row["stage"] for row in rows] == ["kcl", "tsc", "classifier"]
