@@ -85,16 +85,16 @@ def make_args(out, **extra):
     return args
 
 
-def train(out, stop_at=None, poison_at=None, epochs=3, args=None, data="data"):
+def train(out, stop_at=None, epochs=3, args=None, data="data"):
     """Train a linear layer; `stop_at` = (epoch, step) raises there as a crash would."""
     run = common.Run(args or make_args(out), "unit", data)
     try:
-        return run, fit(run, stop_at, poison_at, epochs)
+        return run, fit(run, stop_at, epochs)
     finally:
         run.lock.close()  # as the end of the process would
 
 
-def fit(run, stop_at, poison_at, epochs):
+def fit(run, stop_at, epochs):
     model = torch.nn.Sequential(
         torch.nn.Linear(4, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 2)
     ).double()
@@ -103,20 +103,11 @@ def fit(run, stop_at, poison_at, epochs):
     for epoch in stage.epochs():
         for x, y, _ in stage.batches(FakeLoader()):
             loss = F.cross_entropy(model(x), y)
-            if poison_at == (epoch, stage.step):
-                loss = loss * float("nan")
             optimizer.zero_grad()
             loss.backward()
             if stop_at == (epoch, stage.step):
                 raise KeyboardInterrupt
-            before = [p.detach().clone() for p in model.parameters()]
-            try:
-                stage.guard(loss)
-            except common.RunError:
-                assert all(
-                    torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True)
-                )
-                raise
+            stage.guard(loss)
             optimizer.step()
             stage.add(len(y), loss=loss)
         stage.end_epoch()
