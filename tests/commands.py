@@ -96,7 +96,8 @@ def folder(out) -> Path:
 
 def rows(out) -> list[dict]:
     """metrics.jsonl of the one run below `out`, without what is clocked."""
-    lines = [json.loads(line) for line in (folder(out) / "metrics.jsonl").read_text().splitlines()]
+    path = folder(out) / "metrics.jsonl"  # not there where a run has no epoch
+    lines = map(json.loads, path.read_text().splitlines() if path.exists() else [])
     return [{key: value for key, value in row.items() if key != "timing"} for row in lines]
 
 

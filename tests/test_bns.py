@@ -532,7 +532,6 @@ def test_published_settings(dataset, probe):
         ("--init-from ENCODER --imb-ratio 2", "--imb-ratio 4.0"),
         ("--init-from ENCODER --backbone resnet14", "--backbone resnet8"),
         ("--init-from ENCODER --select val", "other images"),
-        ("--init-from ENCODER --dataset glyphs_lt", "--dataset"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, encoder, flags, said):

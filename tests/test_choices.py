@@ -12,6 +12,7 @@ SHORT = {"epochs": 2, "batch_size": 20, "projection_dim": 8, "queue": 40, "bn_gr
 ALONG = {  # what a value needs beside it that no table of flags can say
     "imb_type": "--imb-ratio 2",
     "save_features val": "--select val",
+    "bns_ipdpp method bns_ipdpp": "--finetune-batch-size 5",
     "toy_similarity": "--points 0.5",
     "toy_similarity method sweep1": "--points 4 --tail-count 2",
     "toy_similarity method sweep2": "--points 4",

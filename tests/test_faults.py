@@ -36,7 +36,7 @@ SMALL = {
     "ssp_pretrain": "--epochs 1 --batch-size 20 --train-epochs 2 --train-batch-size 20",
     "tsc": "--epochs 2 --batch-size 20 --projection-dim 8 --classifier-epochs 1 --classifier-batch-size 20",
     "bns_ipdpp": "--epochs 1 --batch-size 20 --projection-dim 8 --finetune-epochs 2 "
-    "--finetune-batch-size 20 --num-samples 5 --resample-every 1",
+    "--finetune-batch-size 5 --num-samples 5 --resample-every 1",
     "fsgl": "--epochs 3 --batch-size 20 --projection-dim 8",
     "tailcalibx": "--epochs 2 --batch-size 20 --classifier-epochs 2 --classifier-batch-size 20",
 }  # fmt: skip

@@ -354,7 +354,8 @@ def test_training_steps(golden, monkeypatch):
         for ours, theirs in names.items():
             own[ours].data.copy_(torch.from_numpy(golden[f"init_{theirs}"]))
         run = SimpleNamespace(stage=lambda *rest, **parts: stage)
-        fsgl.train(run, args, SimpleNamespace(counts=counts, train=None), net)
+        data = SimpleNamespace(counts=counts, about={}, train=None)
+        fsgl.train(run, args, data, net)
         assert stage.step == len(lams) - 1
     for ours, theirs in names.items():
         close(climbed[0][ours], golden[f"sam_adv0_{theirs}"], rtol=1e-8)

@@ -400,7 +400,7 @@ def trained(tmp_path, monkeypatch):
     args = argparse.Namespace(
         dataset="glyphs_lt", backbone="resnet8", data_root="data", device="cpu"
     )
-    vars(args).update(workers=0, cache=None, seed=0, precision="fp32", out=str(tmp_path / "runs"))
+    vars(args).update(workers=0, cache=None, predict=None, seed=0, precision="fp32", out=str(tmp_path / "runs"))
     head = {"kind": "long-tail-run", "script": "tsc", "stage": "classifier", "epoch": 1}
     head |= {"args": {"dataset": "glyphs_lt", "backbone": "resnet8"}, "info": data.about}
     args.eval = str(tmp_path / "classifier.pt")

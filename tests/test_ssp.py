@@ -634,7 +634,7 @@ def test_two_ranks_equal_one(tmp_path):
         ("--stages pretrain --rule drw", "--rule belongs to --stages train or semi"),
         ("--ssp none --stages train,semi", "semi needs pseudo before it"),
         ("--stages train", "leaves out pretrain"),
-        ("--init-from x.pt", "--init-from is for the stages after pretrain"),
+        ("--init-from {tiny}", "--init-from is for the stages after pretrain"),
         ("--stages train --init-from none.pt", "none.pt"),
         ("--ssp none --stages semi --init-from none.npz", "none.npz"),
         ("--ssp none --stages train,pseudo --unlabeled none.npz", "none.npz"),

@@ -264,7 +264,7 @@ def test_checkpoints_are_examined_started_from_and_refused(tmp_path, capsys):
         ("--imb-ratio 100000", "leaves class"),
         ("--imb-type step", "needs --imb-ratio"),
         ("--method control --dataset {}/two.npz", "has 2 classes; --method control needs 3"),
-        ("--dataset imagenet_lt", "its images are files"),
+        ("--dataset imagenet_lt", "held in memory"),
         ("--eval {}/none.pt", "none.pt"),
     ],
 )

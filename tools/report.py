@@ -276,6 +276,8 @@ def write_tables(results: Sequence[dict], cells: Sequence[Cell], path: Path, fig
     groups, published = by_run(results), Published.read()
     lines = [*INTRO.splitlines(), ""] + ([] if groups else ["No finished run yet."])
     lines += first_page(rows_of(cells, results), published)
+    notes = path.with_name("NOTES.md")  # what no run says of itself
+    lines += [*notes.read_text().splitlines(), ""] if notes.exists() else []
     pictures = sorted(figures.glob("*.png"))
     lines += ["## Pictures", ""] * bool(pictures)
     for picture in pictures:

@@ -115,6 +115,9 @@ def shortened(result: dict) -> dict:
     keep = {key: value for key, value in result.items() if key not in (*LONG, "folder")}
     if result["dataset"].startswith("glyphs_lt"):
         keep.pop("curve", None)
+    changed = keep.get("changed", {})  # files by name: where they lay is nobody's business
+    names = {key: Path(v).name for key, v in changed.items() if isinstance(v, str) and "/" in v}
+    keep["changed"] = changed | names
     return rounded({key: keep[key] for key in FIRST if key in keep} | keep)
 
 
