@@ -22,6 +22,7 @@ import hashlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import posixpath
 import re
@@ -1317,6 +1318,9 @@ def start_worker(worker: int) -> None:
     """Ctrl-C is for the main process to answer, and SIGTERM ends a worker without a word."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+    if multiprocessing.get_start_method() == "fork" and os.getppid() != parent.pid:
+        os._exit(1)  # it has ended before torch began to watch it: nobody would end this worker
 
 
 @contextlib.contextmanager

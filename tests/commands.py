@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 
 import common
 import data_lt
+from tools import prepare
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -69,6 +71,23 @@ def run(script: str, *flags, out=None, code: int = 0, timeout: float = 300) -> s
     if code == 2:
         assert "Traceback" not in done.stderr and done.stderr.strip().count("\n") == 0, done.stderr
     return done
+
+
+def call(capsys, *words) -> str:
+    """What `python -m tools.prepare ...` prints; it must end well."""
+    assert prepare.main([str(word) for word in words]) == 0, capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+def refused(capsys, words: list, *texts) -> None:
+    """`tools.prepare` with these words exits 2 with ONE line on stderr that holds the texts."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        code = prepare.main([str(word) for word in words])
+    shown = capsys.readouterr()
+    assert code == 2 and shown.err.count("\n") == 1 and shown.err.startswith("error: "), shown
+    for text in texts:
+        assert str(text) in shown.err, shown.err
 
 
 def folder(out) -> Path:

@@ -82,29 +82,6 @@ def test_resized_crop(height, width, size):
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
 
 
-FACTORS = torch.tensor([0.0, 0.2, 0.6, 1.0, 1.4, 2.6])
-WEIGHTS = {  # of the image itself, of its grey, of its mean grey
-    "adjust_brightness": lambda f: (f, 0 * f, 0 * f),
-    "adjust_contrast": lambda f: (f, 0 * f, 1 - f),
-    "adjust_saturation": lambda f: (f, 1 - f, 0 * f),
-}
-
-
-@pytest.mark.parametrize("height, width", SIZES)
-def test_colours(height, width):
-    for name, weights in WEIGHTS.items():
-        x = floats(len(FACTORS), height, width)
-        expected = each(getattr(V, name), x, FACTORS)
-        torch.testing.assert_close(data_lt.blend_(x, *weights(FACTORS)), expected, **TOLERANCE)
-    x, mask = floats(4, height, width), torch.tensor([1.0, 0.0, 1.0, 0.0])
-    expected = each(lambda i, m: V.rgb_to_grayscale(i, 3) if m else i, x, mask)
-    torch.testing.assert_close(data_lt.blend_(x, 1 - mask, mask, 0 * mask), expected, **TOLERANCE)
-    shift = torch.tensor([-0.5, -0.4, -1 / 6, -0.01, 0.0, 0.1, 1 / 3, 0.5])
-    x = floats(len(shift), height, width)
-    expected = each(V.adjust_hue, x, shift)
-    torch.testing.assert_close(data_lt.adjust_hue(x, shift), expected, **TOLERANCE)
-
-
 def test_hue_of_corner_colours():
     """Channels in {0, 1/2, 1}, at shifts that hit the corners of the colour hexagon."""
     colours = torch.tensor(list(itertools.product([0, 0.5, 1], repeat=3))).T.view(1, 3, 3, 9)
@@ -334,36 +311,6 @@ def test_cuda_equals_cpu_without_waiting(name):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(result.cpu(), expected, rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    "settings, message",
-    [
-        (dict(crop="random"), "crop must be"),
-        (dict(jitter=(0.4, 0.4, 0.4, 0.6)), "hue at most 0.5"),
-        (dict(jitter=(-0.4, 0.4, 0.4, 0.1)), "at least 0"),
-        (dict(blur_p=1.0, blur_kernel=4), "odd kernel"),
-        (dict(blur_p=1.0, blur_kernel=33), "below 32"),
-        (dict(blur_p=1.0, blur_sigma=(0.0, 1.0)), "sigma > 0"),
-    ],
-)
-def test_refused_settings(settings, message):
-    with pytest.raises(ValueError, match=message):
-        Augment(16, None, None, **settings)
-
-
-def test_refused_images():
-    a = Augment(16, None, None)
-    with pytest.raises(ValueError, match="20 x 16"):
-        a.draw(4, generator(0), 20, 16)
-    with pytest.raises(ValueError, match="3 x 16"):
-        Augment(16, None, None, crop="pad", pad=4).draw(4, generator(0), 3, 16)
-    d = a.draw(4, generator(0), 16, 16)
-    with pytest.raises(ValueError, match="need uint8"):
-        a(raw(4, 16, 16).float(), d)
-    with pytest.raises(ValueError, match="equal numbers"):
-        a(raw(8, 16, 16), d)
-    assert a(raw(0, 16, 16), a.draw(0, generator(0), 16, 16)).shape == (0, 3, 16, 16)
 
 
 # --- golden vectors ---

@@ -293,7 +293,7 @@ def start_and_wait(desk, lines: str) -> tuple[subprocess.Popen, int]:
             env=commands.environment(),
         )  # fmt: skip
     hanging = desk.path / "runs" / "hanging"
-    for _ in range(1200):
+    for _ in range(4000):
         if hanging.exists() and hanging.read_text():
             return process, int(hanging.read_text())
         if process.poll() is not None:
@@ -317,7 +317,7 @@ def test_a_signal_lets_the_cells_save_and_ends_them(desk, number, code):
 def test_a_second_signal_kills_cells_that_do_not_listen(desk):
     process, pid = start_and_wait(desk, "deaf | FAKE --hang --deaf | 0")
     process.send_signal(signal.SIGTERM)
-    time.sleep(0.5)
+    assert any("the cells save and stop" in line for line in process.stdout)  # it has heard
     assert process.poll() is None and alive(pid)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=100)

@@ -1,21 +1,19 @@
 """Profiles, subsets, sets, samplers, the loader; show, export and fetch of tools/prepare.py."""
 
-import argparse
 import os
 import subprocess
 import sys
 import urllib.error
-import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from commands import load
+from commands import call, load, refused
 from PIL import Image
 
 import data_lt as lt
-from common import UserError, derive_seed, generator
+from common import UserError, generator
 from tools import prepare
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -232,16 +230,6 @@ def test_glyphs(glyphs):
     pool = lt.load_pool("glyphs_lt").train
     assert len(torch.unique(pool.images.flatten(1), dim=0)) == 4000
     assert pool.images[glyphs.train.indices].equal(glyphs.train.images)
-
-
-def test_glyph_letters_differ_from_their_turns_and_from_each_other():
-    """Class means of the ink, made independent of colour: 10 letters x 4 turns, all distinct."""
-    images = lt.load_pool("glyphs_lt").train.images.double().view(10, 400, 3, 256)
-    ink = images - images[..., [0, 15, 240, 255]].mean(-1, keepdim=True)  # corners: background
-    mean = (ink * ink.sum((2, 3), keepdim=True).sign()).mean((1, 2)).view(10, 16, 16)
-    patterns = torch.stack([mean.rot90(k, (1, 2)) for k in range(4)], 1).flatten(0, 1).flatten(1)
-    patterns = torch.nn.functional.normalize(patterns - patterns.mean(1, keepdim=True), dim=1)
-    assert (patterns @ patterns.T).fill_diagonal_(0).max() < 0.99
 
 
 def test_which_images_is_the_data_seed_alone(glyphs):
@@ -581,27 +569,6 @@ def test_evaluation_counts_every_image_once(ranks):
     torch.testing.assert_close(views[0], pixels)  # no flip, no jitter
 
 
-def test_the_loader_of_the_flags(glyphs):
-    flags = {"dataset": "glyphs_lt", "data_root": "data", "device": "cpu", "cache": None}
-    args = argparse.Namespace(**flags, seed=3, workers=0)
-    plain = lt.Augment(16, (0.5,) * 3, (0.5,) * 3, crop="pad", flip=0.5)
-    options = {"views": 2, "sampler": "effective"}
-    for seed, number in ((None, 3), (7, 7), ((3, "tsc"), derive_seed(3, "tsc"))):
-        by_name = {"crop": "pad", "flip": 0.5}
-        ours = lt.loader(args, glyphs.train, 200, augment=by_name, seed=seed, **options)
-        assert same_batches(ours, lt.Loader(glyphs.train, 200, plain, seed=number, **options))
-    other = load()
-    other.mean, other.std = (0.1, 0.2, 0.3), (1.0, 2.0, 3.0)  # of all splits
-    (views, *_), *_ = lt.evaluation_loader(args, other.test)
-    expected = lt.Augment(16, (0.1, 0.2, 0.3), (1.0, 2.0, 3.0))
-    draws = expected.draw(1000, generator(0), 16, 16)
-    assert views[0].equal(expected(other.test.images[:1000], draws))
-    assert lt.DATASETS["glyphs_lt"].mean == (0.5, 0.5, 0.5)
-    args.cache = 256
-    with pytest.raises(UserError, match="--cache makes no sense for --dataset glyphs_lt"):
-        lt.loader(args, glyphs.train, 200)
-
-
 def test_loader_refuses_what_cannot_be():
     dataset = plain_set(30)
     for options, text in (
@@ -614,32 +581,7 @@ def test_loader_refuses_what_cannot_be():
             loader(dataset, **options)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu(glyphs):
-    ours, expected = (loader(glyphs.train, 128, views=2, device=d) for d in ("cuda", "cpu"))
-    for (views, labels, indices), reference in zip(ours, expected, strict=True):
-        torch.testing.assert_close(views.cpu(), reference[0], atol=1e-5, rtol=0)
-        assert labels.cpu().equal(reference[1]) and indices.cpu().equal(reference[2])
-
-
 # --- command line
-
-
-def call(capsys, *argv: object) -> str:
-    """What `python -m tools.prepare ...` prints; it must end well."""
-    assert prepare.main([str(word) for word in argv]) == 0, capsys.readouterr().err
-    return capsys.readouterr().out
-
-
-def refused(capsys, argv: list, *texts: str) -> None:
-    """The command exits 2 with ONE line on stderr that holds the texts."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        code = prepare.main([str(part) for part in argv])
-    shown = capsys.readouterr()
-    assert code == 2 and shown.err.count("\n") == 1 and shown.err.startswith("error: "), shown.err
-    for text in texts:
-        assert text in shown.err, shown.err
 
 
 def test_show_and_export_and_read_back(tmp_path, capsys):

@@ -136,16 +136,6 @@ def test_workers_change_nothing(files, workers):
         assert views[0].is_contiguous(memory_format=torch.channels_last)
 
 
-def test_ranks_share_the_batches_of_one(files):
-    single = batches(loader(files, 9, views=2), 1)
-    shares = [batches(loader(files, 9, views=2, shard=(rank, 2)), 1) for rank in range(2)]
-    for batch, parts in zip(single, zip(*shares, strict=True), strict=True):
-        kept, ours = len(batch[1]) // 2 * 2, torch.cat([part[0] for part in parts], 1)  # 8 of 9
-        torch.testing.assert_close(ours, batch[0][:, :kept], atol=1e-6, rtol=0)
-        for k in (1, 2):
-            assert torch.cat([part[k] for part in parts]).equal(batch[k][:kept])
-
-
 def test_views_are_those_of_torchvision_for_the_same_draws(files):
     n = len(files)
     ((views, _, rows),) = batches(loader(files, n, views=2), 2)
@@ -207,18 +197,6 @@ def test_a_killed_worker_is_one_clear_line(files):
     assert same(batches(ours), batches(loader(files, 2)))  # and the next iteration starts new ones
 
 
-def test_a_worker_killed_at_work(files, monkeypatch):
-    ours, read = loader(files, 2, workers=1), files.images.read
-
-    def read_or_die(row: int):
-        return os.kill(os.getpid(), signal.SIGBUS) if row == 7 else read(row)
-
-    monkeypatch.setattr(files.images, "read", read_or_die)
-    with pytest.raises(RunError, match=r"^a decoding worker failed \(.*out of memory, or /dev/shm"):
-        batches(ours)
-    assert not children()
-
-
 def test_workers_leave_ctrl_c_to_the_main_process(files):
     ours = loader(files, 2, workers=2)
     expected, found = batches(loader(files, 2)), []
@@ -275,7 +253,7 @@ labels = torch.zeros(9, dtype=torch.int64)
 files = Set(Files(sys.argv[1], os.listdir(sys.argv[1])), labels, labels, ["a"])
 loader = Loader(files, 2, Augment(32, None, None), workers=2)
 iterator = iter(loader)
-next(iterator)
+next(iterator), next(iterator)  # both workers stand: one that has just begun misses our end
 print(*[child.pid for child in multiprocessing.active_children()], flush=True)
 """
 
@@ -286,7 +264,7 @@ def test_workers_end_with_the_process(files, end, code):
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT)
     assert done.returncode == code and (code < 0 or done.stderr == ""), done.stderr
     pids = [int(word) for word in done.stdout.split()]
-    assert len(pids) == 2 and ends_within(pids, 15)
+    assert len(pids) == 2 and ends_within(pids, 100)
 
 
 # --- cache

@@ -6,6 +6,7 @@ times instead of once and takes down the decoding workers of every script.
 
 import atexit
 import contextlib
+import functools
 import importlib
 import io
 import json
@@ -85,7 +86,7 @@ def no_space() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit))
 
 
-def stopped_late() -> None:
+def stopped_late(number: int = signal.SIGTERM) -> None:
     """A stop signal in the last step of the second epoch that this process trains."""
     guard, epochs = common.Stage.guard, []
 
@@ -94,7 +95,7 @@ def stopped_late() -> None:
         if self.step == self.steps - 1:
             epochs.append(self.epoch)
         if len(epochs) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
     common.Stage.guard = guarded
 
@@ -110,6 +111,22 @@ def suspended() -> None:
         return saved[-1]
 
     common.Stage.end_epoch = end_epoch
+
+
+def workers_killed() -> None:
+    """Once an epoch is saved, each decoding worker is killed at its first image."""
+    end_epoch, read, saved = common.Stage.end_epoch, data_lt.Files.read, []
+    main = os.getpid()
+
+    def read_or_die(self, row):
+        if saved and os.getpid() != main:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(self, row)
+
+    data_lt.Files.read = read_or_die
+    common.Stage.end_epoch = lambda self, *args, **kwargs: saved.append(
+        end_epoch(self, *args, **kwargs)
+    )
 
 
 def poisoned() -> None:
@@ -268,11 +285,20 @@ def test_killed_wherever_it_is_a_run_ends_as_if_nothing_had_been(
 def test_stopped_late_in_every_second_epoch_it_ends_the_same(script, whole, tiny, tmp_path):
     desk, ends = on_letters(script, tiny, tmp_path), []
     while 0 not in ends:
-        process = desk.start(prepare=stopped_late)
+        number = (signal.SIGTERM, signal.SIGINT)[len(ends) % 2]
+        process = desk.start(prepare=functools.partial(stopped_late, number))
         process.join(200)
         ends.append(process.exitcode)
-        assert ends[-1] in (0, 143) and len(ends) < 20, process.said.read_text()
-    assert ends.count(143) >= 1 and same_end(desk, whole(script)[0])
+        assert ends[-1] in (0, 128 + number) and len(ends) < 20, process.said.read_text()
+    assert ends[0] == 143 and same_end(desk, whole(script)[0])
+    assert 130 in ends or script != "toy_similarity", "of six epochs"
+
+
+def test_a_finished_run_does_nothing(whole):
+    desk, _ = whole("tsc")
+    before = {path: path.stat().st_mtime_ns for path in desk.folder.glob("*.*")}
+    assert desk.run().splitlines()[-1].startswith("result: ")
+    assert {path: path.stat().st_mtime_ns for path in desk.folder.glob("*.*")} == before
 
 
 @pytest.mark.parametrize("script", SMALL)
@@ -313,17 +339,14 @@ def test_a_number_that_is_none_ends_the_run_and_reaches_no_checkpoint(script, ti
 
 
 @pytest.mark.parametrize("script", SMALL)
-@pytest.mark.parametrize("label", [-1, 99])
-def test_a_label_outside_the_classes_is_told_before_anything_is_trained(
-    script, label, tiny, tmp_path
-):
+def test_a_label_outside_the_classes_is_told_before_anything_is_trained(script, tiny, tmp_path):
     with np.load(tiny) as file:
         arrays = dict(file)
-    arrays["y_test"] = arrays["y_test"].copy()
-    arrays["y_test"][3] = label
-    np.savez(tmp_path / "odd.npz", **arrays)
-    desk = on_letters(script, tmp_path / "odd.npz", tmp_path / "out")
-    assert "odd.npz" in desk.run(code=2) and not list(desk.out.glob("*/*/*/seed*"))
+    for label in (-1, 99):
+        arrays["y_test"][3] = label
+        np.savez(tmp_path / "odd.npz", **arrays)
+        desk = on_letters(script, tmp_path / "odd.npz", tmp_path / "out")
+        assert "odd.npz" in desk.run(code=2) and not list(desk.out.glob("*/*/*/seed*"))
 
 
 @pytest.mark.parametrize("script", LARGE)
@@ -345,26 +368,10 @@ def test_a_truncated_jpeg_and_a_folder_that_is_gone_are_named(script, tree, tmp_
 def test_a_killed_decoding_worker_is_one_line(script, tree, tmp_path, pytestconfig):
     if script != "fsgl" and not pytestconfig.getoption("--slow"):
         pytest.skip("one script stands for all; --slow takes every one")
-    flags = LARGE[script].split()
     desk = on_tree(script, tree, tmp_path, "--workers", 1)
     for name in ("--epochs", "--train-epochs"):
-        if name in flags:
-            desk.words += [name, "500"]
-    process, deadline = desk.start(), time.monotonic() + 200
-    while desk.rows() < 1:
-        assert process.is_alive() and time.monotonic() < deadline, process.said.read_text()
-        time.sleep(0.01)
-    workers = []
-    while not workers:  # they end with their epoch, the next epoch starts new ones
-        assert process.is_alive() and time.monotonic() < deadline, process.said.read_text()
-        tasks = Path(f"/proc/{process.pid}/task").glob("*/children")
-        workers = [int(word) for task in tasks for word in task.read_text().split()]
-    worker = max(workers)
-    os.kill(worker, signal.SIGKILL)
-    process.join(100)
-    said = process.said.read_text().strip()
-    assert process.exitcode == 1 and "a decoding worker failed" in said and str(worker) in said, (
-        said
-    )
-    assert "\n" not in said and "Traceback" not in said
+        if name in desk.words:
+            desk.words += [name, "2"]
+    assert "a decoding worker failed" in desk.run(code=1, prepare=workers_killed)
+    assert desk.rows() == 1
     common.load_checkpoint(desk.folder / "last.pt")

@@ -79,49 +79,6 @@ def test_pictures_of_a_run_go_into_its_folder(tmp_path, capsys):
         assert words in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_learning_curves_count_epochs_over_the_stages():
-    runs = {}
-    for script in ("tsc", "toy_similarity"):
-        curve = {"a": {"accuracy": [None, 0.5], "loss": [2.0, 1.0]}}
-        curve["b"] = {"accuracy": [0.75], "loss": [0.5]}
-        runs[script] = {"script": script, "curve": curve}
-    plot = figures.pyplot()
-    figure = figures.draw_learning(plot, runs, "title")
-    left, right = figure.axes
-    (chain, *points), losses = left.get_lines(), right.get_lines()
-    np.testing.assert_equal(chain.get_xdata(), [1, 2, np.nan, 3, np.nan])
-    np.testing.assert_equal(chain.get_ydata(), [np.nan, 50, np.nan, 75, np.nan])
-    np.testing.assert_equal(losses[0].get_ydata(), [2, 1, np.nan, 0.5, np.nan])
-    assert [line.get_xdata()[0] for line in points] == [1, 1], "a point of the toy is a line"
-    assert right.get_yscale() == "log"
-    plot.close(figure)
-
-
-def test_generated_features_stand_beside_the_real_ones(tmp_path, monkeypatch):
-    args = {"tukey": 1.0, "alpha": 0.0, "topk": 1}
-    known = {"script": "tailcalibx", "method": "tailcalibx", "counts": [50, 8, 2]}
-    one, stars = result(0, args=args, classes=["a", "b", "c"], **known), []
-    labels, path = np.repeat([0, 1, 2], [50, 8, 2]), tmp_path / "features_train.npz"
-    features = np.random.RandomState(0).rand(60, 5).astype(np.float32)
-    np.savez(path, features=features, labels=labels)
-    plot = figures.pyplot()
-    figure, axes = plot.subplots()
-    scatter = axes.scatter
-
-    def watch(x, y, **style):
-        stars.append((style.get("marker"), len(x)))
-        return scatter(x, y, **style)
-
-    monkeypatch.setattr(axes, "scatter", watch)
-    figures.draw_features(axes, path, one)
-    assert stars == [("*", 0), (None, 50), ("*", 42), (None, 8), ("*", 48), (None, 2)]
-    for plain in ({"method": "crt"}, {"args": args | {"no_generate": True}}):
-        stars.clear()
-        figures.draw_features(axes, path, one | plain)
-        assert [count for marker, count in stars if marker] == [0, 0, 0], plain
-    plot.close(figure)
-
-
 def test_principal_plane_is_that_of_an_svd():
     x = np.random.RandomState(0).randn(50, 6)
     left, scale, _ = np.linalg.svd(x - x.mean(0), full_matrices=False)

@@ -9,7 +9,7 @@ import fake_tree
 import numpy as np
 import pytest
 import torch
-from commands import load
+from commands import call, load, refused
 from PIL import Image
 
 import data_lt as lt
@@ -73,21 +73,6 @@ def fails(call, *texts: str) -> None:
         assert str(text) in str(caught.value), str(caught.value)
 
 
-def call(capsys, *argv: object) -> str:
-    """What `python -m tools.prepare ...` prints; it must end well."""
-    assert prepare.main([str(word) for word in argv]) == 0, capsys.readouterr().err
-    return capsys.readouterr().out
-
-
-def refused(capsys, argv: list, *texts: str) -> None:
-    """`tools.prepare` with these arguments exits 2 with one line that holds the texts."""
-    code = prepare.main([str(part) for part in argv])
-    shown = capsys.readouterr()
-    assert code == 2 and shown.err.count("\n") == 1 and shown.err.startswith("error: "), shown
-    for text in texts:
-        assert str(text) in shown.err, shown.err
-
-
 def edit(path: Path, change) -> None:
     """Replace the lines of a file by change(lines)."""
     path.write_text("".join(line + "\n" for line in change(path.read_text().splitlines())))
@@ -111,25 +96,6 @@ def test_load_imagenet_lt(tree):
     lines = (tree / "imagenet_lt" / "ImageNet_LT_train.txt").read_text().splitlines()
     assert [f"{path} {label}" for path, label in rows] == lines
     assert train.indices.tolist() == list(range(len(train)))
-
-
-def test_file_set_selects_and_has_a_fingerprint(tree):
-    train, *_ = load_lists("imagenet_lt", tree)
-    for positions in ([4, 0, 4], np.array([4, 0, 4]), torch.tensor([4, 0, 4])):
-        part = train.select(positions)
-        assert part.images.names == [train.images.names[k] for k in (4, 0, 4)]
-        assert part.labels.equal(train.labels[[4, 0, 4]]) and part.indices.tolist() == [4, 0, 4]
-    assert train.select([]).counts() == [0] * 5
-    root, names = train.images.root, train.images.names
-    rest = train.labels, train.indices, train.classes
-    digest, own = train.fingerprint(), {"info": train.info}
-    assert Set(Files("elsewhere", names), *rest, **own).fingerprint() == digest
-    assert [word.partition(":")[0] for word in digest.split()] == ["images", "labels", "classes"]
-    renamed = Set(Files(root, ["x.JPEG", *names[1:]]), *rest, **own)
-    relabelled = Set(train.images, (train.labels + 1) % 5, *rest[1:], **own)
-    swapped = train.select([1, 0, *range(2, len(train))])
-    others = {files.fingerprint() for files in (renamed, relabelled, swapped)}
-    assert len(others | {digest}) == 4
 
 
 @pytest.mark.parametrize("dataset, split", [("imagenet_lt", "val"), ("imagenet_lt", "test"),
@@ -361,14 +327,6 @@ def test_lists_are_fetched(own_tree, published, monkeypatch, tmp_path, capsys):
 
 
 # --- the command line
-
-
-def test_show(tree, capsys):
-    out = call(capsys, "show", "--dataset", "imagenet_lt", "--data-root", tree)
-    assert "imagenet_lt: 5 classes, 8 to 2 images (ratio 4), 224x224 px" in out
-    assert "train 21, val 5, test 10, unused 0; 0 many, 0 medium, 5 few" in out
-    assert f"   4 {fake_tree.wnid(4)}      2 few" in out
-    assert load_lists("imagenet_lt", tree)[0].fingerprint() in out
 
 
 def test_flags_that_make_no_sense(tree, tmp_path, capsys):

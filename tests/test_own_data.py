@@ -15,7 +15,7 @@ import fake_tree
 import numpy as np
 import pytest
 import torch
-from commands import load
+from commands import load, refused
 from PIL import Image
 from torch import nn
 
@@ -45,12 +45,6 @@ def make_folder(root: Path, train=(4, 2), suffix="png") -> Path:
 def show(capsys, root, *flags) -> str:
     assert prepare.main(["show", "--dataset", str(root), *flags]) == 0, capsys.readouterr().err
     return capsys.readouterr().out
-
-
-def refused(capsys, argv: list, *texts: str) -> None:
-    assert prepare.main([str(word) for word in argv]) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and all(text in said for text in texts), said
 
 
 # --- identity
@@ -84,15 +78,17 @@ def test_a_moved_copied_or_linked_set_is_the_same(tmp_path, size):
 
 
 SMALL = """
-import sys, torch
+import sys, time, torch
 from data_lt import Augment, Files, Loader, Set
 from common import RunError
 names = [f"{k}.jpg" for k in range(32)]
 zeros = torch.zeros(32, dtype=torch.int64)
 files = Set(Files(sys.argv[1], names), zeros, zeros, ["a"])
+begin = time.monotonic()
 try:
     list(Loader(files, 16, Augment(224, None, None, crop="resized"), workers=2))
 except RunError as error:
+    print(time.monotonic() - begin)
     sys.exit(f"error: {error}")
 """
 
@@ -108,15 +104,15 @@ def test_a_small_dev_shm_is_told_in_one_line(tmp_path):
         pytest.skip("this process cannot mount a small /dev/shm of its own")
     (tmp_path / "small.py").write_text(SMALL)
     line = f"{mount} && exec {sys.executable} {tmp_path}/small.py {tmp_path}"
-    start, environment = time.monotonic(), commands.environment()
+    environment = commands.environment()
     done = subprocess.run(
         ["unshare", "-m", "sh", "-c", line],
         capture_output=True,
         text=True,
         env=environment,
-        timeout=120,
+        timeout=400,
     )
-    assert done.returncode == 1 and time.monotonic() - start < 60, done.stderr
+    assert done.returncode == 1 and float(done.stdout) < 60, done.stderr
     (said,) = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
     assert "--workers 0" in said and "--shm-size" in said and "shared memory" in said, said
 
@@ -130,12 +126,13 @@ def test_sigterm_ends_a_run_that_waits_for_data(tmp_path):
     line = commands.command("tests/plain_ce.py", *flags, out=tmp_path / "runs")
     process = subprocess.Popen(line, env=commands.environment(), stderr=subprocess.PIPE)
     try:
-        end = time.monotonic() + 60
-        while not list(tmp_path.glob("runs/*/*/*/*/metrics.jsonl")) and time.monotonic() < end:
+        end = time.monotonic() + 200
+        while not list(tmp_path.glob("runs/*/*/*/*/args.json")):  # from here on it listens
+            assert process.poll() is None and time.monotonic() < end
             time.sleep(0.1)
         time.sleep(4)  # the workers stand and wait for the image
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 143
+        assert process.wait(100) == 143
     finally:
         process.kill()
         os.close(os.open(slow, os.O_RDWR | os.O_NONBLOCK))  # lets a worker go

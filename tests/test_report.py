@@ -324,24 +324,6 @@ def test_every_published_figure_has_a_source_and_an_epoch_rule():
         assert own["overall"] == pytest.approx(whole, abs=0.1)
 
 
-@pytest.mark.parametrize(
-    "row, said",
-    [
-        ("a,b,c", "needs script"),
-        ("tsc,glyphs_lt,100,tsc,,overall,much,Table 1,unknown", "could not convert"),
-        ("tsc,glyphs_lt,100,tsc,,overall,5,,unknown", "needs script"),
-        ("tsc,glyphs_lt,100,tsc,k 3,overall,5,Table 1,unknown", "is no list of --flag VALUE"),
-        ("tsc,glyphs_lt,100,tsc,--k (,overall,5,Table 1,unknown", "line 2"),
-    ],
-)
-def test_a_bad_row_of_published_figures_is_one_line(tmp_path, row, said):
-    path = tmp_path / "published.csv"
-    path.write_text(",".join(results.COLUMNS) + f"\n{row}\n")
-    with pytest.raises(common.UserError, match="line 2") as error:
-        results.Published.read(path)
-    assert said in str(error.value) and "\n" not in str(error.value)
-
-
 def test_a_published_figure_is_joined_and_its_epoch_said(tmp_path):
     args = {"dataset": "cifar10_lt", "imb_ratio": 100.0}
     put(tmp_path, result(0, args=args, changed={"gpus": 2}))

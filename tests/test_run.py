@@ -9,10 +9,8 @@ import json
 import os
 import pickle
 import shlex
-import signal
 import subprocess
 import sys
-import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -56,18 +54,6 @@ def rows(folder: Path) -> list[dict]:
     return [{key: value for key, value in line.items() if key != "timing"} for line in lines]
 
 
-def assert_same_run(one: Path, other: Path) -> None:
-    assert rows(one) == rows(other)
-    for name in ("kcl.pt", "classifier.pt"):
-        first, second = (common.load_checkpoint(f / name)["state"]["model"] for f in (one, other))
-        assert first.keys() == second.keys() and len(first) > 5
-        assert all(torch.equal(first[key], second[key]) for key in first)
-    results = [json.loads((f / "result.json").read_text()) for f in (one, other)]
-    for result in results:
-        del result["timing"], result["machine"]
-    assert results[0] == results[1]
-
-
 # --- a tiny run in this process -------------------------------------------------------------------
 
 
@@ -99,16 +85,16 @@ def make_args(out, **extra):
     return args
 
 
-def train(out, stop_at=None, poison_at=None, epochs=3, args=None, data="data"):
+def train(out, stop_at=None, epochs=3, args=None, data="data"):
     """Train a linear layer; `stop_at` = (epoch, step) raises there as a crash would."""
     run = common.Run(args or make_args(out), "unit", data)
     try:
-        return run, fit(run, stop_at, poison_at, epochs)
+        return run, fit(run, stop_at, epochs)
     finally:
         run.lock.close()  # as the end of the process would
 
 
-def fit(run, stop_at, poison_at, epochs):
+def fit(run, stop_at, epochs):
     model = torch.nn.Sequential(
         torch.nn.Linear(4, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 2)
     ).double()
@@ -117,49 +103,16 @@ def fit(run, stop_at, poison_at, epochs):
     for epoch in stage.epochs():
         for x, y, _ in stage.batches(FakeLoader()):
             loss = F.cross_entropy(model(x), y)
-            if poison_at == (epoch, stage.step):
-                loss = loss * float("nan")
             optimizer.zero_grad()
             loss.backward()
             if stop_at == (epoch, stage.step):
                 raise KeyboardInterrupt
-            before = [p.detach().clone() for p in model.parameters()]
-            try:
-                stage.guard(loss)
-            except common.RunError:
-                assert all(
-                    torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True)
-                )
-                raise
+            stage.guard(loss)
             optimizer.step()
             stage.add(len(y), loss=loss)
         stage.end_epoch()
     run.finish(headline={"overall": 0.5})
     return model
-
-
-def test_a_crash_between_and_inside_epochs_changes_nothing(tmp_path):
-    straight, expected = train(tmp_path / "a")
-    for i, stop_at in enumerate([(0, 3), (1, 0), (2, 5)]):
-        out = tmp_path / f"b{i}"
-        with pytest.raises(KeyboardInterrupt):
-            train(out, stop_at=stop_at)
-        again, model = train(out)
-        assert rows(again.folder) == rows(straight.folder)
-        assert all(
-            torch.equal(p, q)
-            for p, q in zip(expected.parameters(), model.parameters(), strict=True)
-        )
-
-
-def test_a_nan_loss_never_reaches_the_weights_and_names_the_place(tmp_path):
-    with pytest.raises(common.RunError, match=r"stage fit, epoch 2 of 3, step 3, lr 0\.1"):
-        train(tmp_path, poison_at=(1, 2))
-    (last,) = tmp_path.glob("**/last.pt")
-    saved = common.load_checkpoint(last)
-    assert saved["epoch"] == 1 and all(
-        torch.isfinite(v).all() for v in saved["state"]["model"].values()
-    )
 
 
 @pytest.mark.parametrize("bad", [[2], [5], [3, 4, 5]])
@@ -274,23 +227,6 @@ def test_a_malicious_pickle_is_refused_and_not_run(tmp_path):
         with pytest.raises(common.UserError, match="checkpoint"):
             common.load_checkpoint(tmp_path / f"{name}.pt")
     assert not (tmp_path / "owned").exists()
-
-
-def test_a_damaged_last_says_what_to_delete_and_that_is_enough(tmp_path):
-    straight, expected = train(tmp_path / "a")
-    with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "b", stop_at=(2, 3))
-    (folder,) = (tmp_path / "b").glob("*/*/*/seed0")
-    data = (folder / "last.pt").read_bytes()
-    (folder / "last.pt").write_bytes(data[: len(data) // 2])
-    with pytest.raises(common.UserError, match=r"last\.pt is damaged.*delete it.*--fresh"):
-        train(tmp_path / "b")
-    (folder / "last.pt").unlink()
-    again, model = train(tmp_path / "b")
-    assert rows(again.folder) == rows(straight.folder)
-    assert all(
-        torch.equal(p, q) for p, q in zip(expected.parameters(), model.parameters(), strict=True)
-    )
 
 
 @pytest.mark.parametrize("change", [{"lr": 0.2}, {"backbone": "other"}, {"precision": "bf16"}])
@@ -500,21 +436,6 @@ def test_fresh_starts_over_and_drops_what_was_there(tmp_path):
     assert again.result is None and again.saved is None and not list(again.folder.glob("*.pt"))
 
 
-def test_a_second_process_on_the_same_folder_is_refused_and_a_dead_one_is_not(tmp_path):
-    holder = "import fcntl, sys, time; f = open(sys.argv[1], 'a+'); fcntl.flock(f, fcntl.LOCK_EX); "
-    holder += "print(1, flush=True); time.sleep(60)"
-    run, _ = train(tmp_path)
-    process = subprocess.Popen(
-        [sys.executable, "-c", holder, str(run.folder / "lock")], stdout=subprocess.PIPE, text=True
-    )
-    process.stdout.readline()
-    with pytest.raises(common.UserError, match="in use by another process"):
-        train(tmp_path)
-    process.kill()
-    process.wait()
-    train(tmp_path)
-
-
 def test_seeds_are_stable_and_distinct():
     assert common.derive_seed(0, "augment", 1, 2) == common.derive_seed(0, "augment", 1, 2)
     keys = [
@@ -526,40 +447,6 @@ def test_seeds_are_stable_and_distinct():
 
 
 # --- whole processes ------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    out = tmp_path_factory.mktemp("whole")
-    done = call(out=out)
-    assert done.returncode == 0, done.stderr
-    return commands.folder(out)
-
-
-def test_ctrl_c_ends_the_process_and_it_continues_to_the_same_result(tmp_path, uninterrupted):
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": commands.environment()}
-    process = subprocess.Popen(command(out=tmp_path), **pipes)
-    deadline = time.time() + 120
-    while not list(tmp_path.glob("**/last.pt")):
-        assert process.poll() is None and time.time() < deadline, process.communicate()
-        time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert not list(tmp_path.glob("**/result.json")), "the run must have been cut short"
-    done = call(out=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert_same_run(commands.folder(tmp_path), uninterrupted)
-
-
-def test_a_finished_run_does_nothing_and_another_seed_is_another_run(tmp_path, uninterrupted):
-    before = {p: p.stat().st_mtime_ns for p in uninterrupted.iterdir() if p.name != "lock"}
-    again = call(out=uninterrupted.parents[3])
-    assert again.returncode == 0 and again.stdout.splitlines()[-1].startswith("result: ")
-    after = {p: p.stat().st_mtime_ns for p in uninterrupted.iterdir() if p.name != "lock"}
-    assert before == after
-    assert call("--seed", "1", out=tmp_path).returncode == 0
-    assert rows(commands.folder(tmp_path)) != rows(uninterrupted)
 
 
 BAD = [
