@@ -79,7 +79,7 @@ def call(capsys, *words) -> str:
     return capsys.readouterr().out
 
 
-def refused(capsys, words: list, *texts) -> None:
+def not_prepared(capsys, words: list, *texts) -> None:
     """`tools.prepare` with these words exits 2 with ONE line on stderr that holds the texts."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")

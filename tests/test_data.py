@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import call, load, refused
+from commands import call, load, not_prepared
 from PIL import Image
 
 import data_lt as lt
@@ -603,7 +603,7 @@ def test_show_and_export_and_read_back(tmp_path, capsys):
     assert (found.classes, found.mean) == (expected.classes, expected.mean)
     with np.load(out) as file:
         assert (file["index_train"] == expected.train.indices.numpy()).all()
-    refused(capsys, ["export", "--out", out], f"{out} exists; give --force to overwrite")
+    not_prepared(capsys, ["export", "--out", out], f"{out} exists; give --force to overwrite")
     assert "wrote" in call(capsys, "export", "--out", out, "--force")
     assert load(dataset=str(out)).counts[-1] == 4
     assert sorted(path.name for path in tmp_path.iterdir()) == ["grid.png", "subset.npz"]
@@ -626,7 +626,7 @@ def test_class_folders_hold_the_same_images(tmp_path, capsys, glyphs):
         theirs = found.train.images[found.train.labels == c]
         assert len(ours) == len(theirs)
         assert {bytes(x.numpy()) for x in ours} == {bytes(x.numpy()) for x in theirs}
-    refused(capsys, ["export", "--out", tmp_path / "letters"], "exists")
+    not_prepared(capsys, ["export", "--out", tmp_path / "letters"], "exists")
 
 
 def test_fetch(tmp_path, capsys):
@@ -650,10 +650,10 @@ def test_missing_sets_show_the_layout(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr("urllib.request.urlopen", refuse)
     argv = ["fetch", "--dataset", "svhn_lt", "--data-root", tmp_path]
-    refused(capsys, argv, "svhn_lt", "no network", "/{train,test}_32x32.mat")
+    not_prepared(capsys, argv, "svhn_lt", "no network", "/{train,test}_32x32.mat")
     nowhere = tmp_path / "typo"
     argv = ["show", "--dataset", "cifar10_lt", "--data-root", nowhere]
-    refused(capsys, argv, f"no folder {nowhere}", "expected")
+    not_prepared(capsys, argv, f"no folder {nowhere}", "expected")
     assert not nowhere.exists()
 
 
@@ -679,12 +679,12 @@ def test_bad_flags(tmp_path, capsys):
         ("draw", "invalid choice: 'draw'"),
         ("show --colour red", "unrecognized arguments: --colour red"),
     ):
-        refused(capsys, words.split(), *texts)
+        not_prepared(capsys, words.split(), *texts)
 
 
 def test_bad_folders(tmp_path, capsys):
     def show(root, *texts, flags=()):
-        refused(capsys, ["show", "--dataset", root, *flags], *texts)
+        not_prepared(capsys, ["show", "--dataset", root, *flags], *texts)
 
     (tmp_path / "empty").mkdir()
     show(tmp_path / "empty", "no train/ and test/ in it", "train/<class>/*")
@@ -741,9 +741,9 @@ def test_bad_npz(tmp_path, capsys):
     ):
         arrays = {key: value for key, value in (good | changes).items() if value is not None}
         np.savez(path, **arrays)
-        refused(capsys, ["show", "--dataset", path], str(path), *texts)
+        not_prepared(capsys, ["show", "--dataset", path], str(path), *texts)
     np.savez(path, **good)
     whole = path.read_bytes()
     for content in (whole[: len(whole) // 2], b"", whole[:500] + b"?" * 50 + whole[550:]):
         path.write_bytes(content)
-        refused(capsys, ["show", "--dataset", path], str(path), "damaged or no .npz")
+        not_prepared(capsys, ["show", "--dataset", path], str(path), "damaged or no .npz")

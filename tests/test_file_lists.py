@@ -9,7 +9,7 @@ import fake_tree
 import numpy as np
 import pytest
 import torch
-from commands import call, load, refused
+from commands import call, load, not_prepared
 from PIL import Image
 
 import data_lt as lt
@@ -163,18 +163,18 @@ def test_missing_roots_and_lists_show_the_layout(own_tree, tmp_path, capsys):
         place = f"{tmp_path}/none/{dataset}"
         said = f"no folder {place}; expected {place}/{lt.DATASETS[dataset].layout}"
         argv = ["show", "--dataset", dataset, "--data-root", tmp_path / "none"]
-        refused(capsys, argv, said)
-    refused(capsys, ["mini", "--data-root", tmp_path / "none"], said)
+        not_prepared(capsys, argv, said)
+    not_prepared(capsys, ["mini", "--data-root", tmp_path / "none"], said)
     (own_tree / "imagenet_lt" / "ImageNet_LT_val.txt").unlink()
     argv = ["show", "--dataset", "imagenet_lt", "--data-root", own_tree]
     said = "ImageNet_LT_val.txt is missing", "prepare lists --dataset imagenet_lt`"
-    refused(capsys, argv, *said, "{train,val}/<wnid>/*")
+    not_prepared(capsys, argv, *said, "{train,val}/<wnid>/*")
     (own_tree / "mini_imagenet_lt").mkdir()
     argv = ["show", "--dataset", "mini_imagenet_lt", "--data-root", own_tree, "--imb-ratio", "50"]
-    refused(capsys, argv, "train_ir50.txt is missing", "prepare mini --imb-ratio 50`")
+    not_prepared(capsys, argv, "train_ir50.txt is missing", "prepare mini --imb-ratio 50`")
     (tmp_path / "file").write_text("")
     argv = ["lists", "--dataset", "inat18", "--data-root", tmp_path / "file"]
-    refused(capsys, argv, f"cannot write {tmp_path}/file/inat18")
+    not_prepared(capsys, argv, f"cannot write {tmp_path}/file/inat18")
 
 
 def inat_json(root: Path, name: str, rows: list[tuple[str, int]]) -> None:
@@ -195,7 +195,7 @@ def test_inat18_lists_and_json_agree(tmp_path, capsys, monkeypatch):
     for name in rows:
         inat_json(root, f"{name}2018.json", rows[name])
     argv = ["lists", "--dataset", "inat18", "--data-root", str(tmp_path)]
-    refused(capsys, argv, "iNaturalist18_train.txt: 9 rows, 3 classes", "437513", "--trust-list")
+    not_prepared(capsys, argv, "iNaturalist18_train.txt: 9 rows, 3 classes", "437513", "--trust-list")
     assert not list(root.glob("*.txt"))  # what is not right is not kept
     public = prepare.PublicList
     known = {"train": public("another", 9, 3), "test": public("another", 3, 3)}
@@ -216,10 +216,10 @@ def test_inat18_lists_and_json_agree(tmp_path, capsys, monkeypatch):
         ("[]", ""),
     ):
         (root / "train2018.json").write_text(content)
-        refused(capsys, argv, "train2018.json: no JSON with images and annotations", text)
+        not_prepared(capsys, argv, "train2018.json: no JSON with images and annotations", text)
     for row, said in ((("../x.jpg", 0), "../x.jpg lies outside"), (("x.jpg", -1), "is no line")):
         inat_json(root, "train2018.json", [*train, row])
-        refused(capsys, argv, "train2018.json:10: ", said)
+        not_prepared(capsys, argv, "train2018.json:10: ", said)
 
 
 def test_large_class_folders(tmp_path, capsys):
@@ -255,7 +255,7 @@ def test_placed_lists_are_verified(own_tree, published, capsys):
     assert sums in out and "a sample; --full" in out and "note" not in out
     train = own_tree / "imagenet_lt" / "ImageNet_LT_train.txt"
     edit(train, lambda lines: lines[::-1])
-    refused(capsys, argv, f"{train}: 21 rows, 5 classes, blob", "or go on with --trust-list")
+    not_prepared(capsys, argv, f"{train}: 21 rows, 5 classes, blob", "or go on with --trust-list")
     out = call(capsys, *argv, "--trust-list", "--full")
     assert out.startswith(f"note: {train}: 21 rows") and "36 of 36 images: all there" in out
     twin, test = train.read_text().splitlines()[0], train.with_name("ImageNet_LT_test.txt")
@@ -265,9 +265,9 @@ def test_placed_lists_are_verified(own_tree, published, capsys):
     assert said in call(capsys, *argv, "--trust-list")
     test.write_text(whole)
     edit(train, lambda lines: [lines[0].rpartition(" ")[0] + " 1000", *lines[1:]])
-    refused(capsys, [*argv, "--trust-list"], f"{train}:1: label 1000; expected 0..999")
+    not_prepared(capsys, [*argv, "--trust-list"], f"{train}:1: label 1000; expected 0..999")
     shutil.copy(train.with_name("ImageNet_LT_val.txt"), train)
-    refused(capsys, argv, f"{train}: 5 rows, 5 classes", "the public list: 21 rows")
+    not_prepared(capsys, argv, f"{train}: 5 rows, 5 classes", "the public list: 21 rows")
 
 
 def test_images_are_looked_for(own_tree, published, monkeypatch, capsys):
@@ -276,14 +276,14 @@ def test_images_are_looked_for(own_tree, published, monkeypatch, capsys):
     path, name = train.images.path(4), train.classes[train.labels[4]]
     source, whole = train.images.root / "ImageNet_LT_train.txt", path.read_bytes()
     path.unlink()
-    refused(capsys, argv, f"{source}:5: {path} is missing (class {name}; 1 of 21 looked for)")
+    not_prepared(capsys, argv, f"{source}:5: {path} is missing (class {name}; 1 of 21 looked for)")
     path.write_bytes(b"")
-    refused(capsys, argv, f"{source}:5: {path} is empty (class {name}; 1 of 21")
+    not_prepared(capsys, argv, f"{source}:5: {path} is empty (class {name}; 1 of 21")
     path.write_bytes(whole)
     path = test.images.path(0)  # ImageNet's validation images come without class folders
     flat = path.rename(path.parent.parent / path.name)
     said = f"ImageNet_LT_test.txt:1: {path} is missing", f"{flat} must move into"
-    refused(capsys, argv, *said)
+    not_prepared(capsys, argv, *said)
     flat.rename(path)
     monkeypatch.setattr(prepare, "SAMPLE", 2)  # one of every class is always among them
     assert 5 <= prepare.check_images(train, source) <= 7
@@ -301,7 +301,7 @@ def test_lists_are_fetched(own_tree, published, monkeypatch, tmp_path, capsys):
     for name in names:
         (root / name).rename(server / "ImageNet_LT" / name)
     said = f"{root}/{names[0]} is missing and the download failed"
-    refused(capsys, argv, said, "put the file there from file:///")
+    not_prepared(capsys, argv, said, "put the file there from file:///")
     assert not [path for path in root.iterdir() if path.is_file()]  # nothing half done lies there
     monkeypatch.setenv("LT_LISTS_URL", server.as_uri() + "/")
     assert "36 of 36 images" in call(capsys, *argv)
@@ -309,7 +309,7 @@ def test_lists_are_fetched(own_tree, published, monkeypatch, tmp_path, capsys):
     (root / names[1]).unlink()
     edit(server / "ImageNet_LT" / names[1], lambda lines: lines[1:])
     wrong = prepare.git_blob((server / "ImageNet_LT" / names[1]).read_bytes())
-    refused(capsys, argv, f"has Git blob id {wrong}, expected {published['val'].blob}")
+    not_prepared(capsys, argv, f"has Git blob id {wrong}, expected {published['val'].blob}")
     assert not (root / names[1]).exists()
 
     asked = []
@@ -321,7 +321,7 @@ def test_lists_are_fetched(own_tree, published, monkeypatch, tmp_path, capsys):
     monkeypatch.delenv("LT_LISTS_URL")
     monkeypatch.setattr("urllib.request.urlopen", refuse)
     argv = ["lists", "--dataset", "inat18", "--data-root", tmp_path]
-    refused(capsys, argv, "iNaturalist18_train.txt is missing", "no network", "put the file there")
+    not_prepared(capsys, argv, "iNaturalist18_train.txt is missing", "no network", "put the file there")
     tails = "imagenet_inat/data/iNaturalist18/iNaturalist18_train.txt"
     assert len(asked) == 2 and all(url.endswith(tails) for url in asked)
 
@@ -343,7 +343,7 @@ def test_flags_that_make_no_sense(tree, tmp_path, capsys):
         (["cache", "--dataset", tree], "cache makes no sense for", "imagenet_lt, inat18, mini"),
         (["cache", *base, "--side", 4], "--side: must be at least 8"),
     ):
-        refused(capsys, argv, *texts)
+        not_prepared(capsys, argv, *texts)
     assert not list(tmp_path.iterdir())
     fails(lambda: lt.load_pool("imagenet_lt", tree), "needs images of at most 64 px")
 
@@ -379,7 +379,7 @@ def test_mini_splits(tmp_path, capsys):
     assert data.counts == [500, 158, 50] and len(data.val) == 300
 
     reseeded = [*mini, "--data-seed", 1]
-    refused(capsys, reseeded, "val.txt comes from another --data-seed", "remove the lists")
+    not_prepared(capsys, reseeded, "val.txt comes from another --data-seed", "remove the lists")
     assert (root / "train_ir100.txt").read_bytes() == kept["train_ir100.txt"]
     for path in root.glob("*.txt"):
         path.unlink()
@@ -403,7 +403,7 @@ def test_mini_from_the_600_image_download_and_what_it_refuses(tmp_path, capsys):
     root, mini = tmp_path / "mini_imagenet_lt", ["mini", "--data-root", tmp_path]
     fake_tree.make_class_folders(root, {"n01": 600, "n02": 599})
     need = "600 needed (400 train, 100 val, 100 test)"
-    refused(capsys, mini, f"{root}/n02: class n02 has 599 images, {need}")
+    not_prepared(capsys, mini, f"{root}/n02: class n02 has 599 images, {need}")
     twin = root / "n02" / "n01_5.JPEG"
     twin.write_bytes(b"y")  # name, size and date of another class's image, but not that image
     for name in ("n01", "n02"):
@@ -417,19 +417,19 @@ def test_mini_from_the_600_image_download_and_what_it_refuses(tmp_path, capsys):
         name.unlink()
     twin.write_bytes(b"x")
     why = "classes n01 and n02 share n01_5.JPEG; of 600 and 600 images, 1 have the same names"
-    refused(capsys, mini, why)
+    not_prepared(capsys, mini, why)
     twin.unlink()
     fake_tree.make_class_folders(root, {"n01": 701})  # full folders are meant now
-    refused(capsys, mini, "n02 has 599 images, 700 needed (500 train, 100 val, 100 test)")
+    not_prepared(capsys, mini, "n02 has 599 images, 700 needed (500 train, 100 val, 100 test)")
     fake_tree.make_class_folders(root, {"n02": 700})
-    refused(capsys, [*mini, "--imb-ratio", "0.5"], "at least 1, got 0.5")
+    not_prepared(capsys, [*mini, "--imb-ratio", "0.5"], "at least 1, got 0.5")
     said = "ratio 600 leaves class n02 with 0 of 500 images"
-    refused(capsys, [*mini, "--imb-ratio", "600"], said)
+    not_prepared(capsys, [*mini, "--imb-ratio", "600"], said)
     (root / "n02" / "more").mkdir()
     (root / "n02" / "n02_0.JPEG").rename(root / "n02" / "more" / "x.png")
-    refused(capsys, mini, "n02/more/x.png: images must lie in the class folder itself")
+    not_prepared(capsys, mini, "n02/more/x.png: images must lie in the class folder itself")
     (root / "n03").mkdir()
-    refused(capsys, mini, "n03: class 'n03' holds no image")
+    not_prepared(capsys, mini, "n03: class 'n03' holds no image")
     assert not list(root.glob("*.txt")) and not list(root.glob(".*"))  # nothing was written
 
 

@@ -15,7 +15,7 @@ import fake_tree
 import numpy as np
 import pytest
 import torch
-from commands import load, refused
+from commands import load, not_prepared
 from PIL import Image
 from torch import nn
 
@@ -232,7 +232,7 @@ def test_what_imagefolder_counts_and_pillow_reads_is_there(tmp_path, capsys):
     (root / "train" / "ant" / "images").mkdir(parents=True)
     said = "class 'ant' holds no image, 1 other files; images end in"
     (root / "train" / "ant" / "images" / "0.heic").write_bytes(b"x")
-    refused(capsys, ["show", "--dataset", root], said)
+    not_prepared(capsys, ["show", "--dataset", root], said)
     paint(root / "train" / "ant" / "images" / "0.png", 1)
     shown = show(capsys, root)
     assert "train 11, val 0, test 4" in shown and "passed over: 1 ending .heic" in shown
@@ -252,11 +252,11 @@ def test_links_to_nothing_and_loops_are_refused(tmp_path, capsys):
     root = make_folder(tmp_path)
     (root / "train" / "ant" / "5.png").symlink_to(tmp_path / "gone.png")
     said = f"{root}/train/ant/5.png: a link to nothing"
-    refused(capsys, ["show", "--dataset", root], said)
-    refused(capsys, ["fetch", "--dataset", root, "--image-size", 96], said)
+    not_prepared(capsys, ["show", "--dataset", root], said)
+    not_prepared(capsys, ["fetch", "--dataset", root, "--image-size", 96], said)
     (root / "train" / "ant" / "5.png").unlink()
     (root / "train" / "ant" / "again").symlink_to(root / "train" / "ant")
-    refused(capsys, ["show", "--dataset", root], "folders in folders without an end")
+    not_prepared(capsys, ["show", "--dataset", root], "folders in folders without an end")
 
 
 NAMES = ["$a^_%", "10", "9", "back`tick", "two words", "ñandú", "-flag", "café\udce9", "x.png", "~"]
@@ -288,7 +288,7 @@ def test_names_survive_export_and_reading(tmp_path, capsys):
                 assert ours == theirs
             show(capsys, out)
             lt.load_pool(str(out), image_size=96, files=True) if not out.suffix else None
-    refused(capsys, ["export", "--out", tmp_path / "blast", "--force"], "exists; give")
+    not_prepared(capsys, ["export", "--out", tmp_path / "blast", "--force"], "exists; give")
 
 
 def test_validation_images_of_few_classes_come_back(tmp_path):
@@ -361,9 +361,9 @@ def test_no_permission_is_said_as_that(tmp_path):
 def test_one_class_and_classes_without_test_images_are_refused_at_the_start(tmp_path, capsys):
     root = make_folder(tmp_path)
     shutil.rmtree(root / "test" / "bee")
-    refused(capsys, ["show", "--dataset", root], "'bee' only in train")
+    not_prepared(capsys, ["show", "--dataset", root], "'bee' only in train")
     shutil.rmtree(root / "train" / "bee")
-    refused(capsys, ["show", "--dataset", root], "has one class, 'ant'")
+    not_prepared(capsys, ["show", "--dataset", root], "has one class, 'ant'")
 
 
 def test_a_lone_last_image_is_not_trained_on():

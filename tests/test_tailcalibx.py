@@ -563,7 +563,7 @@ def test_continuing_equals_not_having_stopped(straight, tmp_path, method, stage,
 def test_the_teacher_is_in_eval_mode_unless_asked_for(straight, tmp_path, monkeypatch):
     teachers, go_on = [], tc.go_on
     monkeypatch.setattr(tc, "go_on", lambda *args: teachers.append(go_on(*args)) or teachers[-1])
-    start = stage_of(straight, "cbd", "teacher")
+    start, states = stage_of(straight, "cbd", "teacher"), []
     for flags in ([], ["--frozen-bn", "train"]):
         words = ["--init-from", start, *flags]
         folder = call(*words, method="cbd", stages="cbd", out=tmp_path / f"cbd{len(flags)}")
