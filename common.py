@@ -865,6 +865,7 @@ class Stage:
             self.images, self.sent, self.wait, self.trained = 0, 0, 0.0, 1e-9  # without batches
             self.bad = torch.full((), math.inf, device=self.run.args.device)
             yield epoch
+            assert self.epoch == epoch + 1, f"stage {self.name}: the loop must call end_epoch"
 
     def batches(self, loader, passes: int = 1):
         """Yield an epoch's batches; passes: views sent through, twice with SAM, 0 where frozen."""
