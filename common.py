@@ -165,9 +165,16 @@ KINDS = ("letters", "small", "large")  # glyphs_lt; images up to 64 px; above
 file_path = os.path.expanduser  # argparse type of a flag that names a file or folder
 
 
+def home_path(text: str) -> Path:
+    return Path(file_path(text))
+
+
 @contextlib.contextmanager
 def printing():
-    """Around what prints: any terminal will do, and a closed pipe (`| head`) ends it quietly."""
+    """Around what prints: any terminal will do, or none; a closed pipe (`| head`) ends quietly."""
+    sys.stdout, sys.stderr = (
+        stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr)
+    )
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # what it has no letter for

@@ -188,6 +188,10 @@ def test_exported_weights_give_the_figure_again(tmp_path, capsys):
     assert exported["full"] == whole and abs(exported["half"] - whole) < 0.02
     assert exported["command"] == ["fsgl.py", *flags]
     assert said[-1].split()[1:] == ["fsgl.py", *flags, "--eval", str(out)]
+    moved = tmp_path / "moved.pt"
+    words = ["--out", str(moved), "--dataset", str(tmp_path / "gone.npz")]
+    assert report.main(["export", str(folder), *words]) == 2 and not moved.exists()
+    assert "gone.npz: no such folder" in capsys.readouterr().err  # it looks where it is told to
     again = report.evaluated(out, exported["command"], tmp_path)
     assert again == pytest.approx(100 * exported["half"], abs=0.005)
     assert report.main(["export", str(folder), "--out", str(out)]) == 2

@@ -23,6 +23,7 @@ import torchvision
 
 import common
 import models
+from tools import prepare, report
 
 ROOT = Path(common.__file__).resolve().parent
 SMALL = (
@@ -502,6 +503,17 @@ def test_a_closed_pipe_and_a_plain_terminal_end_without_a_traceback(tmp_path):
         assert done.returncode in codes and not done.stderr and done.stdout.count("\n") == 1, done
     done = subprocess.run(command(out=tmp_path / "ö"), **options)
     assert done.returncode == 0 and "\\xf6" in done.stdout and not done.stderr, done
+    script = f"{shlex.join(command(out=tmp_path / 'none'))} >&-"
+    done = subprocess.run(["bash", "-c", script], **options)
+    assert done.returncode == 0 and not done.stderr, done
+
+
+@pytest.mark.parametrize("words", ["toys theory", "geometry targets --classes 9 --dim 16"])
+def test_a_tool_whose_reader_has_gone_says_nothing(tmp_path, words):
+    line = f"cd {tmp_path} && {sys.executable} -m tools.{words} | true; exit ${{PIPESTATUS[0]}}"
+    options = {"capture_output": True, "text": True, "env": commands.environment()}
+    done = subprocess.run(["bash", "-c", line], **options)
+    assert done.returncode == 141 and not done.stderr, done
 
 
 def test_ranks_without_an_address_are_one_line(tmp_path, monkeypatch, capsys):
@@ -522,6 +534,10 @@ def test_a_home_in_a_path_is_the_home(tmp_path, monkeypatch):
     args = common.parse("A test.", (), {"fit": ("fit",)}, {}, lambda *rest: 32, words)
     said = [args.out, args.data_root, args.dataset, args.eval]
     assert said == [f"{tmp_path}/{name}" for name in ("a", "b", "c", "d.pt")]
+    args = prepare.parse_args(["export", "--dataset=~/a", "--data-root=~/b", "--out=~/c"])
+    assert [args.dataset, args.data_root] == said[:2] and args.out == tmp_path / "c"
+    args = report.make_parser().parse_args(["export", "~/run", "--out=~/x.pt"])
+    assert (args.run, args.out) == (tmp_path / "run", tmp_path / "x.pt")
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -364,9 +364,10 @@ def draw_run(folder: Path) -> list[Path]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0, or 2 for bad input."""
+    home = common.home_path
     parser = common.Parser(prog="tools.figures", description=__doc__.partition("\n")[0])
     what = "run folder .../seed<k>, or a folder of runs"
-    parser.add_argument("folders", type=Path, nargs="+", metavar="RUN_FOLDER", help=what)
+    parser.add_argument("folders", type=home, nargs="+", metavar="RUN_FOLDER", help=what)
     args: argparse.Namespace = parser.parse_args(argv)
     try:
         for folder in args.folders:

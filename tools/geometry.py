@@ -264,7 +264,8 @@ def make_parser() -> common.Parser:
     add("--paper", action="store_true", help="the paper's objective and optimiser, in float64")
     add("--steps", type=whole, help="of the optimiser (default: 1000, with --paper 10000)")
     add("--seed", type=common.number(int, 0, 2**32 - 1), default=0, help="default: 0")
-    add("--out", default=".", help="folder of optimal_<C>_<d>.npy (default: here)")
+    what = "folder of optimal_<C>_<d>.npy (default: here)"
+    add("--out", type=common.file_path, default=".", help=what)
     features = commands.add_parser("features", help="figures of saved features")
     features.add_argument("file", metavar="FILE.npz", help="what --save-features wrote")
     group = features.add_mutually_exclusive_group()
@@ -278,7 +279,8 @@ def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     command = command_targets if args.command == "targets" else command_features
     try:
-        command(args)
+        with common.printing():
+            command(args)
     except (common.UserError, OSError) as error:
         print(f"tools.geometry: error: {error}", file=sys.stderr)
         return 2

@@ -577,10 +577,11 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 FLAGS = {  # flag: (commands that have it, keywords of argparse)
-    "--dataset": ("show export fetch lists check cache", {"default": "glyphs_lt", "help":
-        f"{', '.join(data_lt.DATASETS)} or a path (default glyphs_lt)"}),
-    "--data-root": ("show export fetch lists mini check cache", {"default": "data", "help":
-        "folder that holds the sets (default data)"}),
+    "--dataset": ("show export fetch lists check cache", {"type": common.file_path,
+        "default": "glyphs_lt",
+        "help": f"{', '.join(data_lt.DATASETS)} or a path (default glyphs_lt)"}),
+    "--data-root": ("show export fetch lists mini check cache", {"type": common.file_path,
+        "default": "data", "help": "folder that holds the sets (default data)"}),
     "--image-size": ("show export fetch", {"type": common.number(int, 1), "help":
         "resize the short side to this many px and crop the centre"}),
     "--imb-ratio": ("show export mini check cache", {"type": common.number(float, 1), "help":
@@ -591,13 +592,15 @@ FLAGS = {  # flag: (commands that have it, keywords of argparse)
         "help": "which images: the seed (default 0)"}),
     "--select": ("show export", {"choices": ("last", "val"), "default": "last", "help":
         "val: with the validation images that scripts take for --select val"}),
-    "--png": ("show", {"type": Path, "help": "also write a picture: first images of every class"}),
-    "--out": ("export", {"type": Path, "required": True, "help":
+    "--png": ("show", {"type": common.home_path, "help":
+        "also write a picture: first images of every class"}),
+    "--out": ("export", {"type": common.home_path, "required": True, "help":
         "the .npz to write, or a folder of class folders"}),
     "--force": ("export", {"action": "store_true", "help": "overwrite it"}),
     "--full": ("lists", {"action": "store_true", "help": "look for every image, not for a sample"}),
     "--trust-list": ("lists", {"action": "store_true", "help": "go on with one that was edited"}),
-    "--cache-dir": ("cache", {"help": "where caches lie, if not in the data root"}),
+    "--cache-dir": ("cache", {"type": common.file_path, "help":
+        "where caches lie, if not in the data root"}),
     "--side": ("cache", {"type": common.number(int, 8, 2048), "default": 256, "help":
         "short side in px (default 256)"}),
 }  # fmt: skip
@@ -654,10 +657,9 @@ def run(args: argparse.Namespace) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    if hasattr(sys.stdout, "reconfigure"):  # a terminal may not know the letters of a class
-        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        print(run(parse_args(argv)))
+        with common.printing():
+            print(run(parse_args(argv)))
     except (UserError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -332,14 +332,15 @@ LEFT_OUT = dict.fromkeys("--init-from --eval --save-features --gpus --out --data
 LEFT_OUT |= {"--logger": 1, "--device": 1, "--fresh": 0, "--quiet": 0}
 
 
-def export(run: Path, out: Path, data_root: Path) -> str:
+def export(run: Path, out: Path, data_root: Path, dataset: str | None = None) -> str:
     """Write the network of a finished run in half precision, and evaluate that file.
 
     run: its folder, with result.json, args.json and the checkpoint of the last stage. The file is
     a checkpoint without optimiser, for `--eval` and `--init-from`; `exported` in it holds the
-    figures of full and of half precision.
+    figures of full and of half precision. dataset: where the run's own set lies by now.
     """
     result, words, stage = _finished_run(run)
+    words += ["--dataset", dataset] if dataset else []
     if out.exists():
         raise common.UserError(f"{out} exists; choose another name")
     common.make_folder(out.parent)
@@ -469,13 +470,13 @@ def cores() -> int:
 
 def make_parser() -> common.Parser:
     parser = common.Parser(prog="tools.report", description=__doc__.partition("\n\n")[2])
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands, path = parser.add_subparsers(dest="command", required=True), common.home_path
 
     def command(name: str, text: str):
         return commands.add_parser(name, help=text, allow_abbrev=False).add_argument
 
     add = command("run", "run the cells, then write tables and figures")
-    add("cells", type=Path, nargs="?", default=Path("-"), help="file of lines (default: stdin)")
+    add("cells", type=path, nargs="?", default=Path("-"), help="file of lines (default: stdin)")
     add("--dry-run", action="store_true", help="only say what would run")
     add("--more", action="store_true", help="all methods at equal passes and their ablations, too")
     add("--all", action="store_true", help="every table")
@@ -487,20 +488,22 @@ def make_parser() -> common.Parser:
     add("--cifar", action="store_true", help="run CIFAR and SVHN cells without a GPU too")
     folders = {"data-root": "data", "out": "runs", "results": "RESULTS.md", "figures": "figures"}
     for flag, standard in folders.items():
-        add(f"--{flag}", type=Path, default=Path(standard), help=f"default: {standard}")
+        add(f"--{flag}", type=path, default=Path(standard), help=f"default: {standard}")
     for name, standard in (("tables", "RESULTS.md"), ("figures", "figures"), ("add", None)):
         add = command(name, f"{name} of runs" if standard else f"record runs in {RECORDED.name}")
-        add("runs", type=Path, nargs="+", metavar="RUNS", help="folder of runs, or .jsonl file")
-        add("--out", type=Path, default=Path(standard or RECORDED), help="what is written")
+        add("runs", type=path, nargs="+", metavar="RUNS", help="folder of runs, or .jsonl file")
+        add("--out", type=path, default=Path(standard or RECORDED), help="what is written")
         cells = common.ROOT / "run_all.sh"
-        add("--cells", type=Path, default=cells, help="lines that say which run is of which table")
+        add("--cells", type=path, default=cells, help="lines that say which run is of which table")
     add = command("compare", "two runs side by side")
     what = "run folders (all seeds below them), or folders of runs"
-    add("folders", type=Path, nargs=2, metavar="DIR", help=what)
+    add("folders", type=path, nargs=2, metavar="DIR", help=what)
     add = command("export", "weights of a run in half precision")
-    add("run", type=Path, metavar="RUN", help="run folder .../seed<k> with its result.json")
-    add("--out", type=Path, required=True, metavar="FILE", help="file to write, .pt")
-    add("--data-root", type=Path, default=Path("data"), help="where the test set lies")
+    add("run", type=path, metavar="RUN", help="run folder .../seed<k> with its result.json")
+    add("--out", type=path, required=True, metavar="FILE", help="file to write, .pt")
+    add("--data-root", type=path, default=Path("data"), help="where the test set lies")
+    what = "where a set of your own lies, if it was moved"
+    add("--dataset", type=common.file_path, metavar="PATH", help=what)
     return parser
 
 
@@ -510,12 +513,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.command == "run":
             return run_command(args)
-        if args.command == "compare":
-            print("\n".join(compare(*args.folders)))
-        elif args.command == "export":
-            print(export(args.run, args.out, args.data_root))
-        else:
-            print(make(args))
+        with common.printing():
+            if args.command == "compare":
+                print("\n".join(compare(*args.folders)))
+            elif args.command == "export":
+                print(export(args.run, args.out, args.data_root, args.dataset))
+            else:
+                print(make(args))
         return 0
     except (common.UserError, common.RunError, OSError) as error:
         print(f"tools.report: error: {error}", file=sys.stderr)

@@ -406,7 +406,7 @@ def make_parser() -> common.Parser:
     commands.add_parser("circle", help="three classes in 2-D: KCL, TSC", add_help=False)
     for command in (one, two):
         what = "folder of all runs (default: runs)"
-        command.add_argument("--out", type=Path, default=Path("runs"), help=what)
+        command.add_argument("--out", type=common.home_path, default=Path("runs"), help=what)
     return parser
 
 
@@ -418,7 +418,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     args = make_parser().parse_args(words)
     try:
-        blobs(args) if args.command == "blobs" else show_theory(args)
+        with common.printing():
+            blobs(args) if args.command == "blobs" else show_theory(args)
     except (common.UserError, OSError) as error:
         print(f"tools.toys: error: {error}", file=sys.stderr)
         return 2
