@@ -136,7 +136,7 @@ def test_a_run_is_compared_exported_evaluated_and_drawn(tmp_path):
     exported = next(text for text in texts if "of this file" in text)
     figure = re.search(r"([0-9.]+) % of this file", exported)[1]
     assert any(f"overall {figure}%" in text for text in texts), "the exported file's own"
-    assert any("overall 81.80%" in text for text in texts), "as the README says"
+    assert any("overall 76.16%" in text for text in texts), "as the README says"
     assert any("| overall |" in text for text in texts)
     assert any("wrote runs/tsc/" in text for text in texts)
     assert (tmp_path / "optimal_100_128.npy").exists()
