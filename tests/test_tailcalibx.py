@@ -520,8 +520,8 @@ def test_a_part_of_the_chain_goes_on_from_a_checkpoint(straight, tmp_path, capsy
         assert same(weights(folder / f"{last}.pt"), weights(stage_of(straight, method, last)))
         assert not (folder / f"{first}.pt").exists() and "init-from" in folder.parent.name
     start = ["--init-from", stage_of(straight, "crt", "ce")]
-    with pytest.raises(common.UserError, match="Missing.*head.scale"):
-        call(*start, stages="tailcalibx", out=tmp_path / "head")
+    said = commands.refused(capsys, call, *start, stages="tailcalibx", out=tmp_path / "head")
+    assert "head.scale" in said
     whole = call(*start, method="cosine_ce", out=tmp_path / "whole")
     scratch = weights(stage_of(straight, "cosine_ce", "cosine_ce"))
     assert not same(weights(whole / "cosine_ce.pt"), scratch), "a backbone to begin with"
@@ -530,13 +530,13 @@ def test_a_part_of_the_chain_goes_on_from_a_checkpoint(straight, tmp_path, capsy
     torch.save(saved, tmp_path / "foreign.pt")
     saved["data"] = "images:1"  # but not of others of this very set
     torch.save(saved, tmp_path / "leak.pt")
-    with pytest.raises(common.UserError, match="trained on other images"):
-        call("--init-from", tmp_path / "leak.pt", method="ce", out=tmp_path / "leak")
+    leak, own = ("--init-from", tmp_path / "leak.pt"), {"method": "ce", "out": tmp_path / "leak"}
+    assert "trained on other images" in commands.refused(capsys, call, *leak, **own)
     bare = {key[9:]: value for key, value in saved["state"]["model"].items()}
     torch.save(bare, tmp_path / "bare.pth")
     start = ["--init-from", tmp_path / "bare.pth"]
-    with pytest.raises(common.UserError, match="has no tensor head.weight"):
-        call(*start, stages="tailcalibx", out=tmp_path / "bare")
+    said = commands.refused(capsys, call, *start, stages="tailcalibx", out=tmp_path / "bare")
+    assert "head.weight" in said
     call(*start, method="cbd", stages="cbd", out=tmp_path / "cbd_of_any")
     start = ["--init-from", tmp_path / "foreign.pt"]
     crt = call(*start, method="crt", stages="crt", out=tmp_path / "f")
