@@ -669,7 +669,7 @@ def test_bad_flags(tmp_path, capsys):
         ("show --imb-ratio 500", "ratio 500 leaves class 'R' with 0 of its 400 images"),
         ("show --imb-type linear", "'linear'"),
         ("show --select dev", "'dev'"),
-        ("show --data-seed -1", "--data-seed: must be at least 0"),
+        ("show --data-seed -1", "--data-seed: must be an integer, at least 0"),
         ("show --image-size 224", "image size 224", "at most 64 px"),
         (f"show --png {none}/x.png", f"cannot write {none}/x.png"),
         (f"show --png {tmp_path}", f"cannot write {tmp_path}"),

@@ -341,7 +341,7 @@ def test_flags_that_make_no_sense(tree, tmp_path, capsys):
         (["fetch", *base], "imagenet_lt is got by hand; `tools.prepare lists`"),
         (["check"], "check makes no sense for glyphs_lt"),
         (["cache", "--dataset", tree], "cache makes no sense for", "imagenet_lt, inat18, mini"),
-        (["cache", *base, "--side", 4], "--side: must be at least 8"),
+        (["cache", *base, "--side", 4], "--side: must be an integer, at least 8"),
     ):
         not_prepared(capsys, argv, *texts)
     assert not list(tmp_path.iterdir())

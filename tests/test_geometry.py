@@ -197,7 +197,7 @@ def test_features_are_read_and_their_figures_printed(tmp_path, capsys):
     ("words", "said"),
     [
         ("targets --classes 10 --dim 9 --steps 5", "--steps has no meaning with 10 points in 9"),
-        ("targets --classes 1", "--classes: must be at least 2"),
+        ("targets --classes 1", "--classes: must be an integer, at least 2"),
         ("targets --classes 3 --out {}/file/x", "file"),
         ("features {}/none.npz", "none.npz is no .npz of features and labels"),
         ("features {}/bare.npz", "no .npz of features and labels"),
