@@ -521,6 +521,13 @@ def permitted(path: Path) -> Iterator[None]:
         raise UserError(f"{error.filename or path}: no permission to read it") from None
 
 
+def is_folder(place: Path | os.DirEntry) -> bool:
+    """UserError for a link to nothing."""
+    if place.is_symlink() and not os.path.exists(place):
+        raise UserError(f"{os.fspath(place)}: a link to nothing; mend or remove it")
+    return place.is_dir()
+
+
 def image_files(folder: Path, inner: str = "") -> list[str]:
     """Names below `folder` of the images in it and, after them, in its folders, sorted.
 
@@ -532,11 +539,9 @@ def image_files(folder: Path, inner: str = "") -> list[str]:
         for entry in sorted(found, key=lambda entry: entry.name):
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
+            if is_folder(entry):
                 folders.append(f"{inner}{entry.name}/")
             elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
-                if not entry.is_file():
-                    raise UserError(f"{entry.path}: a link to nothing; mend or remove it")
                 names.append(inner + entry.name)
     if inner.count("/") > 20:
         raise UserError(f"{folder / inner}: folders in folders without an end; is one a link?")
@@ -550,7 +555,7 @@ def class_folders(folder: Path, beside: str = "") -> dict[str, list[str]]:
     """
     with permitted(folder):
         inner = folder.iterdir() if folder.is_dir() else ()
-        classes = sorted(path.name for path in inner if path.name[0] != "." and path.is_dir())
+        classes = sorted(path.name for path in inner if path.name[0] != "." and is_folder(path))
     classes = [name for name in classes if not (beside and re.fullmatch(beside + r"\d+", name))]
     if not classes:
         raise UserError(f"{folder}: no class folders; expected {folder}/<class>/*")
@@ -576,7 +581,7 @@ def check_classes(source: object, split: str, train: Sequence[str], other: Seque
 def folder_sets(root: Path, info: SetInfo) -> dict[str, Set]:
     """Splits of a folder train/<class>/* + test/<class>/* (+ val/), in the order of the names."""
     with permitted(root):
-        splits = [split for split in ("train", "test", "val") if (root / split).is_dir()]
+        splits = [split for split in ("train", "test", "val") if is_folder(root / split)]
     if splits[:2] != ["train", "test"]:
         raise UserError(f"{root}: no train/ and test/ in it; expected {PATH_LAYOUT}")
     sets, classes = {}, []
@@ -1636,7 +1641,8 @@ def predict(args, net: nn.Module, like: Set, statistics: tuple) -> None:
     Prepared like the images of a set; written as <out>/<script>/examined/predict-<folder>.csv.
     """
     folder, net = Path(args.predict), net.eval()
-    names = image_files(folder) if folder.is_dir() else []
+    with permitted(folder):
+        names = image_files(folder) if is_folder(folder) else []
     if not names:
         raise UserError(f"--predict {folder}: no folder with images in it")
     none = torch.zeros(len(names), dtype=torch.int64)

@@ -84,3 +84,9 @@ def test_principal_plane_is_that_of_an_svd():
     left, scale, _ = np.linalg.svd(x - x.mean(0), full_matrices=False)
     ours, expected = figures.principal_plane(x), left[:, :2] * scale[:2]
     np.testing.assert_allclose(np.abs(ours), np.abs(expected), atol=1e-10)
+
+
+def test_names_that_are_no_text_get_their_picture(tmp_path):
+    names = ["$a^_%", "caf\udce9", "new\nline"]
+    (path,) = put(tmp_path, result(0, classes=names))
+    assert "confusion.png" in [place.name for place in figures.draw_run(path.parent)]

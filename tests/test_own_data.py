@@ -255,6 +255,10 @@ def test_links_to_nothing_and_loops_are_refused(tmp_path, capsys):
     not_prepared(capsys, ["show", "--dataset", root], said)
     not_prepared(capsys, ["fetch", "--dataset", root, "--image-size", 96], said)
     (root / "train" / "ant" / "5.png").unlink()
+    for place in ("train/ant/inner", "train/wasp", "val"):  # folders have no ending
+        (root / place).symlink_to(tmp_path / "gone")
+        not_prepared(capsys, ["show", "--dataset", root], f"{root / place}: a link to nothing")
+        (root / place).unlink()
     (root / "train" / "ant" / "again").symlink_to(root / "train" / "ant")
     not_prepared(capsys, ["show", "--dataset", root], "folders in folders without an end")
 

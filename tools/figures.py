@@ -343,6 +343,8 @@ def draw_run(folder: Path) -> list[Path]:
         raise common.UserError(f"{folder}: its result.json is not one of ours")
     (result,), album = results, Album(folder)
     title = f"{result['script']}, {result['dataset']}, {describe(result)}, seed {result['seed']}"
+    names = result.get("classes") or []  # a folder's name need not be text
+    result["classes"] = [name.encode(errors="replace").decode() for name in names]
     own = {describe(result): results}
     for table in tables_of(results, Published.read()):
         if table.get("plot"):

@@ -290,7 +290,15 @@ def write_tables(results: Sequence[dict], cells: Sequence[Cell], path: Path, fig
 
 # --- two runs side by side ------------------------------------------------------------------------
 
-FIGURES = ("overall", *common.GROUPS, "macro_f1", "harmonic_mean", "worst_class", "ece")
+FIGURES = (
+    "overall",
+    "mean_class",
+    *common.GROUPS,
+    "macro_f1",
+    "harmonic_mean",
+    "worst_class",
+    "ece",
+)
 
 
 def compare(one: Path, other: Path) -> list[str]:
