@@ -159,6 +159,7 @@ def test_two_runs_are_compared_seed_by_seed(tmp_path, capsys):
     assert report.main(["compare", a, b]) == 0
     text = capsys.readouterr().out
     assert "| overall | 55.0 ± 7.1 | 56.5 ± 6.4 | +1.50 | 0.50 |" in text
+    assert "| mean_class |" in text
     assert "| few | - | - | - | - |" in text and "| image passes | 12,345 | 12,345 |" in text
     assert "seeds 0, 1\n" in text and "note: A has seed(s) 2 alone" in text
     run("b", {0: 0.4}, "kcl")
