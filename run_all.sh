@@ -63,9 +63,10 @@ letters, SSP: after rotation        | python ssp_pretrain.py --stages pretrain,t
 letters, SSP: after MoCo            | python ssp_pretrain.py --ssp moco                               | 0,1,2
 letters, semi-supervised: leftover  | python ssp_pretrain.py --ssp none --stages train,pseudo,semi --unlabeled leftover --imb-ratio-unlabeled {1,100} | 0,1,2
 letters, BNS: probe                 | python bns_ipdpp.py --method bns                                | 0,1,2
-letters, BNS: subsets               | python bns_ipdpp.py --stages finetune --subset-mode legacy --init-from <k-DPP>/pretrain.pt | 0,1,2
-letters, BNS: subsets               | python bns_ipdpp.py --stages finetune --subset-mode all --finetune-epochs 161 --init-from <k-DPP>/pretrain.pt | 0,1,2
-letters, BNS: subsets               | python bns_ipdpp.py --stages finetune --dpp-scale n2 --init-from <k-DPP>/pretrain.pt | 0,1,2
+letters, BNS: default               | python bns_ipdpp.py                                             | 0,1,2
+letters, BNS: subsets               | python bns_ipdpp.py --stages finetune --subset-mode {uniform,legacy} --init-from <default>/pretrain.pt | 0,1,2
+letters, BNS: subsets               | python bns_ipdpp.py --stages finetune --subset-mode all --finetune-epochs 122 --init-from <default>/pretrain.pt | 0,1,2
+letters, BNS: subsets               | python bns_ipdpp.py --stages finetune --dpp-scale n2 --init-from <default>/pretrain.pt | 0,1,2
 letters, TailCalibX: CE, linear     | python tailcalibx.py --method ce                                | 0,1,2
 letters, TailCalibX: CE + cRT       | python tailcalibx.py --method crt                               | 0,1,2
 letters, TailCalibX: CE + MODALS    | python tailcalibx.py --method modals --stages modals --init-from <CE, linear>/ce.pt | 0,1,2

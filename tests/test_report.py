@@ -126,7 +126,8 @@ def test_no_run_yet_is_said(tmp_path):
 
 
 def test_the_recorded_tables_are_made_of_the_recorded_runs(tmp_path, monkeypatch):
-    (tmp_path / "figures").symlink_to(ROOT / "results" / "figures")
+    for name in ("figures", "NOTES.md"):
+        (tmp_path / name).symlink_to(ROOT / "results" / name)
     words = [str(results.RECORDED), "--out", str(tmp_path / "RESULTS.md")]
     assert report.main(["tables", *words]) == 0
     assert (tmp_path / "RESULTS.md").read_text() == (ROOT / "results" / "RESULTS.md").read_text()

@@ -715,8 +715,9 @@ def test_two_ranks_equal_one(straight, tmp_path):
     """Stages without batch norm in train mode: equal but for rounding."""
     methods = ("tailcalibx", "ce_tailcalib", "crt")
     starts = {method: stage_of(straight, method, tc.METHODS[method][0]) for method in methods}
-    on_ranks(last_stages, (str(tmp_path), TINY[0], starts), 2, tmp_path)
-    for method in starts:
+    for method, start in starts.items():
+        (place := tmp_path / f"{method}_ranks").mkdir()
+        on_ranks(last_stages, (str(tmp_path), TINY[0], {method: start}), 2, place)
         last = tc.METHODS[method][-1]
         one, two = commands.rows(straight(method))[-2:], commands.rows(tmp_path / method)
         assert [row["steps"] for row in one] == [row["steps"] for row in two]
