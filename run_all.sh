@@ -53,7 +53,7 @@ claim FSGL (100 epochs), overall, few: FSGL | python fsgl.py                    
 claim TailCalibX (one call), overall, few: cosine CE | python tailcalibx.py --method cosine_ce        | 0,1,2
 claim TailCalibX (one call), overall, few: TailCalibX | python tailcalibx.py                          | 0,1,2
 
-letters, similarity: the rest       | python toy_similarity.py --method {control,sweep1,sweep2}       | 0,1,2
+letters, similarity: the rest       | python toy_similarity.py --method {verification,control,sweep1,sweep2} | 0,1,2
 letters, SSP: from scratch          | python ssp_pretrain.py --ssp none --rule {none,resample,reweight,drw} | 0,1,2
 letters, SSP: from scratch          | python ssp_pretrain.py --ssp none --loss {focal,ldam}           | 0,1,2
 letters, SSP: from scratch          | python ssp_pretrain.py --ssp none --stages train,classifier     | 0,1,2
