@@ -891,10 +891,7 @@ class Stage:
         self.passes += self.sent
 
     def guard(self, loss: Tensor) -> None:
-        """Between backward and step: a loss that is not finite ends the run before it is kept.
-
-        A CPU looks at once; a GPU, without a wait in every step, at the end of the epoch.
-        """
+        """Between backward and step: a loss not finite ends the run, on a GPU after the epoch."""
         step = torch.where(torch.isfinite(loss.detach()), math.inf, float(self.step))
         self.bad = torch.minimum(self.bad, step)
         if step.device.type == "cpu":
@@ -923,8 +920,7 @@ class Stage:
     def end_epoch(self, judge: Judge | None = None, **metrics) -> dict:
         """Close the epoch: evaluate where due, a row of metrics.jsonl (returned), checkpoints.
 
-        last.pt always, `<stage>_best.pt` when the judge chose it, `<stage>.pt` after the last.
-        metrics: more plain numbers, or dicts of them, for the row.
+        last.pt always, `<stage>_best.pt` when the judge chose it; metrics: more of the row.
         """
         self.look()
         row = {"stage": self.name, "epoch": self.epoch, "steps": self.step, "passes": self.passes}
