@@ -131,7 +131,7 @@ def generate(x: Tensor, sources, gaussians, topk: int, rng, alpha=0.0, eps=EPS) 
     if alpha:
         out += math.sqrt(alpha) * torch.randn(len(sources), 1, **like)
     for part, rows in zip(out.split(CHUNK), sources.split(CHUNK), strict=True):
-        part.add_(x[rows], alpha=1 / (topk + 1))
+        part.add_(x.index_select(0, rows), alpha=1 / (topk + 1))
     used, at = sources.unique(return_inverse=True)
     lenders = nearest_classes(x[used], gaussians.means, topk)[at].flatten()  # [M K]
     often = torch.bincount(lenders, minlength=len(gaussians.means)).tolist()
@@ -139,7 +139,7 @@ def generate(x: Tensor, sources, gaussians, topk: int, rng, alpha=0.0, eps=EPS) 
         mean, root = gaussians.means[k] / (topk + 1), gaussians.root(k) / math.sqrt(topk)
         for rows in (pairs // topk).split(CHUNK):  # a class lends to a row once
             noise = torch.randn(len(rows), len(root), **like)
-            out[rows] = torch.addmm(mean, noise, root).add_(out[rows])
+            out.index_add_(0, rows, torch.addmm(mean, noise, root))
     return out
 
 
