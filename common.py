@@ -45,7 +45,7 @@ import socket
 import stat
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,11 +109,10 @@ def replicate(args, module: nn.Module) -> nn.Module:
 
 
 def sgd(params, lr: float, weight_decay: float = 0.0, momentum: float = 0.9) -> torch.optim.SGD:
-    """SGD of these parameters or groups of them, fused on GPUs."""
+    """SGD of these parameters, fused on GPUs."""
     params = list(params)
-    first = params[0]["params"][0] if isinstance(params[0], dict) else params[0]
-    options = {"momentum": momentum, "weight_decay": weight_decay}
-    return torch.optim.SGD(params, lr, fused=first.device.type == "cuda", **options)
+    fused = params[0].device.type == "cuda"
+    return torch.optim.SGD(params, lr, momentum, weight_decay=weight_decay, fused=fused)
 
 
 class _Gather(torch.autograd.Function):
@@ -141,10 +140,7 @@ def gather_with_gradient(share: Tensor) -> Tensor:
 
 
 def weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:
-    """sum(weights losses) / sum(weights) over the batch of all ranks; both [b] of this rank.
-
-    0 where all weights are 0. A plain mean needs none of this: ranks have equal shares.
-    """
+    """sum(weights losses) / sum(weights), [b] each, over all ranks; 0 where all weights are 0."""
     total = weights.detach().sum()
     if world_size() > 1:
         dist.all_reduce(total)
@@ -201,7 +197,8 @@ class Parser(argparse.ArgumentParser):
             super()._print_message(message, file)
 
     def error(self, message: str):
-        if int(os.environ.get("RANK", 0)) > 0:
+        told = os.environ.get("RANK", "0") if "WORLD_SIZE" in os.environ else "0"
+        if told.isdecimal() and int(told) > 0:
             time.sleep(2)  # every rank of torchrun finds the same mistake: rank 0 tells it
             sys.exit(2)
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -326,14 +323,11 @@ def make_parser(doc: str, table: dict, named: str) -> Parser:
 def parse(doc: str, flags, methods: dict, other: dict, side, argv=None, named: str = "method"):
     """The arguments of a script, all decided here.
 
-    doc: the script's docstring. flags: its rows, laid over SHARED. methods: {name: its stages}, the
-    default first. other: {key: {flag: default}} lays other defaults over the table, in this order
-    where a key is the kind, the data set, either with --imb-ratio, the method, (method, kind) or
-    (method, data set); of the stages of a method it can take fewer ("stages": "a,b") as what is
-    done unasked. side: (dataset, data_root, image_size) -> pixels, of a path. named: the flag that
-    chooses the method.
-    Sets `kind` (see KINDS), `stages` (a tuple) and `changed`, the flags that differ from their
-    defaults and change the result.
+    flags: rows laid over SHARED. methods: {name: stages}, the default first. other: {key: {flag:
+    default}} laid over both, in this order where a key is the kind, the data set, either with
+    --imb-ratio, the method, (method, kind), (method, data set). side: (dataset, data_root,
+    image_size) -> pixels, of a path. named: the flag that chooses the method.
+    Sets `kind` (of KINDS), `stages` (a tuple) and `changed`: what differs and changes the result.
     """
     method = ("method", tuple(methods), "row of the paper's table")
     stages = ("stages", str, f"part of {','.join(next(iter(methods.values())))}")
@@ -403,12 +397,11 @@ def refuse(parser, args, table, said) -> None:
         if name not in said or needed in ("range", "bare"):
             continue
         flag, other, here = parser.flag(name), parser.flag(needed), getattr(args, needed)
-        if wanted == (False,):
-            if here:
-                parser.error(f"{flag} and {other} contradict each other")
-            continue
+        here = here if isinstance(here, tuple) else (here or False,)
         wanted = (wanted,) if isinstance(wanted, str) else wanted
-        if not set(here if isinstance(here, tuple) else (here,)) & set(wanted):
+        if wanted == (False,) and here != wanted:
+            parser.error(f"{flag} and {other} contradict each other")
+        if not set(here) & set(wanted):
             parser.error(f"{flag} belongs to {other} {' or '.join(wanted)}")
     if args.predict and not args.eval:
         parser.error("--predict belongs to --eval CKPT")
@@ -419,10 +412,9 @@ def refuse(parser, args, table, said) -> None:
 def result_args(args) -> dict:
     """The arguments that decide the result, as plain values; files by name and content."""
     kept = {key: value for key, value in sorted(vars(args).items()) if key not in NEUTRAL}
-    kept = {key: list(value) if isinstance(value, tuple) else value for key, value in kept.items()}
-    if kept.get("init_from"):
-        kept["init_from"] = file_identity(kept["init_from"])
-    return kept | {"dataset": dataset_name(args.dataset)}
+    if args.init_from:
+        kept["init_from"] = file_identity(args.init_from)
+    return kept | {"dataset": dataset_name(args.dataset), "stages": list(args.stages)}
 
 
 @functools.cache
@@ -436,13 +428,22 @@ def file_identity(path: str) -> str:
 
 
 def _on_signal(number_: int, frame) -> None:
-    """Stop at once and without unwinding: a process group would wait for the other ranks.
-
-    last.pt is there from the last full epoch. Decoding workers see that their parent has gone.
-    """
+    """Stop at once; last.pt is there, and decoding workers see that their parent has gone."""
     if sys.stdout.isatty():
         os.write(1, b"\nstopped; the same command begins this epoch again\n")
-    os._exit(128 + number_)
+    os._exit(128 + number_)  # without unwinding: a process group would wait for the other ranks
+
+
+def _under_torchrun() -> bool:
+    """Whether this process is a rank of torchrun; UserError when only part of it is said."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return False
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+    numbers = all(os.environ.get(name, "0").isdecimal() for name in names)
+    if not numbers or not {"MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
+        why = "but not MASTER_ADDR and MASTER_PORT, or one of them to no number"
+        raise UserError(f"RANK and WORLD_SIZE are set, {why}: start with torchrun, or unset RANK")
+    return True
 
 
 def launch(main, args) -> None:
@@ -451,14 +452,11 @@ def launch(main, args) -> None:
     Codes: 0 done; 1 the run failed; 2 bad arguments or data; 130 / 143 stopped by a signal. Sets
     args.device, args.precision and args.gpus to what is really used.
     """
-    under_torchrun = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     try:
         for path in (args.init_from, args.eval):  # also where a result is there already
             if path and not (os.path.isfile(path) and os.access(path, os.R_OK)):
                 raise UserError(f"checkpoint {path} does not exist or cannot be read")
-        if under_torchrun and not {"MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
-            why = "but not MASTER_ADDR and MASTER_PORT: start with torchrun, or unset RANK"
-            raise UserError(f"RANK and WORLD_SIZE are set, {why}")
+        under_torchrun = _under_torchrun()
         _choose_device(args, under_torchrun)
         if under_torchrun:
             dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
@@ -651,11 +649,8 @@ def load_weights(module: nn.Module, state: dict[str, Tensor], source) -> None:
 
 
 def check_data(path, saved: str, now: str, dataset: str) -> None:
-    """Refuse a checkpoint of other data, naming what differs in `images:1a2b classes:3c4d`.
-
-    A code without a name is that of the images with their labels.
-    """
-    was, here = (
+    """Refuse a checkpoint of other data, naming what differs in `images:1a2b classes:3c4d`."""
+    was, here = (  # a code without a name is that of the images with their labels
         dict(word.split(":") if ":" in word else ("images", word) for word in text.split())
         for text in (saved, now)
     )
@@ -670,17 +665,14 @@ def load_backbone(
 ) -> dict:
     """Fill a backbone, every tensor, from a network of any script and data set, or torchvision's.
 
-    Scripts keep their network as the part `model`, its backbone as `backbone.*`; a file of plain
-    tensors is torchvision's, its classifier `fc`. Heads are left out. Returns the checkpoint, of
-    torchvision's weights one with the backbone alone. UserError when a tensor is missing, left over
-    or of another shape; or, where the checkpoint is of this very data set, when an argument in
-    `names` or `data`, the fingerprint of the training images, differs: what is held out here was
-    seen there.
+    Returns the checkpoint; of torchvision's plain tensors one that holds the backbone alone. Where
+    it is of this very data set, UserError when an argument in `names` or the fingerprint `data` of
+    the training images differs: what is held out here was seen there.
     """
     found, start = read_file(path), "backbone."
     if isinstance(found, dict) and all(isinstance(value, Tensor) for value in found.values()):
         load_weights(backbone, {k: v for k, v in found.items() if not k.startswith("fc.")}, path)
-        state = {f"backbone.{name}": value for name, value in backbone.state_dict().items()}
+        state = {start + name: value for name, value in backbone.state_dict().items()}
         of = {"script": "torchvision", "stage": "", "epoch": 0}
         return of | {"args": {}, "info": {}, "state": {"model": state}}
     found, now = load_checkpoint(path), result_args(args)
@@ -918,10 +910,7 @@ class Stage:
         return (self.epoch + 1) % every == 0 or self.epoch + 1 == self.total
 
     def end_epoch(self, judge: Judge | None = None, **metrics) -> dict:
-        """Close the epoch: evaluate where due, a row of metrics.jsonl (returned), checkpoints.
-
-        last.pt always, `<stage>_best.pt` when the judge chose it; metrics: more of the row.
-        """
+        """Close the epoch: evaluate where due, a row of metrics.jsonl (returned), checkpoints."""
         self.look()
         row = {"stage": self.name, "epoch": self.epoch, "steps": self.step, "passes": self.passes}
         row |= {"lr": self.lr, **means_over_ranks(self.sums), **metrics}
@@ -996,13 +985,10 @@ def means_over_ranks(sums: dict[str, tuple[Tensor, int]]) -> dict[str, float]:
 
 
 def in_words(figures: dict, form: str = "{:.1f} %") -> str:
-    """`overall 77.8 %  many 92.0 %  ...` of a report; n/a where a group has no class.
-
-    The mean over classes is told where it is another figure: the test set is not balanced.
-    """
+    """`overall 77.8 %  many 92.0 %  ...` of a report; n/a where a group has no class."""
     shown = {name: figures[name] for name in ("overall", "mean_class", *GROUPS) if name in figures}
     if round(100 * (shown.get("mean_class") or 0) - 100 * (shown["overall"] or 0), 2) == 0:
-        shown.pop("mean_class", None)
+        shown.pop("mean_class", None)  # only of a test set that is not balanced it says more
     return "  ".join(
         f"{name} {'n/a' if value is None else form.format(100 * value)}"
         for name, value in shown.items()
@@ -1094,10 +1080,7 @@ def scalars(row: dict, before: str = ""):
 
 
 def scale_milestones(published: Sequence[float], published_epochs: int, epochs: int) -> list[int]:
-    """Milestones of a recipe of `published_epochs` at the same fractions of `epochs`.
-
-    Rounded down (160 of 200 is 160 of 201 too), but never before epoch 1.
-    """
+    """A recipe's milestones at the same fractions of `epochs`, rounded down but never below 1."""
     return [max(1, math.floor(m * epochs / published_epochs)) if m > 0 else 0 for m in published]
 
 
@@ -1113,10 +1096,7 @@ def milestone_lr(base_lr: float, epoch: float, milestones: Sequence[float], fact
 
 
 def step_lr(base_lr: float, epoch: float, epochs: int) -> float:
-    """The CIFAR schedule of LDAM-DRW, published at 200 epochs; constant inside an epoch.
-
-    (epoch + 1) / 5 of the rate for 5 epochs; x 0.01 from epoch 160, again x 0.01 from 180 on.
-    """
+    """LDAM-DRW's on CIFAR: (epoch + 1) / 5 of the rate for 5 epochs, x 0.01 at 160 and at 180."""
     warmup, first, second = scale_milestones((5, 160, 180), 200, epochs)
     second = max(second, first + 1)  # in very short runs the two drops would fall together
     if epoch < warmup:
@@ -1140,6 +1120,7 @@ def warmup_cosine_lr(base_lr: float, epoch: float, epochs: float, warmup=0.0, fl
 # --- evaluation -----------------------------------------------------------------------------------
 
 GROUPS = ("many", "medium", "few")
+LONG = ("per_class", "confusion", "reliability")  # of a report, beside its headline
 CHOSEN = {  # what `--select` makes of a result, as it says itself
     "last": "last epoch",
     "val": "epoch chosen on validation data",
@@ -1162,12 +1143,10 @@ def report(
 ) -> dict:
     """Figures of a classifier, plain Python fractions in [0, 1]; None where there is nothing.
 
-    labels, predictions: [N] class ids (a prediction of -1 is no class: always wrong); counts:
-    training images of each class [C]; confidence, nll, topk_hits: [N]. O(N + C); numpy, torch or
-    lists. mean_class: mean recall of the classes that have test images (balanced accuracy); many,
-    medium, few: that of each group, bounds of `group_of` in `groups`. macro_f1: over the classes
-    that occur in labels or predictions. worst_class: lowest recall. confusion (up to 200 classes):
-    rows are the true class.
+    labels, predictions: [N] class ids (-1 is no class: always wrong); counts: training images of
+    each class [C]; confidence, nll, topk_hits: [N]. groups: bounds of `group_of`. mean_class, many,
+    medium, few: mean recall of the classes that have test images. macro_f1: over those that occur
+    in labels or predictions. confusion (up to 200 classes): rows are the true class.
     """
     labels, predictions, counts = (
         np.asarray(values).astype(np.int64) for values in (labels, predictions, counts)
@@ -1201,10 +1180,7 @@ def report(
 
 
 def calibration(confidence, hit: np.ndarray, bins: int = 15) -> dict:
-    """Expected calibration error (Guo et al. 2017) of N predictions, and the bins it comes from.
-
-    Bins ((b - 1) / bins, b / bins]: how many, their mean confidence and accuracy (0 when empty).
-    """
+    """Expected calibration error (Guo et al. 2017), and its bins ((b - 1) / bins, b / bins]."""
     confidence = np.asarray([math.nan] if confidence is None else confidence)
     if not len(hit) or not np.isfinite(confidence).all():
         return {"ece": None, "reliability": None}
@@ -1220,11 +1196,8 @@ def calibration(confidence, hit: np.ndarray, bins: int = 15) -> dict:
 
 
 def topk_hits(logits: Tensor, labels: Tensor, k: int) -> Tensor:
-    """Whether the true class is among the k largest logits: bool [N] of logits [N, C], labels [N].
-
-    Of equal logits the lower class id comes first, as in argmax; a row with a NaN never hits.
-    """
-    true = logits.gather(1, labels[:, None])
+    """Whether the label is among the k largest of logits [N, C], bool [N]; never beside a NaN."""
+    true = logits.gather(1, labels[:, None])  # of equal logits the lower class comes first
     before = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
     place = ((logits > true) | ((logits == true) & before)).sum(1)
     return (place < k) & ~logits.isnan().any(1)
@@ -1251,11 +1224,9 @@ class Scores:
 def evaluate(model: nn.Module, loader, num_items=None, autocast=None, features=None) -> Scores:
     """Scores of `model` on an evaluation loader, every item exactly once over all ranks.
 
-    loader yields (views [V, b, 3, H, W], labels [b], indices [b]); the first view counts. num_items
-    is that of its set by default. autocast: makes the context of a forward pass, `lambda:
-    autocast(args)`. features: a second function of the images whose output [b, d] is kept,
-    `net.features`. Modules are in eval mode inside and have their own again afterwards; no host
-    sync per batch. RuntimeError when an item is missing or comes twice.
+    loader yields (views [V, b, 3, H, W], labels [b], indices [b]); the first view counts. autocast:
+    makes the context of a forward pass. features: a second function of the images whose output
+    [b, d] is kept. RuntimeError when one of num_items (default: of its set) is not seen just once.
     """
     if dist.is_initialized():
         for buffer in model.buffers():  # batch norm: the statistics that rank 0 saves
@@ -1272,14 +1243,11 @@ def evaluate(model: nn.Module, loader, num_items=None, autocast=None, features=N
         for module, mode in modes:
             module.training = mode
     table = gather_rows(rows)
+    table = table[table[:, 0].argsort()]
     place = table[:, 0].long()
-    inside = (place >= 0) & (place < size)
-    visits = torch.bincount(place[inside], minlength=size)
-    if (visits != 1).any() or not inside.all():
-        seen = f"{int((visits == 0).sum())} missing, {int((visits > 1).sum())} more than once"
-        seen += f", {int((~inside).sum())} indices out of range"
-        raise RuntimeError(f"evaluation must see each of {size} items once: {seen}")
-    table = table[place.argsort()]
+    if not torch.equal(place, torch.arange(size)):
+        seen = f"{len(place)} rows of {len(place.unique())} items"
+        raise RuntimeError(f"evaluation must see each of {size} items once, saw {seen}")
     labels, predictions, confidence, nll, top5 = table[:, 1:6].T
     kept = table[:, 6:].clone() if features else None
     return Scores(labels.long(), predictions.long(), confidence, nll, top5 > 0, kept)
@@ -1324,28 +1292,29 @@ class Judge:
     """Evaluates a network where `--eval-every` says so, and chooses the epoch by `--select`.
 
     test, val: evaluation loaders, val for `--select val`. counts: training images of each class.
-    examine: makes the figures of the test set by name, `{"test": figures(...)}` by default.
+    others: further networks by name, judged on the test set beside it.
     """
 
-    def __init__(self, args, net, counts, test, val=None, examine: Callable | None = None):
-        self.args, self.net, self.counts, self.test, self.val = args, net, counts, test, val
-        self.examine = examine or (lambda: {"test": figures(args, net, test, counts)})
+    def __init__(self, args, net, counts, test, val=None, others: dict | None = None):
+        self.args, self.counts, self.judged = args, counts, {"test": (net, test)}
+        self.judged |= {name: (other, test) for name, other in (others or {}).items()}
+        if val is not None:
+            self.judged["val"] = net, val
 
     def __call__(self) -> dict[str, dict]:
-        """What a row of metrics.jsonl holds of the evaluation: `test` and perhaps `val`."""
-        found = self.examine()
-        if self.val is not None:
-            found["val"] = figures(self.args, self.net, self.val, self.counts)
-        return {name: logged(full) for name, full in found.items()}
+        """What a row of metrics.jsonl holds of the evaluation: `test`, others, perhaps `val`."""
+        return {
+            name: logged(figures(self.args, net, loader, self.counts))
+            for name, (net, loader) in self.judged.items()
+        }
 
     def score(self, row: dict) -> float | None:
-        """By what epochs are compared; None where nothing is chosen or the row was not judged.
-
-        On validation images the mean over classes: they may be as long-tailed as the training set.
-        """
+        """By what epochs are compared; None where nothing is chosen or the row was not judged."""
         if self.args.select == "last" or "test" not in row:
             return None
-        return row["test"]["overall"] if self.args.select == "test" else row["val"]["mean_class"]
+        if self.args.select == "test":
+            return row["test"]["overall"]
+        return row["val"]["mean_class"]  # may be as long-tailed as the training set
 
     def chosen(self, stage: Stage) -> None:
         """Put the weights of the chosen epoch into the parts of a finished stage."""
@@ -1354,22 +1323,17 @@ class Judge:
 
 
 def logged(full: dict) -> dict:
-    """What metrics.jsonl keeps of a report: no confusion matrix, recalls of up to 200 classes."""
-    many = {"per_class"} if len(full["per_class"]) > 200 else set()
-    left_out = {"confusion", "reliability"} | many
-    return {key: value for key, value in full.items() if key not in left_out}
+    """What metrics.jsonl keeps of a report: no table, recalls of up to 200 classes."""
+    tables = LONG[1:] if len(full["per_class"]) <= 200 else LONG
+    return {key: value for key, value in full.items() if key not in tables}
 
 
 def outcome(run: Run, stage: str, figures: dict, classes: list[str], counts: list[int]) -> dict:
-    """What result.json says of a classifier trained in `stage`: `run.finish(**outcome(...))`.
-
-    figures: its `report` on the test set. The rows of the stage that were evaluated hold `test`.
-    """
+    """What result.json says of a classifier trained in `stage`, figures its test report."""
     rows = [row for row in run.rows if row["stage"] == stage]
     best = max((row for row in rows if "test" in row), key=lambda row: row["test"]["overall"])
-    long = ("per_class", "confusion", "reliability")
-    return {key: figures.get(key) for key in long} | {
-        "headline": {key: value for key, value in figures.items() if key not in long},
+    return {key: figures.get(key) for key in LONG} | {
+        "headline": {key: value for key, value in figures.items() if key not in LONG},
         "best_on_test": {"overall": best["test"]["overall"], "epoch": best["epoch"]},
         "chosen": CHOSEN[run.args.select],
         "classes": classes,
@@ -1384,11 +1348,7 @@ def features_path(run: Run, suffix: str = "") -> Path:
 
 
 def keep_features(run: Run, net: nn.Module, dataset, loader, suffix: str = "") -> None:
-    """`--save-features`: features_<split>.npz of a set in the run folder, by its evaluation loader.
-
-    `features` [N, d] (float32, before the head), `labels` [N], and `indices` [N], the positions in
-    the source set (`Set.indices`).
-    """
+    """`--save-features`: float32 features [N, d] of a set, labels [N], positions in its source."""
     scores = evaluate(net, loader, autocast=lambda: autocast(run.args), features=net.features)
     arrays = {"features": scores.features, "labels": scores.labels, "indices": dataset.indices}
     arrays = {key: value.cpu().numpy() for key, value in arrays.items()}
@@ -1398,28 +1358,22 @@ def keep_features(run: Run, net: nn.Module, dataset, loader, suffix: str = "") -
 
 
 def tell_figures(args, checkpoint: dict, found: dict) -> None:
-    """`--eval`: the report of the checkpoint's network in one line, and all that was found.
-
-    It is kept as `<out>/<script>/examined/eval-<run>-<stage>.json`.
-    """
+    """`--eval`: print figures, keep all as `<out>/<script>/examined/eval-<run>-<stage>.json`."""
     if is_main():
-        stage, epoch, path = checkpoint["stage"], checkpoint["epoch"], Path(args.eval).resolve()
+        head = {"checkpoint": args.eval} | {key: checkpoint[key] for key in ("stage", "epoch")}
         if "overall" in found:
-            print(f"{args.eval}: {stage}, epoch {epoch}: {in_words(found, '{:.2f}%')}")
-        folder = Path(args.out, checkpoint["script"], "examined")
-        make_folder(folder)
+            told = in_words(found, "{:.2f}%")
+            print(f"{args.eval}: {head['stage']}, epoch {head['epoch']}: {told}")
+        path, folder = Path(args.eval).resolve(), Path(args.out, checkpoint["script"], "examined")
         name = "-".join(["eval", *path.parts[1:-1][-3:], path.stem])
-        head = {"checkpoint": args.eval, "stage": stage, "epoch": epoch}
+        make_folder(folder)
         write_json(folder / f"{name}.json", head | found)
     barrier()
 
 
 def pair_cosines(z: Tensor, labels: Tensor, views: int = 1) -> dict[str, Tensor]:
-    """Mean cosine of pairs of one label and of two labels, over unit rows z [views N, d].
-
-    Views lie one after the other; those of one image make no pair.
-    """
-    image = torch.arange(len(z), device=z.device) % (len(z) // views)
+    """Mean cosine of pairs of one label and of two, of unit rows z [views N, d], view by view."""
+    image = torch.arange(len(z), device=z.device) % (len(z) // views)  # makes no pair with itself
     cosine, same = z @ z.T, labels[:, None] == labels
     pairs = {"same_label": same & (image[:, None] != image), "other_label": ~same}
     return {

@@ -1594,10 +1594,10 @@ def evaluation_loader(args, dataset: Set, statistics: tuple | None = None, size=
 # --- what a script judges by and ends with --------------------------------------------------------
 
 
-def judge(args, net: nn.Module, data: Splits) -> common.Judge:
-    """Evaluates `net` on the test set, and with `--select val` on the validation set."""
+def judge(args, net: nn.Module, data: Splits, others: dict | None = None) -> common.Judge:
+    """Evaluates `net` and others by name on the test set, with `--select val` on that set, too."""
     val = evaluation_loader(args, data.val) if args.select == "val" else None
-    return common.Judge(args, net, data.counts, evaluation_loader(args, data.test), val)
+    return common.Judge(args, net, data.counts, evaluation_loader(args, data.test), val, others)
 
 
 def examine(args, net: nn.Module, data: Splits, stage: str, *names: str) -> None:

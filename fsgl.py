@@ -275,14 +275,8 @@ def means(losses: dict[str, Tensor], z: Tensor, labels: Tensor) -> dict[str, Ten
     return {name: values.mean() for name, values in losses.items()} | cosines
 
 
-def plain_figures(net: models.Net, judge: common.Judge) -> dict:
-    """Test figures of fc; those of fc_cb are the headline."""
-    fc = models.Net(net.backbone, net.head.fc)
-    return common.logged(common.figures(judge.args, fc, judge.test, judge.counts))
-
-
-def train(run: common.Run, args, data, net: models.Net) -> dict:
-    """Stage train: two batches -> two views -> (climb ->) heads -> loss -> step; figures of fc."""
+def train(run: common.Run, args, data, net: models.Net) -> None:
+    """Stage train: two batches -> two views -> (climb ->) heads -> loss -> step."""
     optimizer = common.sgd(net.parameters(), args.lr, args.weight_decay)
     stage = run.stage("train", args.epochs, data.about, model=net, optimizer=optimizer)
     options = {"augment": VIEWS[args.kind] | {"flip": args.flip}, "views": 2}
@@ -293,9 +287,8 @@ def train(run: common.Run, args, data, net: models.Net) -> dict:
     weights = torch.tensor(class_weights(data.counts, args.label_weighting), device=args.device)
     supervised = nn.ModuleList([net.backbone, net.head.fc, net.head.fc_cb])
     sam = SAM(supervised.parameters(), args.rho) if args.rho else None
-    judge, replica = data_lt.judge(args, net, data), common.replicate(args, TwoViews(net, args))
-    usual = judge.examine
-    judge.examine = lambda: usual() | {"plain": plain_figures(net, judge)}
+    judge = data_lt.judge(args, net, data, {"plain": models.Net(net.backbone, net.head.fc)})
+    replica = common.replicate(args, TwoViews(net, args))
     for epoch in stage.epochs():
         common.set_lr(optimizer, rate(args, epoch))
         alpha = cumulative_weight(epoch, args.epochs)
@@ -322,7 +315,6 @@ def train(run: common.Run, args, data, net: models.Net) -> dict:
             stage.add(len(labels), **logs)
         stage.end_epoch(judge)
     judge.chosen(stage)
-    return plain_figures(net, judge)
 
 
 def train_ce(run: common.Run, args, data, net: models.Net) -> None:
@@ -389,7 +381,9 @@ def main(args) -> None:
     if args.method == "ce":
         train_ce(run, args, data, net)
     else:
-        result["plain"] = train(run, args, data, net)
+        train(run, args, data, net)
+        fc, test = models.Net(net.backbone, net.head.fc), data_lt.evaluation_loader(args, data.test)
+        result["plain"] = common.logged(common.figures(args, fc, test, data.counts))
     data_lt.finish(run, net, data, "train", **result)
 
 

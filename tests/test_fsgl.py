@@ -66,7 +66,7 @@ class Stage:
 
 
 def no_judge(*rest):
-    return SimpleNamespace(chosen=lambda stage: None, examine=dict)
+    return SimpleNamespace(chosen=lambda stage: None)
 
 
 # --- equations ------------------------------------------------------------------------------------
@@ -345,7 +345,6 @@ def test_training_steps(golden, monkeypatch):
         (fsgl.SAM, "climb", watched),
         (data_lt, "loader", loader),
         (data_lt, "judge", no_judge),
-        (fsgl, "plain_figures", lambda *rest: {}),
     ):
         monkeypatch.setattr(module, name, stand_in)
     for args.rho, momentum in ((golden.scalar("rho"), "momentum"), (0.0, "sgd_momentum")):
@@ -558,7 +557,6 @@ def epoch_of_a_rank(path: str) -> dict:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fsgl, "mixed_batches", doubled)
         patch.setattr(data_lt, "judge", no_judge)
-        patch.setattr(fsgl, "plain_figures", lambda *rest: {})
         stage = Stage(1, lambda logs: told.append(logs["loss"].detach()))
         fsgl.train(SimpleNamespace(stage=lambda *rest, **parts: stage), args, data, net)
     losses = torch.stack(told) / common.world_size()

@@ -400,12 +400,11 @@ def judged(tmp_path, select: str, test: list[float], val: list[float] | None):
     run, net = common.Run(args, "unit", "data"), torch.nn.Linear(1, 1)
     stage = run.stage("fit", 4, model=net, optimizer=common.sgd(net.parameters(), 0.1))
     figure = {"per_class": [], "confusion": []}
-    judge = common.Judge(
-        args, net, [1], "test", val and "val", lambda: {"test": figure | {"overall": test[epoch]}}
-    )
+    judge = common.Judge(args, net, [1], "test", val and "val")
+    told = {"test": ("overall", test), "val": ("mean_class", val)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            common, "figures", lambda args, net, loader, counts: figure | {"mean_class": val[epoch]}
+            common, "figures", lambda *rest: figure | {told[rest[2]][0]: told[rest[2]][1][epoch]}
         )
         for epoch in stage.epochs():
             for _ in stage.batches(FakeLoader()):
