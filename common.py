@@ -101,11 +101,7 @@ def barrier() -> None:
 def replicate(args, module: nn.Module) -> nn.Module:
     """What a loop calls: compiled if `--compile`, averaging gradients under several ranks."""
     module = torch.compile(module) if args.compile else module
-    if world_size() == 1:
-        return module
-    device = next(module.parameters()).device
-    ids = [device] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(module, device_ids=ids)
+    return nn.parallel.DistributedDataParallel(module) if world_size() > 1 else module
 
 
 def sgd(params, lr: float, weight_decay: float = 0.0, momentum: float = 0.9) -> torch.optim.SGD:
@@ -467,6 +463,8 @@ def launch(main, args) -> None:
         signal.signal(signal.SIGINT, _on_signal)
         with printing():
             main(args)
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except (UserError, RunError) as error:
         _tell_and_exit(error)
     except ValueError as error:
@@ -481,9 +479,6 @@ def launch(main, args) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(20)  # the launcher says which rank is gone, and ends us before this is over
         _tell_and_exit(RunError(f"lost the other ranks: {str(error).splitlines()[0][:200]}"))
-    finally:
-        if dist.is_initialized() and sys.exc_info()[0] is None:
-            dist.destroy_process_group()
 
 
 def _tell_and_exit(error: Exception) -> None:
@@ -508,8 +503,8 @@ def _choose_device(args, under_torchrun: bool) -> None:
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
         raise UserError(f"--device {name} is unknown; use auto, cpu, cuda, cuda:N or mps")
     if name.startswith("cuda"):
-        here, local = torch.cuda.device_count(), int(name.partition(":")[2] or 0)
-        local = int(os.environ.get("LOCAL_RANK", 0)) if under_torchrun else local
+        asked = os.environ.get("LOCAL_RANK") if under_torchrun else name.partition(":")[2]
+        here, local = torch.cuda.device_count(), int(asked or 0)
         needed = max(args.gpus, local + 1)
         if here < needed:
             why = f"needs {needed} GPUs, this machine has {here}; CPU ranks: --device cpu"
@@ -815,7 +810,7 @@ class Run:
         full = {"kind": "long-tail-result", **self.made, "dataset": dataset_tag(args)}
         full |= {"variant": self.variant, "method": self.method, "seed": args.seed}
         full |= {"changed": args.changed, "headline": None, "best_on_test": None} | result
-        full["machine"] = machine(args) | {"stretches": stretches(self.rows)}
+        full["machine"] = machine(args, self.rows)
         full["timing"] = {"seconds": round(seconds, 2)}
         if is_main():
             write_json(self.folder / "result.json", full)
@@ -951,9 +946,10 @@ def timing(stage: Stage) -> dict:
     }
 
 
-def machine(args) -> dict:
-    """What a run was done on."""
+def machine(args, rows: list[dict]) -> dict:
+    """What a run was done on, and on how many ranks epochs in a row were trained."""
     gpu = args.device.startswith("cuda")
+    runs = itertools.groupby(row["timing"].get("ranks", 1) for row in rows)
     return {
         "device": torch.cuda.get_device_name() if gpu else platform.machine(),
         "ranks": world_size(),
@@ -961,13 +957,8 @@ def machine(args) -> dict:
         "precision": args.precision,
         "torch": torch.__version__,
         "python": platform.python_version(),
+        "stretches": [{"ranks": ranks, "epochs": len([*same])} for ranks, same in runs],
     }
-
-
-def stretches(rows: list[dict]) -> list[dict]:
-    """On how many ranks epochs in a row were trained: [{"ranks": 2, "epochs": 40}, ...]."""
-    ranks = [row["timing"].get("ranks", 1) for row in rows]
-    return [{"ranks": n, "epochs": len([*same])} for n, same in itertools.groupby(ranks)]
 
 
 def means_over_ranks(sums: dict[str, tuple[Tensor, int]]) -> dict[str, float]:

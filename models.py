@@ -4,9 +4,6 @@
     net(x)              # x [B, 3, H, W] -> logits [B, 10]
     net.features(x)     # -> features [B, 64], the globally averaged last map
 
-A backbone tells the length of its features as `feature_dim`. What is trained on top of them is a
-separate head, so that a stage keeps `net.backbone` and puts a new head on it.
-
 | name         | width, stem   | feature_dim | parameters | default init | where it comes from     |
 |--------------|---------------|-------------|------------|--------------|-------------------------|
 | resnet8      | 16, 3x3       | 64          | 74,640     | fan_in       | He et al. 2016, n = 1   |
@@ -22,10 +19,9 @@ separate head, so that a stage keeps `net.backbone` and puts a new head on it.
 | resnet50     | 64, 7x7, pool | 2048        | 23,508,032 | fan_out      | stride on the 3x3       |
 | resnext50    | 64, 7x7, pool | 2048        | 22,979,904 | fan_out      | 32x4d, Xie et al. 2017  |
 
-Any other depth 6n + 2 works too (resnet14, resnet26, ...), except where ImageNet networks own the
-name: resnet50, resnet101 and resnet152 are the bottleneck ones. "ResNet-32" is a 16-wide network
-here and in most of the literature; some of it means a 64-wide one (7,383,616 parameters,
-`width=64`). Say the parameter count with every figure.
+Any other depth 6n + 2 works too (resnet14, resnet26, ...); resnet50, resnet101 and resnet152 are
+the bottleneck ones of ImageNet. "ResNet-32" is a 16-wide network here and in most of the
+literature; some of it means a 64-wide one (7,383,616 parameters, `width=64`).
 
 Shapes: B images, H x W pixels, K channels of a map, D = feature_dim, C classes, P a projection.
 """
@@ -61,18 +57,15 @@ def init_weights(module: nn.Module, scheme: str) -> nn.Module:
 
     fan_in   Kaiming-normal weights of convolutions AND linear layers (He et al. 2015, eq. 10)
     fan_out  Kaiming-normal convolutions, fan-out = k^2 * out channels also when grouped
-    pytorch  what PyTorch does when nobody asks: U(-1/sqrt(fan-in), 1/sqrt(fan-in))
-
-    Linear biases are PyTorch's; every batch norm starts at scale 1, shift 0, the last one of a
-    residual block too. Cosine heads keep their own start: they hold no such layer.
+    pytorch  what PyTorch does when nobody asks: U(-1/sqrt(fan-in), 1/sqrt(fan-in)), as all biases
     """
     if scheme not in INITS:
         raise ValueError(f"unknown init {scheme!r}; known: {', '.join(INITS)}")
+    drawn = {"fan_in": (nn.Conv2d, nn.Linear), "fan_out": nn.Conv2d, "pytorch": ()}[scheme]
     for layer in module.modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear, nn.BatchNorm2d)):
             layer.reset_parameters()
-        drawn = scheme == "fan_in" and isinstance(layer, (nn.Conv2d, nn.Linear))
-        if drawn or (scheme == "fan_out" and isinstance(layer, nn.Conv2d)):
+        if isinstance(layer, drawn):
             nn.init.kaiming_normal_(layer.weight, mode=scheme, nonlinearity="relu")
     return module
 
@@ -83,12 +76,10 @@ def count_parameters(module: nn.Module) -> int:
 
 
 class GroupedBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm over consecutive parts of the batch, each with statistics of its own.
+    """Batch norm of consecutive parts of the batch, each as on a device of its own.
 
-    As replicas on so many devices; running statistics take the mean over the parts.
+    Running statistics take the mean over the parts.
     """
-
-    groups = 1
 
     def forward(self, x: Tensor) -> Tensor:
         parts = [part for part in x.tensor_split(self.groups) if len(part)]
@@ -118,10 +109,7 @@ def group_batch_norm(net: nn.Module, groups: int) -> nn.Module:
 
 
 def shortcut_a(x: Tensor, channels: int, stride: int) -> Tensor:
-    """Option A of He et al. 2016, 3.3: [B, K, H, W] -> [B, channels, ceil(H/stride), ...].
-
-    Every `stride`-th row and column, between equally many zero channels in front and behind.
-    """
+    """Option A of He et al. 2016, 3.3: every stride-th pixel between channels of zeros."""
     if stride == 1 and x.shape[1] == channels:
         return x
     extra = channels - x.shape[1]
@@ -154,7 +142,7 @@ class TwoBranches(nn.Module):
         self.rb = BasicBlock(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat((self.cb(x), self.rb(x)), dim=1)  # [B, 2K, H, W]
+        return torch.cat((self.cb(x), self.rb(x)), dim=1)
 
 
 class CifarResNet(nn.Module):
@@ -192,10 +180,7 @@ class CifarResNet(nn.Module):
 
 
 def wide_resnet(name: str, stem: str | None = None) -> nn.Module:
-    """torchvision's ResNet without its classifier, names of tensors included: -> [B, D].
-
-    stem  "imagenet": 7x7 convolution and 3x3 max-pool, stride 2 each; "cifar": 3x3, stride 1
-    """
+    """torchvision's ResNet without its classifier, names of tensors included: -> [B, D]."""
     from torchvision.models import resnet  # here, because its import takes a second
 
     block, blocks, usual_stem, extra = WIDE[name]
@@ -230,11 +215,10 @@ def backbone_name(text: str) -> str:
 def backbone(name: str, *, width=None, stem: str | None = None, init="default") -> nn.Module:
     """The network called `name`, freshly initialised: x [B, 3, H, W] -> features [B, feature_dim].
 
-    width  channels of the first stage, slim networks only (default 16); the others are 64 wide
-    stem   "cifar" or "imagenet"; None is that of the table above; slim networks have "cifar" only
-    init   "fan_in", "fan_out" or "pytorch" (see `init_weights`); "default" is that of the table:
-           fan_in for slim ones, pytorch for basic blocks behind a CIFAR stem, fan_out for the rest
-    H and W may be anything: the pool is global. An impossible choice is a ValueError.
+    width  channels of the first stage, slim networks only (default 16)
+    stem   "imagenet": 7x7 and max-pool, stride 2 each; "cifar": 3x3; None is that of the table
+    init   of `init_weights`; "default" is that of the table, with another stem fan_out for
+           bottlenecks, pytorch or fan_out for basic blocks behind a CIFAR or an ImageNet stem
     """
     if stem not in (None, *STEMS):
         raise ValueError(f"unknown stem {stem!r}; known: {', '.join(STEMS)}")
@@ -246,11 +230,8 @@ def backbone(name: str, *, width=None, stem: str | None = None, init="default") 
         default = "pytorch" if basic else "fan_out"
     else:
         if stem == "imagenet":
-            raise ValueError(
-                f"{name} has the CIFAR stem only; for big images take {', '.join(WIDE)}"
-            )
-        depth = slim_depth(name)
-        net = CifarResNet(depth, 16 if width is None else width, name == "resnet32_bbn")
+            raise ValueError(f"{name} has the CIFAR stem only; big images: {', '.join(WIDE)}")
+        net = CifarResNet(slim_depth(name), width or 16, name == "resnet32_bbn")
         default = "fan_in"
     return init_weights(net, default if init == "default" else init)
 
@@ -259,30 +240,25 @@ def backbone(name: str, *, width=None, stem: str | None = None, init="default") 
 
 
 def linear_head(dim: int, classes: int, init: str = "pytorch") -> nn.Linear:
-    """Linear classifier with bias, [B, D] -> logits [B, C].
-
-    init: "pytorch"; "fan_in"; or "small": weight N(0, 0.01^2), bias 0, as the learning rates of
-    linear classifiers on frozen features (10 to 30) assume it.
-    """
+    """Linear classifier, [B, D] -> logits [B, C]; init "small": weight N(0, 0.01^2), bias 0."""
     head = nn.Linear(dim, classes)
-    if init == "small":
-        nn.init.normal_(head.weight, std=0.01)
-        nn.init.zeros_(head.bias)
-        return head
-    return init_weights(head, init)
+    if init != "small":
+        return init_weights(head, init)
+    nn.init.normal_(head.weight, std=0.01)
+    nn.init.zeros_(head.bias)
+    return head
 
 
 class NormalisedLinear(nn.Module):
     """Scale s times the cosines of features and class weights: logits [B, C] in [-s, s]; no bias.
 
-    Head of Cao et al. 2019 (LDAM). The weight is stored [D, C] and drawn U(-1, 1), then every class
-    column gets length 1. Without a scale a softmax over ten cosines never brings the cross-entropy
-    below 0.79.
+    Head of Cao et al. 2019 (LDAM). Without a scale a softmax over ten cosines never brings the
+    cross-entropy below 0.79.
     """
 
     def __init__(self, dim: int, classes: int, scale: float = 30.0):
         super().__init__()
-        weight = torch.empty(dim, classes).uniform_(-1, 1)
+        weight = torch.empty(dim, classes).uniform_(-1, 1)  # a column a class
         self.weight, self.scale = nn.Parameter(F.normalize(weight, dim=0)), scale
 
     def forward(self, features: Tensor) -> Tensor:
@@ -314,10 +290,7 @@ class CosineClassifier(nn.Module):
 
 
 class ProjectionHead(nn.Sequential):
-    """Head of contrastive learning, [B, D] -> [B, P], not normalised.
-
-    Linear - ReLU - Linear (SimCLR, MoCo v2), or one Linear when `hidden` is None (MoCo v1).
-    """
+    """Linear - ReLU - Linear (SimCLR, MoCo v2), or one Linear (MoCo v1): [B, D] -> [B, P]."""
 
     def __init__(self, dim: int, hidden: int | None, out: int):
         if hidden is None:
@@ -330,8 +303,7 @@ class FSGLHeads(nn.Module):
     """Heads of FSGL and GLMC (Du et al. 2023): fc, the re-weighted fc_cb, projection, prediction.
 
     forward(features [B, D])             logits of fc_cb [B, C]: what is evaluated
-    forward(features, scale [B] or [1])  (fc [B, C], fc_cb [B, C], z [B, P], p [B, P]), all on
-                                         scale_i * feature_i: in training; ones to do without it
+    forward(features, scale [B] or [1])  (fc [B, C], fc_cb [B, C], z [B, P], p [B, P]) in training
     """
 
     def __init__(self, dim: int, classes: int, out: int = 256):
@@ -350,15 +322,11 @@ class FSGLHeads(nn.Module):
 
 
 class Net(nn.Module):
-    """Backbone and head: x [B, 3, H, W] -> head(backbone(x)), tensors `backbone.*` and `head.*`.
-
-    More arguments go to the head: `Net(backbone("resnet34"), FSGLHeads(512, C))(x, scale)`.
-    """
+    """Backbone and head: x [B, 3, H, W] -> head(backbone(x)); more arguments go to the head."""
 
     def __init__(self, backbone: nn.Module, head: nn.Module):
         super().__init__()
-        self.backbone = backbone
-        self.head = head
+        self.backbone, self.head = backbone, head
 
     def features(self, x: Tensor) -> Tensor:
         """Pooled features [B, D] of x [B, 3, H, W], in front of the head."""
