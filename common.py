@@ -3,21 +3,18 @@
 A script reads
 
     args = common.parse(__doc__, FLAGS, METHODS, OTHER, side)
-    common.launch(main, args)                            # 1 process, --gpus N ranks, or torchrun
+    common.launch(main, args)                      # 1 process, --gpus N ranks, or torchrun
 
-    run = common.Run(args, "tsc", fingerprint)           # folder, lock, what was finished before
+    run = common.Run(args, "tsc", fingerprint)     # folder, lock, what was finished before
     stage = run.stage("kcl", epochs, model=model, optimizer=optimizer)
     judge = common.Judge(args, model, counts, test_loader)
-    for epoch in stage.epochs():                         # those still to be done
-        common.set_lr(optimizer, common.step_lr(args.lr, epoch, epochs))
+    for epoch in stage.epochs():                   # those still to be done
         for views, labels, indices in stage.batches(loader):
-            loss = ...
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            stage.guard(loss)                            # not finite: ends before it is kept
+            ...                                    # loss, zero_grad, backward
+            stage.guard(loss)                      # not finite: ends before it is kept
             optimizer.step()
-            stage.add(len(labels), loss=loss)            # running means, kept on the device
-        stage.end_epoch(judge)                           # figures, logs, last.pt, kcl.pt
+            stage.add(len(labels), loss=loss)      # running means, kept on the device
+        stage.end_epoch(judge)                     # figures, logs, last.pt, kcl.pt
 
 The unit of resume is the epoch: a checkpoint is written at its end, and what was begun is begun
 again. Every draw comes from `generator(seed, purpose, epoch, step)`, so it sees the same batches.
@@ -122,16 +119,12 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(context, gradient: Tensor) -> Tensor:
         gradient = gradient.contiguous()
-        dist.all_reduce(gradient)
+        dist.all_reduce(gradient)  # of all ranks' losses; DistributedDataParallel averages
         return gradient[rank() * context.rows : (rank() + 1) * context.rows]
 
 
 def gather_with_gradient(share: Tensor) -> Tensor:
-    """Rows of all ranks in rank order, [b, d] of each -> [W b, d], with gradient to one's own.
-
-    Shares are of one size. A row's gradient is the sum of what all ranks' losses say of it, so that
-    DistributedDataParallel's average is the gradient that one rank would have.
-    """
+    """Rows of all ranks in rank order, [b, d] of each -> [W b, d], with gradient to one's own."""
     return _Gather.apply(share) if world_size() > 1 else share
 
 
