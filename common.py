@@ -423,29 +423,17 @@ def _on_signal(number_: int, frame) -> None:
     os._exit(128 + number_)  # without unwinding: a process group would wait for the other ranks
 
 
-def _under_torchrun() -> bool:
-    """Whether this process is a rank of torchrun; UserError when only part of it is said."""
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        return False
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
-    numbers = all(os.environ.get(name, "0").isdecimal() for name in names)
-    if not numbers or not {"MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
-        why = "but not MASTER_ADDR and MASTER_PORT, or one of them to no number"
-        raise UserError(f"RANK and WORLD_SIZE are set, {why}: start with torchrun, or unset RANK")
-    return True
-
-
 def launch(main, args) -> None:
     """Run `main(args)` here, in `--gpus N` local ranks, or as one rank of torchrun, and exit.
 
     Codes: 0 done; 1 the run failed; 2 bad arguments or data; 130 / 143 stopped by a signal. Sets
     args.device, args.precision and args.gpus to what is really used.
     """
+    under_torchrun = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     try:
         for path in (args.init_from, args.eval):  # also where a result is there already
             if path and not (os.path.isfile(path) and os.access(path, os.R_OK)):
                 raise UserError(f"checkpoint {path} does not exist or cannot be read")
-        under_torchrun = _under_torchrun()
         _choose_device(args, under_torchrun)
         if under_torchrun:
             dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
@@ -461,9 +449,11 @@ def launch(main, args) -> None:
     except (UserError, RunError) as error:
         _tell_and_exit(error)
     except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
         why = "a batch of one image cannot be batch-normalised here: choose another --batch-size"
+        if under_torchrun and not dist.is_initialized():
+            why = f"RANK and WORLD_SIZE are set ({error}): start with torchrun, or unset them"
+        elif "more than 1 value per channel" not in str(error):
+            raise
         _tell_and_exit(UserError(why))
     except RuntimeError as error:
         lost = re.search("gloo|nccl|connection (reset|closed|refused)", str(error), re.IGNORECASE)

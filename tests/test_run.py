@@ -399,8 +399,8 @@ def judged(tmp_path, select: str, test: list[float], val: list[float] | None):
     args = make_args(tmp_path / select, select=select, eval_every=2)
     run, net = common.Run(args, "unit", "data"), torch.nn.Linear(1, 1)
     stage = run.stage("fit", 4, model=net, optimizer=common.sgd(net.parameters(), 0.1))
-    figure = {"per_class": [], "confusion": []}
-    judge = common.Judge(args, net, [1], "test", val and "val")
+    figure = {"per_class": [0.5] * 201, "confusion": []}
+    judge = common.Judge(args, net, [1], "test", val and "val", {"plain": net})
     told = {"test": ("overall", test), "val": ("mean_class", val)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
@@ -424,7 +424,9 @@ def test_the_judge_evaluates_where_due_and_chooses_as_told(tmp_path):
             "every second and the last"
         )
         assert ["val" in line for line in lines] == [False, select == "val"] * 2
-        assert all("confusion" not in line["test"] for line in lines if "test" in line)
+        for line in lines:
+            assert ("plain" in line) == ("test" in line)
+            assert not {"confusion", "per_class"} & {*line.get("test", ()), *line.get("plain", ())}
         assert bool(list(tmp_path.glob(f"{select}/**/fit_best.pt"))) == (select != "last")
 
 
@@ -515,15 +517,19 @@ def test_a_tool_whose_reader_has_gone_says_nothing(tmp_path, words):
     assert done.returncode == 141 and not done.stderr, done
 
 
-def test_ranks_without_an_address_are_one_line(tmp_path, monkeypatch, capsys):
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1")):
-        monkeypatch.setenv(name, value)
+def test_ranks_without_an_address_or_number_are_one_line(tmp_path, monkeypatch, capsys):
+    args = make_args(tmp_path)
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(SystemExit) as stopped:
-        common.launch(lambda args: None, make_args(tmp_path))
-    said = capsys.readouterr().err
-    assert stopped.value.code == 2 and "not MASTER_ADDR" in said and said.count("\n") == 1
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    for rank, named, call in (
+        ("0", "MASTER_ADDR", lambda: common.launch(lambda args: None, args)),
+        ("x", "'x'", lambda: common.launch(lambda args: None, args)),
+        ("x", "--epoch", lambda: common.parse("A test.", (), {"fit": ("fit",)}, {}, None, ["--epoch", "3"])),
+    ):
+        monkeypatch.setenv("RANK", rank)
+        said = commands.refused(capsys, call)
+        assert named in said and said.count("\n") == 1
 
 
 def test_a_home_in_a_path_is_the_home(tmp_path, monkeypatch):
