@@ -331,8 +331,7 @@ def parse(doc: str, flags, methods: dict, other: dict, side, argv=None, named: s
     except UserError as error:
         parser.error(str(error))
     standard = standards(args, table, other)
-    for name in set(table) - said:
-        setattr(args, name, standard[name])
+    vars(args).update(standard | {name: getattr(args, name) for name in said})
     choose_stages(parser, args, methods)
     refuse(parser, args, table, said)
     same = NEUTRAL | {"dataset", "imb_ratio", "seed", "method", "stages"}
