@@ -1595,7 +1595,7 @@ def evaluation_loader(args, dataset: Set, statistics: tuple | None = None, size=
 
 
 def judge(args, net: nn.Module, data: Splits, others: dict | None = None) -> common.Judge:
-    """Evaluates `net` and others by name on the test set, with `--select val` on that set, too."""
+    """Evaluates `net`, and others by name, on the test set; `--select val`: `net` on that, too."""
     val = evaluation_loader(args, data.val) if args.select == "val" else None
     return common.Judge(args, net, data.counts, evaluation_loader(args, data.test), val, others)
 
