@@ -400,9 +400,10 @@ def refuse(parser, args, table, said) -> None:
 def result_args(args) -> dict:
     """The arguments that decide the result, as plain values; files by name and content."""
     kept = {key: value for key, value in sorted(vars(args).items()) if key not in NEUTRAL}
-    if args.init_from:
-        kept["init_from"] = file_identity(args.init_from)
-    return kept | {"dataset": dataset_name(args.dataset), "stages": list(args.stages)}
+    kept = {key: list(value) if isinstance(value, tuple) else value for key, value in kept.items()}
+    if kept.get("init_from"):
+        kept["init_from"] = file_identity(kept["init_from"])
+    return kept | {"dataset": dataset_name(args.dataset)}
 
 
 @functools.cache
