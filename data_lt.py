@@ -264,10 +264,10 @@ class Set:
             images = self.images.cpu().contiguous().numpy()
         else:
             images = b"\n".join(self.images.encoded.tolist())
-        if not self.in_memory and self.info.name not in LISTED:
-            some = map(self.images.path, range(0, len(self), max(1, len(self) // 1000)))
-            sizes = [path.stat().st_size if path.is_file() else -1 for path in some]
-            images += str(sizes).encode()
+            if self.info.name not in LISTED:
+                some = map(self.images.path, range(0, len(self), max(1, len(self) // 1000)))
+                sizes = [path.stat().st_size if path.is_file() else -1 for path in some]
+                images += str(sizes).encode()
         names = "\n".join(self.classes).encode(errors="surrogateescape")
         parts = {"images": images, "labels": self.labels.cpu().numpy(), "classes": names}
         digests = {key: hashlib.sha256(part).hexdigest()[:16] for key, part in parts.items()}
@@ -411,14 +411,13 @@ def rgb(image: Image.Image) -> Image.Image:
     return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
 
 
-def reason(error: Exception) -> str:
+def reason(error: Exception | str) -> str:
     return str(error).partition("\n")[0] or type(error).__name__
 
 
 def unreadable(part: Set, row: int, error: Exception | str) -> UserError:
     """The one line about an image that cannot be read; decoders raise exceptions of many kinds."""
-    why = error if isinstance(error, str) else reason(error)
-    what = f"unreadable image of class {part.classes[int(part.labels[row])]!r} ({why})"
+    what = f"unreadable image of class {part.classes[part.labels[row]]!r} ({reason(error)})"
     find = "`python -m tools.prepare check` finds all"
     return UserError(f"{part.images.path(row)}: {what}; replace or remove it; {find}")
 
@@ -455,7 +454,7 @@ def in_memory(part: Set, size: int | None) -> Set:
 
 
 def _pixel_set(x: np.ndarray, y, classes: list[str], info: SetInfo, size: int | None) -> Set:
-    """Set of uint8 NHWC pixels, resized to `size` if that is another one than theirs."""
+    """Set of uint8 NHWC pixels, resized to `size` if there is one and it is not theirs."""
     if size is not None and x.shape[1:3] != (size, size):
         x = np.stack([centre(image, size, size) for image in x])
     images = torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
@@ -521,8 +520,7 @@ def is_folder(place: Path | os.DirEntry) -> bool:
 def image_files(folder: Path, inner: str = "") -> list[str]:
     """Names below `folder` of the images in it and, after them, in its folders, sorted.
 
-    None are files with other endings than those of images, and what begins with a dot. UserError
-    for a link to nothing.
+    They are told by their endings; what begins with a dot is passed over.
     """
     names, folders = [], []
     with permitted(folder), os.scandir(folder / inner) as found:  # asks the disk for links alone
@@ -723,9 +721,9 @@ def find(dataset: str) -> SetInfo:
     if dataset in DATASETS:
         return dataclasses.replace(DATASETS[dataset])
     with permitted(path):
-        if path.is_dir() or (path.suffix == ".npz" and path.is_file()):
-            return SetInfo(path.resolve().name if path.is_dir() else path.stem)
-        there = path.exists()
+        folder, there = path.is_dir(), path.exists()
+    if folder or (path.suffix == ".npz" and there):
+        return SetInfo(path.resolve().name if folder else path.stem)
     if there or path.suffix == ".npz" or os.sep in str(dataset):
         raise UserError(f"data set {dataset}: no such folder or .npz; expected {PATH_LAYOUT}")
     known = f"known: {', '.join(DATASETS)}; or the path of {PATH_LAYOUT}"
@@ -747,13 +745,13 @@ def peek_image_size(dataset: str, data_root="data", image_size: int | None = Non
 def load_pool(dataset: str, root="data", image_size=None, files=False, ratio=None) -> Splits:
     """Training pool, test set and own validation set or None, before any long tail.
 
-    `image_size` resizes the short side and crops the centre; needed where images differ in size or
-    exceed 64 px. `files`: the images of large sets (the known ones, and class folders at a size
-    above 64 px) stay files; `ratio` names the training list where a set has several.
+    `image_size` resizes the short side and crops the centre. `files`: the images of large sets (the
+    known ones, and class folders at a size above 64 px) may stay files. `ratio` names the training
+    list where a set has several.
     """
     info, path, known = find(dataset), Path(dataset), dataset in DATASETS
     large = info.lists or (path.is_dir() and not known and (image_size or 0) > MAX_SIZE)
-    if (large and not files) or not (large or 1 <= (image_size or 1) <= MAX_SIZE):
+    if (large and not files) or not (large or (image_size or 1) <= MAX_SIZE):
         wanted = f"needs images of at most {MAX_SIZE} px, held in memory"
         raise UserError(f"{dataset} at image size {image_size or info.size}: this {wanted}")
     if large:
@@ -770,31 +768,27 @@ def load_pool(dataset: str, root="data", image_size=None, files=False, ratio=Non
         sets = {split: in_memory(part, image_size) for split, part in sets.items()}
     else:
         sets = npz_sets(path, image_size, info)
-    info.num_classes, info.size = len(sets["train"].classes), sets["train"].size
     return Splits(sets["train"], sets["test"], sets.get("val"), info)
 
 
 def load(args) -> Splits:
     """Train, test and validation set as the shared flags ask for.
 
-    `--imb-ratio` left alone: the set's default (100), or as it is for a path. A path is made
-    long-tailed over its classes sorted by name, with the largest head for which no class runs out.
-    Published lists stay as they are, mini_imagenet_lt has a list of each ratio. `--select val`: the
-    set's own validation images, else a tenth of each class of the long-tailed training set,
-    removed from it, drawn by a generator of the data seed (at least one image of every class that
-    has two); `--select test`: the test set itself.
+    `--imb-ratio` left alone: the set's default, or as it is for a path. A path is made long-tailed
+    over its classes sorted by name, with the largest head for which no class runs out. Published
+    lists stay as they are, mini_imagenet_lt has one of each ratio. `--select val`: the set's own
+    validation images, else a `holdout` taken from the long-tailed training set; `--select test`:
+    the test set itself.
     """
     dataset, ratio, seed = args.dataset, args.imb_ratio, args.data_seed
     select = getattr(args, "select", None)
     if dataset in LISTED and seed:
         why = "its lists decide which images"
         raise UserError(f"--data-seed {seed} makes no sense for {dataset}: {why}")
-    long_tail_counts(1, 1, 1.0 if ratio is None else ratio, args.imb_type)  # refuses bad ones
     data = load_pool(dataset, args.data_root, args.image_size, files=True, ratio=ratio)
     if data.num_classes < 2:
-        raise UserError(
-            f"{dataset} has one class, {data.classes[0]!r}: there is none to tell it from"
-        )
+        why = f"has one class, {data.classes[0]!r}: there is none to tell it from"
+        raise UserError(f"{dataset} {why}")
     if ratio is None or dataset in LISTED:
         ratio = data.info.ratio
     if ratio is None and args.imb_type != "exp":
@@ -877,10 +871,8 @@ def interpolation(start: Tensor, length: Tensor, extent: int, size: int, flip=No
 
 
 def resized_crop(x: Tensor, top, left, height, width, size: int, flip=None) -> Tensor:
-    """Cut windows height x width at (top, left), resize them to S x S, mirror where `flip` is true.
-
-    = V X U' with a small V and U of each sample.
-    """
+    """Cut windows height x width at (top, left), resize them to S x S, mirror where `flip` is true:
+    V X U' with a small V and U of each sample."""
     n, channels, rows, columns = x.shape
     down = interpolation(top, height, rows, size)  # V [n, S, H]
     across = interpolation(left, width, columns, size, flip)  # U [n, S, W]
@@ -892,7 +884,7 @@ def blend_(x: Tensor, own: Tensor, grey: Tensor, mean: Tensor) -> Tensor:
     """x <- clamp(own * x + grey * grey of the pixel + mean * mean grey of the image), in place.
 
     For a factor f the weights are (f, 0, 0) for brightness, (f, 0, 1 - f) for contrast,
-    (f, 1 - f, 0) for saturation; (0, 1, 0) makes grey: one call where samples differ in operation.
+    (f, 1 - f, 0) for saturation; (0, 1, 0) makes grey. Samples may differ in operation.
     """
     red, green, blue = x.split(1, dim=1)
     luma = (red * GREY[0]).add_(green, alpha=GREY[1]).add_(blue, alpha=GREY[2])  # [n, 1, H, W]
@@ -1068,12 +1060,11 @@ class Augment:
         chunk = max(1, CPU_CHUNK // size**2) if device.type == "cpu" else n
         for start in range(0, n, chunk):
             part = slice(start, start + chunk)
-            raw = images.index_select(0, order[part]) if sort else images[part]
+            rows = order[part] if sort else part
+            raw = images.index_select(0, rows) if sort else images[rows]
             blurred = Draws(table[part])["sigma"].nonzero()[:, 0]
             inside = (ends - start).clamp(0, len(raw)).tolist()
-            out[order[part] if sort else part] = self._chain(
-                raw, Draws(there[part]), inside, blurred
-            )
+            out[rows] = self._chain(raw, Draws(there[part]), inside, blurred)
         self.statistics = self.statistics.to(device)
         mean, std = self.statistics.repeat(1, size)
         out.permute(0, 2, 3, 1).view(n, size, -1).sub_(mean).div_(std)  # by rows: 5 times as fast
@@ -1139,25 +1130,21 @@ def class_aware_order(labels: np.ndarray, length: int, each: int, seed: int, vis
     keys hashed from (seed, class, number of the permutation, position): no part needs another.
     """
     pools = [pool for pool in class_positions(labels, int(labels.max()) + 1) if len(pool)]
-    sizes = np.array([len(pool) for pool in pools])
     visits = visit + np.arange(-(-length // each))
-    first, last = visits[0] // len(pools), visits[-1] // len(pools)
-    cycles = np.arange(first, last + 1)[:, None]
+    cycle, place = np.divmod(visits, len(pools))
+    cycles = np.arange(cycle[0], cycle[-1] + 1)[:, None]
     turn = np.argsort(_hash(seed, 0, cycles, np.arange(len(pools))), axis=1, kind="stable")
-    visited = turn[visits // len(pools) - first, visits % len(pools)]
-
-    # In cycle k a class delivers the items k S .. k S + S - 1 of its stream (S = each); item p lies
-    # in permutation p // n_c.
-    begin = first * each // sizes
-    lengths = sizes * (((last + 1) * each - 1) // sizes - begin + 1)
-    starts = np.cumsum(lengths) - lengths
-    owner = np.repeat(np.arange(len(pools)), lengths)
-    items = np.arange(lengths.sum()) + (begin * sizes - starts)[owner]
-    number, within = np.divmod(items, sizes[owner])
-    member = within[np.lexsort((_hash(seed, 1, owner, number, within), number, owner))]
-    stream = np.concatenate(pools)[(np.cumsum(sizes) - sizes)[owner] + member]
-    items = visits[:, None] // len(pools) * each + np.arange(each)
-    return stream[(starts - begin * sizes)[visited][:, None] + items].reshape(-1)[:length]
+    visited = turn[cycle - cycle[0], place]  # the class of every visit
+    order = np.empty((len(visits), each), np.int64)
+    for c, at in enumerate(class_positions(visited, len(pools))):
+        if len(at):
+            items = cycle[at, None] * each + np.arange(each)  # of the class's own stream
+            number, within = np.divmod(items, len(pools[c]))
+            numbers = np.arange(number[0, 0], number[-1, -1] + 1)[:, None]
+            keys = _hash(seed, 1, c, numbers, np.arange(len(pools[c])))
+            permuted = np.argsort(keys, axis=1, kind="stable")
+            order[at] = pools[c][permuted[number - number[0, 0], within]]
+    return order.reshape(-1)[:length]
 
 
 def sampler_order(sampler: str, labels, length: int, seed: int, epoch: int, **options):
