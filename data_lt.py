@@ -128,14 +128,13 @@ def subset_common(labels: np.ndarray, counts: Ints, rng: LegacyRng, class_order=
     replacement, which is the same draw: its data seed is 3407). `counts` is indexed by label;
     `class_order`: labels in the order of shuffling and storing (ascending).
     """
-    pools = class_positions(labels, len(counts))
-    for c, (asked, pool) in enumerate(zip(counts, pools, strict=True)):
-        if asked > len(pool):
-            raise UserError(f"class {c}: {asked} images asked for, {len(pool)} there")
-    order = range(len(counts)) if class_order is None else class_order
-    for c in order:
+    pools, chosen = class_positions(labels, len(counts)), []
+    for c in range(len(counts)) if class_order is None else class_order:
+        if counts[c] > len(pools[c]):
+            raise UserError(f"class {c}: {counts[c]} images asked for, {len(pools[c])} there")
         rng.shuffle(pools[c])
-    return np.concatenate([pools[c][: counts[c]] for c in order])
+        chosen.append(pools[c][: counts[c]])
+    return np.concatenate(chosen)
 
 
 def subset_semi_supervised(labels, counts: Ints, hidden, unlabeled: Ints, rng, order=None):
@@ -167,7 +166,7 @@ def holdout(labels: np.ndarray, num_classes: int, rng: torch.Generator) -> np.nd
     """Ascending positions of a tenth of each class, at least one image where it has two."""
     parts = []
     for pool in class_positions(labels, num_classes):
-        take = max(len(pool) // 10, 1) if len(pool) > 1 else 0
+        take = max(len(pool) // 10, int(len(pool) > 1))
         parts.append(pool[torch.randperm(len(pool), generator=rng)[:take].numpy()])
     return np.sort(np.concatenate(parts))
 
@@ -333,10 +332,10 @@ GLYPHS = "PECVDBYGFR"  # head first; class c has its look-alike in class 9 - c
 def make_glyphs() -> list[tuple[np.ndarray, np.ndarray, list[str]]]:
     """The embedded set: (pixels uint8 [N, 16, 16, 3], labels [N], letters) of train and of test.
 
-    Ten letters, 400 training and 250 test images of each. Per image: Pillow's built-in font in one
-    of four sizes and two strokes on a 32x32 canvas, scale e^(+-0.15) per axis, shear +-0.18,
-    rotation within 9 degrees, shift of up to 3 px, random fore- and background colour at least
-    0.15 apart in mean, halved in size, Gaussian noise of s.d. up to 0.09.
+    400 training and 250 test images of each letter: Pillow's built-in font in one of four sizes and
+    two strokes on a 32x32 canvas, scale e^(+-0.15) per axis, shear +-0.18, rotation within 9
+    degrees, shift of up to 3 px, two random colours at least 0.15 apart in mean, halved in size,
+    Gaussian noise of s.d. up to 0.09.
     """
     masks = np.empty((len(GLYPHS), 4, 2, 1, 32, 32))
     for c, size, stroke in np.ndindex(masks.shape[:3]):
@@ -539,7 +538,7 @@ def image_files(folder: Path, inner: str = "") -> list[str]:
 def class_folders(folder: Path, beside: str = "") -> dict[str, list[str]]:
     """Class name -> `image_files`, both sorted; UserError when the split or a class is empty.
 
-    beside: folders called this and a number (`cache256`) lie among the classes and are none.
+    beside: folders called this and a number (`cache256`) are no classes.
     """
     with permitted(folder):
         inner = folder.iterdir() if folder.is_dir() else ()
@@ -640,9 +639,9 @@ def npz_sets(path: Path, size: int | None, info: SetInfo) -> dict[str, Set]:
 class ListReader:
     """Reads the lists of a set, lines `relative/path label`, and checks that they go together.
 
-    Labels are 0..C-1, C the largest + 1 of the first list and at most `most`, none without an
-    image; folder and label go together one to one, in all lists, and name the classes. Paths stay
-    inside the root and differ, over all lists where they are `disjoint`.
+    Every label 0..C-1 has an image, C at most `most`; folder and label go together one to one in
+    all lists and name the classes. Paths stay inside the root and differ, over all lists where
+    these are `disjoint`.
     """
 
     def __init__(self, root: Path, most: int | None = None, disjoint: bool = False):
@@ -650,9 +649,8 @@ class ListReader:
         self.folder_of, self.label_of, self.seen = {}, {}, {}
 
     def read(self, source: Path, lines: list[str] | None = None) -> Set:
-        """The next list; `lines` where they were made of another file."""
-        first = not self.folder_of
-        self.seen = self.seen if self.disjoint else {}
+        """The next list; `lines` where they were made of another file. The first one sets C."""
+        first, self.seen = not self.folder_of, self.seen if self.disjoint else {}
         try:
             lines = lines or source.read_text(encoding="utf-8-sig").rstrip().split("\n")
         except (OSError, UnicodeDecodeError) as error:
@@ -661,10 +659,9 @@ class ListReader:
             raise UserError(f"{source}: {why}; {expected}") from error
         rows = [self._row(line, f"{source}:{k}") for k, line in enumerate(lines, 1)]
         paths, labels = zip(*rows, strict=True)
-        self.most = max(labels) + 1 if first else self.most
-        present = set(labels)
-        empty = next((label for label in range(self.most) if label not in present), None)
-        if empty is not None:
+        self.most, present = max(labels) + 1 if first else self.most, set(labels)
+        empty = next(label for label in itertools.count() if label not in present)
+        if empty < self.most:
             name = f"label {empty} ({self.folder_of.get(empty, 'of no list')}) has no image"
             raise UserError(f"{source}: {name}; every label 0..{self.most - 1} needs one")
         classes = [self.folder_of[label] for label in range(self.most)]
@@ -1336,7 +1333,7 @@ class Cache:
         """The stored pixels of an image, uint8 [H, W, 3]."""
         if self.pixels is None:
             self.pixels = np.memmap(self.file, np.uint8, "c")  # private: nothing is ever written
-        offset, height, width, *_ = self.records[row].tolist()
+        offset, height, width = self.records[row].tolist()
         return self.pixels[offset : offset + height * width * 3].reshape(height, width, 3)
 
 
@@ -1348,20 +1345,18 @@ class Loader:
     """Batches (views, labels, indices) of a set: pixels on the device, files, or a cache of them.
 
     views float32 [V, b, 3, S, S] (channels-last strides), labels int64 [b], indices int64 [b] =
-    positions in `dataset`; b is this rank's share of the global batch of `batch_size` items. Order
-    and augmentation are computed on the CPU for the global batch and shared out, so N ranks see
-    the images that one would. All is a function of (seed, epoch, step). `global_batch`: items of
-    the last batch over all ranks.
+    positions in `dataset`; b is this rank's share of the `global_batch` of `batch_size` items or
+    less. Order and augmentation are drawn for the global batch, by (seed, epoch, step) alone, and
+    shared out, so N ranks see the images that one would. `shard`: (rank, ranks).
 
     Training: every rank gets the same number of rows, what is left of a batch is cut, and a last
-    batch with less than two rows a rank is left out. Evaluation (`evaluation=True`: normalise only)
-    and sampler "sequential": every item exactly once over all ranks. `epoch_length`: items visited
-    in an epoch (default N). `shard`: (rank, ranks). q: of sampler "power".
+    batch with less than two rows a rank is left out. Evaluation (normalise only) and sampler
+    "sequential": every item exactly once over all ranks. `epoch_length`: items visited (default N).
 
     Images in files: with crop "resized" the drawn window is cut and resized by `workers` processes
     (0: here), which changes nothing in the batches; else, and in evaluation, the short side
-    becomes S * 256 / 224 and the central S x S pixels are cut. An image that cannot be read ends
-    the iteration with a UserError, a worker that dies with a RunError.
+    becomes S * 256 / 224 and the central S x S pixels are cut. UserError: an image that cannot be
+    read; RunError: a worker dies.
     """
 
     dataset: Set
@@ -1389,9 +1384,9 @@ class Loader:
             self.augment = Augment(self.augment.size, self.augment.mean, self.augment.std)
         self.length = len(self.dataset) if self.epoch_length is None else self.epoch_length
         self.least = 1 if self.sampler == "sequential" else self.ranks  # rows of a global batch
+        alone = self.sampler == "sequential" or self.batch_size < 2 * self.least
         full, tail = divmod(self.length, max(self.batch_size, 1))
-        once = self.sampler == "sequential" or self.batch_size < 2 * self.least
-        enough = tail >= (self.least if once else 2 * self.least)  # no batch norm of a lone image
+        enough = tail >= self.least * (1 if alone else 2)  # no batch norm of a lone image
         self.steps = full + (enough and not self.drop_last)
         if self.steps < 1 or self.batch_size < self.least:
             what = f"no batch from {self.length} images on {self.ranks} rank(s)"
@@ -1471,26 +1466,22 @@ class Loader:
                 yield found.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
 
 
-def loader(args, dataset: Set, batch_size: int, *, augment=None, seed=None, **options) -> Loader:
+def loader(args, dataset: Set, batch_size: int, *, augment=None, seed=(), **options) -> Loader:
     """The loader of a set with the shared flags; options: those of `Loader`.
 
-    augment: an `Augment`, or a dict of its options by name (size, mean and std are the set's).
-    seed: a number, or a key of several such as (args.seed, "tsc"); default args.seed.
+    augment: options of `Augment` by name; size, mean and std are the set's. seed: a key such as
+    (args.seed, "tsc"), without one args.seed.
     """
-    if not isinstance(augment, Augment):
-        usual = {"size": dataset.size, "mean": dataset.info.mean, "std": dataset.info.std}
-        augment = Augment(**usual | (augment or {}))
-    seed = args.seed if seed is None else seed
-    seed = derive_seed(*seed) if isinstance(seed, tuple) else seed
-    if not dataset.in_memory:
-        options["workers"] = args.workers
-        if args.cache:
-            place = Path(args.cache_dir or args.data_root, args.dataset)
-            options["cache"] = place / f"cache{args.cache}" / dataset.split
-    elif args.cache:
+    usual = {"size": dataset.size, "mean": dataset.info.mean, "std": dataset.info.std}
+    options |= {"seed": derive_seed(*seed) if seed else args.seed, "device": args.device}
+    if args.cache and dataset.in_memory:
         why = "its images are in memory"
         raise UserError(f"--cache makes no sense for --dataset {args.dataset}: {why}")
-    return Loader(dataset, batch_size, augment, **{"seed": seed, "device": args.device} | options)
+    if args.cache:
+        place = Path(args.cache_dir or args.data_root, args.dataset)
+        options["cache"] = place / f"cache{args.cache}" / dataset.split
+    augment = Augment(**usual | (augment or {}))
+    return Loader(dataset, batch_size, augment, workers=args.workers, **options)
 
 
 def evaluation_loader(args, dataset: Set, **options) -> Loader:
@@ -1517,27 +1508,23 @@ def examine(args, net: nn.Module, data: Splits, stage: str, *names: str) -> None
     if (checkpoint["script"], checkpoint["stage"]) != (script, stage):
         found = f"{checkpoint['script']}.py, stage {checkpoint['stage']}"
         raise UserError(f"{args.eval} is of {found}; {script}.py evaluates {stage}.pt")
-    about = checkpoint["info"]
-    test = in_order(data.test, about["classes"], args.eval)
+    about, test = checkpoint["info"], data.test
+    if odd := sorted(set(test.classes) ^ set(about["classes"])):
+        raise UserError(f"{args.eval} is of other classes: only one of the two knows {odd[0]!r}")
     if data.image_size != about["size"]:
         sizes = f"is of {about['size']} px, --dataset {args.dataset} has {data.image_size}"
         raise UserError(f"{args.eval} {sizes}; give --image-size {about['size']}")
     now = common.result_args(args)
     common.check_same(args.eval, checkpoint["args"], now, ("backbone", *names))
     common.load_weights(net, checkpoint["state"]["model"], args.eval)
-    test.info = dataclasses.replace(test.info, mean=about["mean"], std=about["std"])
+    place = torch.tensor([about["classes"].index(name) for name in test.classes])
+    info = dataclasses.replace(test.info, mean=about["mean"], std=about["std"])
+    own = {"labels": place[test.labels], "classes": about["classes"], "info": info}
+    test = dataclasses.replace(test, **own)
     if args.predict:
         return predict(args, net, test)
     found = common.figures(args, net, evaluation_loader(args, test), about["counts"])
     common.tell_figures(args, checkpoint, found)
-
-
-def in_order(part: Set, classes: Sequence[str], source: str) -> Set:
-    """The set with labels as in `classes`, which must be its own in some order."""
-    if odd := sorted(set(part.classes) ^ set(classes)):
-        raise UserError(f"{source} is of other classes: only one of the two knows {odd[0]!r}")
-    place = torch.tensor([classes.index(name) for name in part.classes])
-    return dataclasses.replace(part, labels=place[part.labels], classes=list(classes))
 
 
 @torch.inference_mode()
