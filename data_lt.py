@@ -197,9 +197,6 @@ class Files:
     def __init__(self, root: str | Path, names: Sequence[str | bytes]):
         self.root, self.encoded = Path(root), np.array([*map(os.fsencode, names)], dtype="S")
 
-    def __len__(self) -> int:
-        return len(self.encoded)
-
     @property
     def names(self) -> list[str]:
         return [os.fsdecode(name) for name in self.encoded.tolist()]
@@ -809,17 +806,17 @@ def load(args) -> Splits:
 
 def profile(data: Splits, ratio: float, kind: str) -> list[int]:
     """Class counts [C] of the long-tailed subset; UserError when a class would have no image."""
-    sizes, info = data.counts, data.info
+    sizes, info = np.array(data.counts), data.info
     order = list(info.class_order or range(len(sizes)))
-    n_max = info.n_max or largest_head([sizes[c] for c in order], ratio, kind)
-    counts = [0] * len(sizes)
-    for c, n in zip(order, long_tail_counts(len(sizes), n_max, ratio, kind), strict=True):
-        counts[c] = n
-        if n == 0:
-            lost = f"class {data.classes[c]!r} with 0 of its {sizes[c]} images"
-            head = f"(largest class: {n_max:g}); give a smaller --imb-ratio"
-            raise UserError(f"imbalance ratio {ratio:g} leaves {lost} {head}")
-    return counts
+    n_max = info.n_max or largest_head(sizes[order], ratio, kind)
+    counts = np.zeros_like(sizes)
+    counts[order] = long_tail_counts(len(sizes), n_max, ratio, kind)
+    if not counts.all():
+        c = next(c for c in order if not counts[c])
+        lost = f"class {data.classes[c]!r} with 0 of its {sizes[c]} images"
+        head = f"(largest class: {n_max:g}); give a smaller --imb-ratio"
+        raise UserError(f"imbalance ratio {ratio:g} leaves {lost} {head}")
+    return counts.tolist()
 
 
 # --- augmentation -----------------------------------------------------------------------------
@@ -951,10 +948,8 @@ def crop_windows(u: np.ndarray, height: int, width: int, scale, ratio) -> np.nda
 
 @dataclass
 class Draws:
-    """The random parameters of n samples as one float32 matrix (integers are exact) [n, 15].
-
-    A rank takes its rows, one copy brings them to the device. `draws[name]` is [n] or [n, 3].
-    """
+    """The random parameters of n samples as one float32 matrix (integers are exact) [n, 15], so
+    that one copy brings them to the device. `draws[name]` is [n] or [n, 3]."""
 
     table: Tensor
 
@@ -1026,9 +1021,9 @@ class Augment:
             window = crop_windows(u[:22].numpy(), height, width, self.scale, self.ratio)
             window = torch.from_numpy(window)
         else:
-            room = height + 2 * self.pad - self.size, width + 2 * self.pad - self.size
-            corner = ((room[axis] + 1) * u[20 + axis] for axis in (0, 1))
-            window = *(c.floor() for c in corner), *torch.full((2, n), self.size)
+            room = torch.tensor([[height], [width]]) + 2 * self.pad - self.size
+            corner = ((room + 1) * u[20:22]).floor()
+            window = *corner, *torch.full((2, n), self.size)
         operation = u[28:31].argsort(0)  # [3, n]
         strength = torch.tensor(self.jitter, dtype=u.dtype)
         low, high = (1 - strength).clamp(min=0)[operation], (1 + strength)[operation]
@@ -1424,14 +1419,13 @@ class Loader:
         """Positions int64 [epoch_length] visited in this epoch, over all ranks."""
         return sampler_order(self.sampler, self.labels, self.length, self.seed, epoch, q=self.q)
 
-    def tasks(self) -> Iterator[tuple[int, np.ndarray, Tensor]]:
+    def tasks(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(n, rows [b], uniform numbers [37, V b]) of this rank's share of every batch of n items.
 
         The numbers are drawn before the batch is cut to `least`; a share may be empty in the end.
         """
-        epoch, order = self.epoch, self.order(self.epoch)
-        for step in range(self.steps):
-            whole = order[step * self.batch_size :][: self.batch_size]
+        epoch, order = self.epoch, torch.from_numpy(self.order(self.epoch))
+        for step, whole in enumerate(order.split(self.batch_size)[: self.steps]):
             n = len(whole) - len(whole) % self.least
             mine = slice(n * self.rank // self.ranks, n * (self.rank + 1) // self.ranks)
             u = uniforms(self.views * len(whole), generator(self.seed, "augment", epoch, step))
@@ -1439,31 +1433,28 @@ class Loader:
             if len(whole[mine]):
                 yield n, whole[mine], u
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        tasks, ahead = itertools.tee(self.tasks())
-        with contextlib.closing(self._pixels(ahead)) as batches:
-            for (n, rows, u), images in zip(tasks, batches, strict=True):
-                x = self.augment(images, self.augment.draws_of(u, *images.shape[2:]))
-                x, rows = x.unflatten(0, (self.views, len(rows))), self._send(rows)
-                self.global_batch = n
-                yield x, self.device_labels[rows], rows
-
-    def _send(self, rows: np.ndarray) -> Tensor:
-        return to_device(torch.from_numpy(rows), self.device)
-
-    def _pixels(self, tasks: Iterable) -> Iterator[Tensor]:
-        """uint8 [V b, 3, H, W] on the device for every task."""
+    def _raw(self) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+        """`tasks` with the rows on the device, and the images there, uint8 [V b, 3, H, W]."""
         if self.reader is None:
-            for _, rows, _ in tasks:
-                yield self.images.index_select(0, self._send(rows).repeat(self.views))
+            for n, rows, u in self.tasks():
+                rows = to_device(rows, self.device)
+                yield n, rows, u, self.images.index_select(0, rows.repeat(self.views))
             return
-        sent = ((rows, u[:23].numpy()) for _, rows, u in tasks)
+        tasks, ahead = itertools.tee(self.tasks())
+        sent = ((rows.numpy(), u[:23].numpy()) for _, rows, u in ahead)
         workers, pin = min(self.workers, self.steps), self.device.type == "cuda"
         with contextlib.closing(decoded(self.reader, sent, workers, pin)) as batches:
-            for found in batches:
+            for (n, rows, u), found in zip(tasks, batches, strict=True):
                 if isinstance(found, (tuple, list)):
                     raise unreadable(self.dataset, *found)
-                yield found.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+                images = found.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+                yield n, to_device(rows, self.device), u, images
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for n, rows, u, images in self._raw():
+            x = self.augment(images, self.augment.draws_of(u, *images.shape[2:]))
+            self.global_batch = n
+            yield x.unflatten(0, (self.views, len(rows))), self.device_labels[rows], rows
 
 
 def loader(args, dataset: Set, batch_size: int, *, augment=None, seed=(), **options) -> Loader:
