@@ -1074,16 +1074,8 @@ class Augment:
                 images = crop_pad(images, *corner, self.pad, (size, size), flip)
             x = images.float().div_(255)
 
-        factor, operation = draws["factor"], draws["operation"]
-        grey = (1 - factor) * (operation == SATURATION)
-        mean = (1 - factor) * (operation == CONTRAST)
-        for blend, end in enumerate(ends[:3]):  # those that come before hue
-            part = slice(end, ends[3])
-            blend_(x[part], factor[part, blend], grey[part, blend], mean[part, blend])
-        if self.jitter[3] > 0:
-            x[: ends[3]] = adjust_hue(x[: ends[3]], draws["hue"][: ends[3]])
-        for blend, end in enumerate(ends[:3]):  # those that come after it
-            blend_(x[:end], factor[:end, blend], grey[:end, blend], mean[:end, blend])
+        if ends[3]:
+            self._jitter(x[: ends[3]], Draws(draws.table[: ends[3]]), ends[:3])
         if self.grey > 0:
             blend_(x, 1 - draws["grey"], draws["grey"], 0 * draws["grey"])
 
@@ -1095,6 +1087,18 @@ class Augment:
         if self.blur_floor:
             x = x.mul_(255).add_(1e-3).floor_().div_(255)
         return x
+
+    def _jitter(self, x: Tensor, draws: Draws, ends: list[int]) -> None:
+        """The blends and hue, in place; the first ends[p] have hue after at most p blends."""
+        factor, operation = draws["factor"], draws["operation"]
+        grey = (1 - factor) * (operation == SATURATION)
+        mean = (1 - factor) * (operation == CONTRAST)
+        for blend, end in enumerate(ends):  # those that come before hue
+            blend_(x[end:], factor[end:, blend], grey[end:, blend], mean[end:, blend])
+        if self.jitter[3] > 0:
+            x[:] = adjust_hue(x, draws["hue"])
+        for blend, end in enumerate(ends):  # those that come after it
+            blend_(x[:end], factor[:end, blend], grey[:end, blend], mean[:end, blend])
 
 
 # --- samplers ---------------------------------------------------------------------------------
