@@ -1048,7 +1048,16 @@ class Augment:
         table, sort = draws.table[order], bool(ends[3])  # ends[p]: samples of place <= p
         there = to_device(torch.cat([table, order[:, None]], 1), device)
         order = there[:, -1].long()
-        out = torch.empty(n, size, size, 3, device=device).permute(0, 3, 1, 2)
+        self.statistics = self.statistics.to(device)
+        mean, std = self.statistics.repeat(1, size)
+        out = torch.empty(n, size, 3 * size, device=device)
+        drawn = self.flip or max(self.jitter) or self.grey or self.blur_p or self.blur_floor
+        if self.crop == "none" and not drawn:  # evaluation, and images cut by workers
+            few = 8 if device.type == "cpu" else n
+            whole = images.permute(0, 2, 3, 1).flatten(2)
+            for x, y in zip(whole.split(few), out.split(few), strict=True):
+                y.copy_(x).div_(255).sub_(mean).div_(std)
+            return out.unflatten(2, (size, 3)).permute(0, 3, 1, 2)
         chunk = max(1, CPU_CHUNK // size**2) if device.type == "cpu" else n
         for start in range(0, n, chunk):
             part = slice(start, start + chunk)
@@ -1056,11 +1065,10 @@ class Augment:
             raw = images.index_select(0, rows) if sort else images[rows]
             blurred = Draws(table[part])["sigma"].nonzero()[:, 0]
             inside = (ends - start).clamp(0, len(raw)).tolist()
-            out[rows] = self._chain(raw, Draws(there[part]), inside, blurred)
-        self.statistics = self.statistics.to(device)
-        mean, std = self.statistics.repeat(1, size)
-        out.permute(0, 2, 3, 1).view(n, size, -1).sub_(mean).div_(std)  # by rows: 5 times as fast
-        return out
+            x = self._chain(raw, Draws(there[part]), inside, blurred)
+            x = x.permute(0, 2, 3, 1).flatten(2)  # to broadcast over 3 alone is five times slower
+            out[rows] = x.sub_(mean).div_(std)
+        return out.unflatten(2, (size, 3)).permute(0, 3, 1, 2)
 
     def _chain(self, images: Tensor, draws: Draws, ends: list[int], blurred: Tensor) -> Tensor:
         """In [0, 1]; the first ends[p] have hue place <= p, `blurred` (on the CPU) a blur."""
