@@ -15,11 +15,11 @@ seed alone; order and augmentation are functions of (seed, epoch, step).
 from __future__ import annotations
 
 import contextlib
-import copy
 import csv
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -30,7 +30,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,27 +124,25 @@ def subset_common(labels: np.ndarray, counts: Ints, rng: LegacyRng, class_order=
     """The field's common subset rule: positions int64 [sum(counts)] in stored order, by class.
 
     For every class the WHOLE ascending list of its positions is shuffled by the legacy generator
-    and the first n_c are kept, so subsets of other sizes are nested. FSGL's code chooses n_c
-    without replacement, which is the same draw: its subsets are those of data seed 3407. `counts`
-    is indexed by label; `class_order`: labels in the order of shuffling and storing (ascending).
+    and the first n_c are kept, so subsets of other sizes are nested (FSGL chooses n_c without
+    replacement, which is the same draw: its data seed is 3407). `counts` is indexed by label;
+    `class_order`: labels in the order of shuffling and storing (ascending).
     """
-    pools = class_positions(labels, len(counts))
-    for c, (asked, pool) in enumerate(zip(counts, pools, strict=True)):
-        if asked > len(pool):
-            raise UserError(f"class {c}: {asked} images asked for, {len(pool)} there")
-    order = range(len(counts)) if class_order is None else class_order
-    for c in order:
+    pools, chosen = class_positions(labels, len(counts)), []
+    for c in range(len(counts)) if class_order is None else class_order:
+        if counts[c] > len(pools[c]):
+            raise UserError(f"class {c}: {counts[c]} images asked for, {len(pools[c])} there")
         rng.shuffle(pools[c])
-    return np.concatenate([pools[c][: counts[c]] for c in order])
+        chosen.append(pools[c][: counts[c]])
+    return np.concatenate(chosen)
 
 
 def subset_semi_supervised(labels, counts: Ints, hidden, unlabeled: Ints, rng, order=None):
     """Positions of the labelled and of the unlabelled subset, drawn from ONE legacy generator.
 
-    labels [N] and hidden [U] are arrays of classes, counts and unlabeled the images per class.
-    Labelled classes first, in `order`; then for each ascending class of `hidden` the positions are
-    shuffled and the first u_c kept: the hidden class shapes the imbalance and is no training
-    label. Too few unlabelled images: all there are, with a warning (Yang and Xu: silently).
+    Classes labels [N] and hidden [U], images per class counts and unlabeled. By `subset_common`,
+    the labelled ones first, in `order`. Too few unlabelled images: all there are, with a warning
+    (Yang and Xu: silently).
     """
     chosen = subset_common(labels, counts, rng, order)
     there = np.bincount(hidden, minlength=len(unlabeled))
@@ -168,7 +166,7 @@ def holdout(labels: np.ndarray, num_classes: int, rng: torch.Generator) -> np.nd
     """Ascending positions of a tenth of each class, at least one image where it has two."""
     parts = []
     for pool in class_positions(labels, num_classes):
-        take = max(len(pool) // 10, 1) if len(pool) > 1 else 0
+        take = max(len(pool) // 10, int(len(pool) > 1))
         parts.append(pool[torch.randperm(len(pool), generator=rng)[:take].numpy()])
     return np.sort(np.concatenate(parts))
 
@@ -199,9 +197,6 @@ class Files:
     def __init__(self, root: str | Path, names: Sequence[str | bytes]):
         self.root, self.encoded = Path(root), np.array([*map(os.fsencode, names)], dtype="S")
 
-    def __len__(self) -> int:
-        return len(self.encoded)
-
     @property
     def names(self) -> list[str]:
         return [os.fsdecode(name) for name in self.encoded.tolist()]
@@ -216,17 +211,6 @@ class Files:
         """The pixels of an image, uint8 [H, W, 3]; decoders raise exceptions of many kinds."""
         with Image.open(self.path(row)) as image:
             return np.array(rgb(image))
-
-    def bytes(self, row: int) -> int:
-        """Size of the file; -1 where there is none."""
-        path = self.path(row)
-        return path.stat().st_size if path.is_file() else -1
-
-    def listing(self) -> bytes:
-        return b"\n".join(self.encoded.tolist())
-
-    def to(self, device) -> Files:
-        return self
 
 
 @dataclass
@@ -272,10 +256,14 @@ class Set:
         Images in memory by their pixels, files by their names below the root, and those of a
         user's folder by the sizes of up to 1000 of them, too; all in stored order.
         """
-        images = self.images.cpu().contiguous().numpy() if self.in_memory else self.images.listing()
-        if not self.in_memory and self.info.name not in LISTED:
-            some = range(0, len(self), max(1, len(self) // 1000))
-            images += str([self.images.bytes(row) for row in some]).encode()
+        if self.in_memory:
+            images = self.images.cpu().contiguous().numpy()
+        else:
+            images = b"\n".join(self.images.encoded.tolist())
+            if self.info.name not in LISTED:
+                some = map(self.images.path, range(0, len(self), max(1, len(self) // 1000)))
+                sizes = [path.stat().st_size if path.is_file() else -1 for path in some]
+                images += str(sizes).encode()
         names = "\n".join(self.classes).encode(errors="surrogateescape")
         parts = {"images": images, "labels": self.labels.cpu().numpy(), "classes": names}
         digests = {key: hashlib.sha256(part).hexdigest()[:16] for key, part in parts.items()}
@@ -310,7 +298,7 @@ class Splits:
 CIFAR = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}  # by custom 100's too
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 INAT = {"mean": (0.466, 0.471, 0.380), "std": (0.195, 0.194, 0.192)}
-KNOWN = (
+DATASETS = {info.name: info for info in (
     SetInfo("glyphs_lt", 10, 16, ratio=100, n_max=400),
     SetInfo("cifar10_lt", 10, 32, **CIFAR, ratio=100, n_max=5000, source="CIFAR10",
             layout="cifar-10-batches-py/{data_batch_1..5,test_batch,batches.meta}"),
@@ -326,9 +314,8 @@ KNOWN = (
     SetInfo("inat18", 8142, 224, **INAT,
             layout="train_val2018/<group>/<class>/* and iNaturalist18_{train,val}.txt or the JSON",
             lists={"train": "iNaturalist18_train.txt", "test": "iNaturalist18_val.txt"}),
-)  # fmt: skip
-DATASETS = {info.name: info for info in KNOWN}
-LISTED = {info.name for info in KNOWN if info.lists}
+)}  # fmt: skip
+LISTED = {name for name, info in DATASETS.items() if info.lists}
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 PATH_LAYOUT = f"a folder with train/<class>/*, test/<class>/*, or an .npz with {', '.join(ARRAYS)}"
 MAX_SIZE = 64  # px up to which images are held in memory
@@ -337,16 +324,15 @@ IMAGE_SUFFIXES = set(  # torchvision's, and others that Pillow reads
 )
 
 GLYPHS = "PECVDBYGFR"  # head first; class c has its look-alike in class 9 - c
-GLYPH_TRAIN, GLYPH_TEST, GLYPH_SEED = 400, 250, 0
 
 
 def make_glyphs() -> list[tuple[np.ndarray, np.ndarray, list[str]]]:
     """The embedded set: (pixels uint8 [N, 16, 16, 3], labels [N], letters) of train and of test.
 
-    Ten letters, 400 training and 250 test images of each. Per image: Pillow's built-in font in one
-    of four sizes and two strokes on a 32x32 canvas, scale e^(+-0.15) per axis, shear +-0.18,
-    rotation within 9 degrees, shift of up to 3 px, random fore- and background colour at least
-    0.15 apart in mean, halved in size, Gaussian noise of s.d. up to 0.09.
+    400 training and 250 test images of each letter: Pillow's built-in font in one of four sizes and
+    two strokes on a 32x32 canvas, scale e^(+-0.15) per axis, shear +-0.18, rotation within 9
+    degrees, shift of up to 3 px, two random colours at least 0.15 apart in mean, halved in size,
+    Gaussian noise of s.d. up to 0.09.
     """
     masks = np.empty((len(GLYPHS), 4, 2, 1, 32, 32))
     for c, size, stroke in np.ndindex(masks.shape[:3]):
@@ -357,12 +343,12 @@ def make_glyphs() -> list[tuple[np.ndarray, np.ndarray, list[str]]]:
         pen.text(at, GLYPHS[c], fill=255, font=font, stroke_width=stroke)
         masks[c, size, stroke] = np.asarray(canvas) / 255
 
-    rng, n = LegacyRng(GLYPH_SEED), GLYPH_TRAIN + GLYPH_TEST
-    images = np.stack([_draw_glyphs(rng, n, mask) for mask in masks]).astype(np.uint8)
-    parts = images[:, :GLYPH_TRAIN], images[:, GLYPH_TRAIN:]
-    labels = (np.repeat(np.arange(len(GLYPHS)), part.shape[1]) for part in parts)
-    pixels = (part.reshape(-1, 16, 16, 3) for part in parts)
-    return [(x, y, list(GLYPHS)) for x, y in zip(pixels, labels, strict=True)]
+    rng, sets = LegacyRng(0), []
+    images = np.stack([_draw_glyphs(rng, 650, mask) for mask in masks]).astype(np.uint8)
+    for part in images[:, :400], images[:, 400:]:
+        labels = np.repeat(np.arange(len(GLYPHS)), part.shape[1])
+        sets.append((part.reshape(-1, 16, 16, 3), labels, list(GLYPHS)))
+    return sets
 
 
 def _draw_glyphs(rng: LegacyRng, n: int, masks: np.ndarray) -> np.ndarray:
@@ -406,7 +392,7 @@ def centre(pixels: np.ndarray, side: int, size: int) -> np.ndarray:
     """Short side resized to `side`, then the central uint8 [S, S, 3]; as torchvision does."""
     image = resize_short(Image.fromarray(pixels), side)
     left, top = round((image.width - size) / 2), round((image.height - size) / 2)
-    return np.asarray(image.crop((left, top, left + size, top + size)))
+    return np.array(image.crop((left, top, left + size, top + size)))
 
 
 def rgb(image: Image.Image) -> Image.Image:
@@ -421,14 +407,13 @@ def rgb(image: Image.Image) -> Image.Image:
     return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
 
 
-def reason(error: Exception) -> str:
+def reason(error: Exception | str) -> str:
     return str(error).partition("\n")[0] or type(error).__name__
 
 
 def unreadable(part: Set, row: int, error: Exception | str) -> UserError:
     """The one line about an image that cannot be read; decoders raise exceptions of many kinds."""
-    why = error if isinstance(error, str) else reason(error)
-    what = f"unreadable image of class {part.classes[int(part.labels[row])]!r} ({why})"
+    what = f"unreadable image of class {part.classes[part.labels[row]]!r} ({reason(error)})"
     find = "`python -m tools.prepare check` finds all"
     return UserError(f"{part.images.path(row)}: {what}; replace or remove it; {find}")
 
@@ -465,7 +450,7 @@ def in_memory(part: Set, size: int | None) -> Set:
 
 
 def _pixel_set(x: np.ndarray, y, classes: list[str], info: SetInfo, size: int | None) -> Set:
-    """Set of uint8 NHWC pixels, resized to `size` if that is another one than theirs."""
+    """Set of uint8 NHWC pixels, resized to `size` if there is one and it is not theirs."""
     if size is not None and x.shape[1:3] != (size, size):
         x = np.stack([centre(image, size, size) for image in x])
     images = torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
@@ -531,8 +516,7 @@ def is_folder(place: Path | os.DirEntry) -> bool:
 def image_files(folder: Path, inner: str = "") -> list[str]:
     """Names below `folder` of the images in it and, after them, in its folders, sorted.
 
-    None are files with other endings than those of images, and what begins with a dot. UserError
-    for a link to nothing.
+    They are told by their endings; what begins with a dot is passed over.
     """
     names, folders = [], []
     with permitted(folder), os.scandir(folder / inner) as found:  # asks the disk for links alone
@@ -551,7 +535,7 @@ def image_files(folder: Path, inner: str = "") -> list[str]:
 def class_folders(folder: Path, beside: str = "") -> dict[str, list[str]]:
     """Class name -> `image_files`, both sorted; UserError when the split or a class is empty.
 
-    beside: folders called this and a number (`cache256`) lie among the classes and are none.
+    beside: folders called this and a number (`cache256`) are no classes.
     """
     with permitted(folder):
         inner = folder.iterdir() if folder.is_dir() else ()
@@ -599,17 +583,16 @@ def folder_sets(root: Path, info: SetInfo) -> dict[str, Set]:
 def _npz_arrays(path: Path) -> dict[str, np.ndarray]:
     """The arrays of the file, without ever unpickling anything."""
     key, arrays = "the file", {}
-    try:
-        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-            for key in file.files:
-                arrays[key] = file[key]
-    except PermissionError:
-        raise UserError(f"{path}: no permission to read it") from None
-    except Exception as error:  # no zip, a bare .npy, a pickle, a bad checksum, object arrays
-        why = "is damaged or no .npz of plain arrays; write it anew"
-        if "allow_pickle" in str(error) and key != "the file":
-            why = "holds pickled Python objects; store plain arrays"
-        raise UserError(f"{path}: {key} {why}") from error
+    with permitted(path), open(path, "rb") as raw:
+        try:
+            with np.load(raw, allow_pickle=False) as file:
+                for key in file.files:
+                    arrays[key] = file[key]
+        except Exception as error:  # no zip, a bare .npy, a pickle, a bad checksum, object arrays
+            why = "is damaged or no .npz of plain arrays; write it anew"
+            if "allow_pickle" in str(error) and key != "the file":
+                why = "holds pickled Python objects; store plain arrays"
+            raise UserError(f"{path}: {key} {why}") from error
     if missing := [key for key in ARRAYS if key not in arrays]:
         raise UserError(f"{path}: lacks {', '.join(missing)}; expected {', '.join(ARRAYS)}")
     return arrays
@@ -650,15 +633,12 @@ def npz_sets(path: Path, size: int | None, info: SetInfo) -> dict[str, Set]:
     return sets
 
 
-LIST = "list, lines `relative/path label`"
-
-
 class ListReader:
     """Reads the lists of a set, lines `relative/path label`, and checks that they go together.
 
-    Labels are 0..C-1, C the largest + 1 of the first list and at most `most`, none without an
-    image; folder and label go together one to one, in all lists, and name the classes. Paths stay
-    inside the root and differ, over all lists where they are `disjoint`.
+    Every label 0..C-1 has an image, C at most `most`; folder and label go together one to one in
+    all lists and name the classes. Paths stay inside the root and differ, over all lists where
+    these are `disjoint`.
     """
 
     def __init__(self, root: Path, most: int | None = None, disjoint: bool = False):
@@ -666,27 +646,19 @@ class ListReader:
         self.folder_of, self.label_of, self.seen = {}, {}, {}
 
     def read(self, source: Path, lines: list[str] | None = None) -> Set:
-        """The next list; `lines` where they were made of another file."""
-        paths, labels, first = [], [], not self.folder_of
-        if not self.disjoint:
-            self.seen = {}
+        """The next list; `lines` where they were made of another file. The first one sets C."""
+        first, self.seen = not self.folder_of, self.seen if self.disjoint else {}
         try:
-            if lines is None:
-                lines = source.read_text(encoding="utf-8-sig").rstrip().split("\n")
-            for k, line in enumerate(lines, 1):
-                path, label = self._row(line, f"{source}:{k}")
-                paths.append(path)
-                labels.append(label)
-        except OSError as error:
-            raise UserError(f"{source}: {error.strerror}; expected a {LIST}") from error
-        except UnicodeDecodeError:
-            raise UserError(f"{source}: no text in UTF-8; expected a {LIST}") from None
-        if not labels:
-            raise UserError(f"{source}: no image in it; expected a {LIST}")
-        self.most = max(labels) + 1 if first else self.most
-        present = set(labels)
-        empty = next((label for label in range(self.most) if label not in present), None)
-        if empty is not None:
+            lines = lines or source.read_text(encoding="utf-8-sig").rstrip().split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            why = getattr(error, "strerror", "no text in UTF-8")
+            expected = "expected a list, lines `relative/path label`"
+            raise UserError(f"{source}: {why}; {expected}") from error
+        rows = [self._row(line, f"{source}:{k}") for k, line in enumerate(lines, 1)]
+        paths, labels = zip(*rows, strict=True)
+        self.most, present = max(labels) + 1 if first else self.most, set(labels)
+        empty = next(label for label in itertools.count() if label not in present)
+        if empty < self.most:
             name = f"label {empty} ({self.folder_of.get(empty, 'of no list')}) has no image"
             raise UserError(f"{source}: {name}; every label 0..{self.most - 1} needs one")
         classes = [self.folder_of[label] for label in range(self.most)]
@@ -717,8 +689,7 @@ def list_paths(info: SetInfo, root: Path, ratio: float | None) -> dict[str, Path
     if ratio is not None and info.name != "mini_imagenet_lt":
         why = f"long-tailed as they are: --imb-ratio {ratio:g} makes no sense"
         raise UserError(f"{info.name} has published lists, {why}")
-    ratio = 100 if ratio is None else ratio
-    return {split: root / name.format(f"{ratio:g}") for split, name in info.lists.items()}
+    return {split: root / name.format(f"{ratio or 100:g}") for split, name in info.lists.items()}
 
 
 def listed_sets(info: SetInfo, data_root: str | Path, ratio: float | None = None) -> dict[str, Set]:
@@ -730,8 +701,7 @@ def listed_sets(info: SetInfo, data_root: str | Path, ratio: float | None = None
     reader, sets = ListReader(root, None if mini else info.num_classes, disjoint=mini), {}
     for split, source in sources.items():
         if not source.exists():
-            ratio = sources["train"].stem[len("train_ir") :]
-            make = f"mini --imb-ratio {ratio}" if mini else f"lists --dataset {info.name}"
+            make = f"mini --imb-ratio {ratio or 100:g}" if mini else f"lists --dataset {info.name}"
             make = f"`python -m tools.prepare {make}` puts it there"
             raise UserError(f"{info.name}: {source} is missing; {make}; {expected}")
         name = source.stem if mini else split  # train_ir100, val, test
@@ -745,9 +715,9 @@ def find(dataset: str) -> SetInfo:
     if dataset in DATASETS:
         return dataclasses.replace(DATASETS[dataset])
     with permitted(path):
-        if path.is_dir() or (path.suffix == ".npz" and path.is_file()):
-            return SetInfo(path.resolve().name if path.is_dir() else path.stem)
-        there = path.exists()
+        folder, there = path.is_dir(), path.exists()
+    if folder or (path.suffix == ".npz" and there):
+        return SetInfo(path.resolve().name if folder else path.stem)
     if there or path.suffix == ".npz" or os.sep in str(dataset):
         raise UserError(f"data set {dataset}: no such folder or .npz; expected {PATH_LAYOUT}")
     known = f"known: {', '.join(DATASETS)}; or the path of {PATH_LAYOUT}"
@@ -769,13 +739,13 @@ def peek_image_size(dataset: str, data_root="data", image_size: int | None = Non
 def load_pool(dataset: str, root="data", image_size=None, files=False, ratio=None) -> Splits:
     """Training pool, test set and own validation set or None, before any long tail.
 
-    `image_size` resizes the short side and crops the centre; needed where images differ in size or
-    exceed 64 px. `files`: the images of large sets (the known ones, and class folders at a size
-    above 64 px) stay files; `ratio` names the training list where a set has several.
+    `image_size` resizes the short side and crops the centre. `files`: the images of large sets (the
+    known ones, and class folders at a size above 64 px) may stay files. `ratio` names the training
+    list where a set has several.
     """
     info, path, known = find(dataset), Path(dataset), dataset in DATASETS
     large = info.lists or (path.is_dir() and not known and (image_size or 0) > MAX_SIZE)
-    if (large and not files) or not (large or 1 <= (image_size or 1) <= MAX_SIZE):
+    if (large and not files) or not (large or (image_size or 1) <= MAX_SIZE):
         wanted = f"needs images of at most {MAX_SIZE} px, held in memory"
         raise UserError(f"{dataset} at image size {image_size or info.size}: this {wanted}")
     if large:
@@ -792,31 +762,27 @@ def load_pool(dataset: str, root="data", image_size=None, files=False, ratio=Non
         sets = {split: in_memory(part, image_size) for split, part in sets.items()}
     else:
         sets = npz_sets(path, image_size, info)
-    info.num_classes, info.size = len(sets["train"].classes), sets["train"].size
     return Splits(sets["train"], sets["test"], sets.get("val"), info)
 
 
 def load(args) -> Splits:
     """Train, test and validation set as the shared flags ask for.
 
-    `--imb-ratio` left alone: the set's default (100), or as it is for a path. A path is made
-    long-tailed over its classes sorted by name, with the largest head for which no class runs out.
-    Published lists stay as they are, mini_imagenet_lt has a list of each ratio. `--select val`: the
-    set's own validation images, else a tenth of each class of the long-tailed training set,
-    removed from it, drawn by a generator of the data seed (at least one image of every class that
-    has two); `--select test`: the test set itself.
+    `--imb-ratio` left alone: the set's default, or as it is for a path. A path is made long-tailed
+    over its classes sorted by name, with the largest head for which no class runs out. Published
+    lists stay as they are, mini_imagenet_lt has one of each ratio. `--select val`: the set's own
+    validation images, else a `holdout` taken from the long-tailed training set; `--select test`:
+    the test set itself.
     """
     dataset, ratio, seed = args.dataset, args.imb_ratio, args.data_seed
     select = getattr(args, "select", None)
     if dataset in LISTED and seed:
         why = "its lists decide which images"
         raise UserError(f"--data-seed {seed} makes no sense for {dataset}: {why}")
-    long_tail_counts(1, 1, 1.0 if ratio is None else ratio, args.imb_type)  # refuses bad ones
     data = load_pool(dataset, args.data_root, args.image_size, files=True, ratio=ratio)
     if data.num_classes < 2:
-        raise UserError(
-            f"{dataset} has one class, {data.classes[0]!r}: there is none to tell it from"
-        )
+        why = f"has one class, {data.classes[0]!r}: there is none to tell it from"
+        raise UserError(f"{dataset} {why}")
     if ratio is None or dataset in LISTED:
         ratio = data.info.ratio
     if ratio is None and args.imb_type != "exp":
@@ -840,17 +806,17 @@ def load(args) -> Splits:
 
 def profile(data: Splits, ratio: float, kind: str) -> list[int]:
     """Class counts [C] of the long-tailed subset; UserError when a class would have no image."""
-    sizes, info = data.counts, data.info
+    sizes, info = np.array(data.counts), data.info
     order = list(info.class_order or range(len(sizes)))
-    n_max = info.n_max or largest_head([sizes[c] for c in order], ratio, kind)
-    counts = [0] * len(sizes)
-    for c, n in zip(order, long_tail_counts(len(sizes), n_max, ratio, kind), strict=True):
-        counts[c] = n
-        if n == 0:
-            lost = f"class {data.classes[c]!r} with 0 of its {sizes[c]} images"
-            head = f"(largest class: {n_max:g}); give a smaller --imb-ratio"
-            raise UserError(f"imbalance ratio {ratio:g} leaves {lost} {head}")
-    return counts
+    n_max = info.n_max or largest_head(sizes[order], ratio, kind)
+    counts = np.zeros_like(sizes)
+    counts[order] = long_tail_counts(len(sizes), n_max, ratio, kind)
+    if not counts.all():
+        c = next(c for c in order if not counts[c])
+        lost = f"class {data.classes[c]!r} with 0 of its {sizes[c]} images"
+        head = f"(largest class: {n_max:g}); give a smaller --imb-ratio"
+        raise UserError(f"imbalance ratio {ratio:g} leaves {lost} {head}")
+    return counts.tolist()
 
 
 # --- augmentation -----------------------------------------------------------------------------
@@ -863,18 +829,12 @@ BRIGHTNESS, CONTRAST, SATURATION = range(3)  # the colour operations that are bl
 CPU_CHUNK = 65536  # output pixels augmented at a time on a CPU: they stay in its cache
 
 
-def per_sample(values: Tensor) -> Tensor:
-    """[n] -> [n, 1, 1, 1], to be broadcast over images."""
-    return values.view(-1, 1, 1, 1)
+def crop_pad(x: Tensor, top: Tensor, left: Tensor, pad: int, size, flip=None) -> Tensor:
+    """Put `pad` zeros around the images and cut windows of `size` (rows, columns) at (top, left).
 
-
-def crop_pad(x: Tensor, top: Tensor, left: Tensor, pad: int, size=None, flip=None) -> Tensor:
-    """Put `pad` zeros around the images and cut windows of `size` (rows, columns; default H, W).
-
-    (top, left): their corners in the padded images. Mirrored left to right where `flip` is true.
+    Mirrored left to right where `flip` is true.
     """
-    n, channels, height, width = x.shape
-    rows, columns = size or (height, width)
+    (n, channels, _, width), (rows, columns) = x.shape, size
     row = top.long()[:, None] + torch.arange(rows, device=x.device)  # [n, rows]
     column = torch.arange(columns, device=x.device)
     if flip is not None:
@@ -905,10 +865,8 @@ def interpolation(start: Tensor, length: Tensor, extent: int, size: int, flip=No
 
 
 def resized_crop(x: Tensor, top, left, height, width, size: int, flip=None) -> Tensor:
-    """Cut windows height x width at (top, left), resize them to S x S, mirror where `flip` is true.
-
-    = V X U' with a small V and U of each sample.
-    """
+    """Cut windows height x width at (top, left), resize them to S x S, mirror where `flip` is true:
+    V X U' with a small V and U of each sample."""
     n, channels, rows, columns = x.shape
     down = interpolation(top, height, rows, size)  # V [n, S, H]
     across = interpolation(left, width, columns, size, flip)  # U [n, S, W]
@@ -920,15 +878,14 @@ def blend_(x: Tensor, own: Tensor, grey: Tensor, mean: Tensor) -> Tensor:
     """x <- clamp(own * x + grey * grey of the pixel + mean * mean grey of the image), in place.
 
     For a factor f the weights are (f, 0, 0) for brightness, (f, 0, 1 - f) for contrast,
-    (f, 1 - f, 0) for saturation; (0, 1, 0) makes grey: one call where samples differ in operation.
+    (f, 1 - f, 0) for saturation; (0, 1, 0) makes grey. Samples may differ in operation.
     """
-    if len(x) == 0:
-        return x
     red, green, blue = x.split(1, dim=1)
     luma = (red * GREY[0]).add_(green, alpha=GREY[1]).add_(blue, alpha=GREY[2])  # [n, 1, H, W]
     average = luma.mean((1, 2, 3), keepdim=True)
-    luma.mul_(per_sample(grey)).add_(average.mul_(per_sample(mean)))
-    return torch.addcmul(luma, x, per_sample(own), out=x).clamp_(0, 1)
+    own, grey, mean = (weight.view(-1, 1, 1, 1) for weight in (own, grey, mean))
+    luma.mul_(grey).add_(average.mul_(mean))
+    return torch.addcmul(luma, x, own, out=x).clamp_(0, 1)
 
 
 def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
@@ -957,21 +914,13 @@ def gaussian_blur(x: Tensor, sigma: Tensor, kernel: int = 3) -> Tensor:
     radius = kernel // 2
     offset = torch.arange(-radius, radius + 1, device=x.device)
     weight = torch.softmax(-0.5 * (offset / sigma[:, None]) ** 2, dim=1)  # [n, kernel]
+    weight = weight.T[:, :, None, None, None]
     for axis, border in (3, (radius, radius, 0, 0)), (2, (0, 0, radius, radius)):
         length, padded = x.shape[axis], F.pad(x, border, mode="reflect")
-        x = padded.narrow(axis, 0, length) * per_sample(weight[:, 0])
+        x = padded.narrow(axis, 0, length) * weight[0]
         for tap in range(1, kernel):
-            x.addcmul_(padded.narrow(axis, tap, length), per_sample(weight[:, tap]))
+            x.addcmul_(padded.narrow(axis, tap, length), weight[tap])
     return x
-
-
-def normalise(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """(x - mean) / std; mean and std [3], one for each channel, on the device of x."""
-    if not x.is_contiguous(memory_format=torch.channels_last):
-        return (x - mean.view(3, 1, 1)).div_(std.view(3, 1, 1))
-    rows = x.permute(0, 2, 3, 1).flatten(2)  # [n, H, 3 W]: broadcasting over 3 is five times slower
-    rows = (rows - mean.repeat(x.shape[3])).div_(std.repeat(x.shape[3]))
-    return rows.unflatten(2, (-1, 3)).permute(0, 3, 1, 2)
 
 
 def uniforms(n: int, rng: torch.Generator) -> Tensor:
@@ -999,10 +948,8 @@ def crop_windows(u: np.ndarray, height: int, width: int, scale, ratio) -> np.nda
 
 @dataclass
 class Draws:
-    """The random parameters of n samples as one float32 matrix (integers are exact) [n, 15].
-
-    A rank takes its rows, one copy brings them to the device. `draws[name]` is [n] or [n, 3].
-    """
+    """The random parameters of n samples as one float32 matrix (integers are exact) [n, 15], so
+    that one copy brings them to the device. `draws[name]` is [n] or [n, 3]."""
 
     table: Tensor
 
@@ -1057,33 +1004,26 @@ class Augment:
     def __post_init__(self):
         if self.crop not in ("none", "pad", "resized"):
             raise ValueError(f"crop must be none, pad or resized, not {self.crop!r}")
-        if min(self.jitter) < 0 or self.jitter[3] > 0.5:
-            raise ValueError(f"jitter must be at least 0 and hue at most 0.5, not {self.jitter}")
-        kernel = self.blur_kernel
-        odd = kernel % 2 and kernel // 2 < self.size
-        if self.blur_p > 0 and (not odd or self.blur_sigma[0] <= 0):
-            wanted = f"an odd kernel below {2 * self.size} and sigma > 0"
-            raise ValueError(f"blur needs {wanted}, not {kernel}, {self.blur_sigma}")
+        if self.blur_kernel % 2 == 0:
+            raise ValueError(f"blur needs an odd kernel, not {self.blur_kernel}")
         self.pad *= self.crop == "pad"
         self.statistics = torch.tensor([self.mean or (0.0,) * 3, self.std or (1.0,) * 3])
 
     def draw(self, n: int, rng: torch.Generator, height: int, width: int) -> Draws:
-        """Parameters for n images of height x width pixels.
+        """Parameters for n images of height x width pixels, from the next numbers of `rng`."""
+        return self.draws_of(uniforms(n, rng), height, width)
 
-        The generator gives the same numbers whatever is switched on: recipes that differ in the
-        jitter alone see the same crops.
-        """
-        u = uniforms(n, rng)
+    def draws_of(self, u: Tensor, height: int, width: int) -> Draws:
+        """The parameters that `uniforms` [37, n] make, each from its own, whatever is switched on:
+        recipes that differ in the jitter alone see the same crops."""
+        n = u.shape[1]
         if self.crop == "resized":
             window = crop_windows(u[:22].numpy(), height, width, self.scale, self.ratio)
             window = torch.from_numpy(window)
         else:
-            room = height + 2 * self.pad - self.size, width + 2 * self.pad - self.size
-            if min(room) < 0 or (self.crop == "none" and max(room) > 0):
-                what = f"{self.size} px squares of {height} x {width} px images"
-                raise ValueError(f"crop={self.crop!r} cannot make {what}")
-            corner = ((room[axis] + 1) * u[20 + axis] for axis in (0, 1))
-            window = *(c.floor() for c in corner), *torch.full((2, n), self.size)
+            room = torch.tensor([[height], [width]]) + 2 * self.pad - self.size
+            corner = ((room + 1) * u[20:22]).floor()
+            window = *corner, *torch.full((2, n), self.size)
         operation = u[28:31].argsort(0)  # [3, n]
         strength = torch.tensor(self.jitter, dtype=u.dtype)
         low, high = (1 - strength).clamp(min=0)[operation], (1 + strength)[operation]
@@ -1102,39 +1042,33 @@ class Augment:
 
         Sorted by the place of hue, samples without jitter last, each step concerns one slice.
         """
-        n, device, table = len(images), images.device, draws.table
-        if n != len(table) or images.dtype != torch.uint8:
-            found = f"{n} {images.dtype} images and draws for {len(table)}"
-            raise ValueError(f"{found}: need uint8 and equal numbers")
-        busy = self.flip or max(self.jitter) or self.grey or self.blur_p or self.blur_floor
-        if self.crop == "none" and not busy:
-            return self._normalised(images)
+        n, device, size = len(images), images.device, self.size
         order = draws["hue_place"].argsort(stable=True)
         ends = torch.bincount(draws["hue_place"].long(), minlength=5).cumsum(0)[:4]
-        table, sort = table[order], bool(ends[3])  # ends[p]: samples of place <= p
+        table, sort = draws.table[order], bool(ends[3])  # ends[p]: samples of place <= p
         there = to_device(torch.cat([table, order[:, None]], 1), device)
-        order, self.statistics = there[:, -1].long(), self.statistics.to(device)
-        layout = {"device": device, "memory_format": torch.channels_last}
-        out = torch.empty(n, 3, self.size, self.size, **layout)
-        chunk = max(1, CPU_CHUNK // self.size**2 if device.type == "cpu" else n)
+        order = there[:, -1].long()
+        self.statistics = self.statistics.to(device)
+        mean, std = self.statistics.repeat(1, size)
+        out = torch.empty(n, size, 3 * size, device=device)
+        drawn = self.flip or max(self.jitter) or self.grey or self.blur_p or self.blur_floor
+        if self.crop == "none" and not drawn:  # evaluation, and images cut by workers
+            few = 8 if device.type == "cpu" else n
+            whole = images.permute(0, 2, 3, 1).flatten(2)
+            for x, y in zip(whole.split(few), out.split(few), strict=True):
+                y.copy_(x).div_(255).sub_(mean).div_(std)
+            return out.unflatten(2, (size, 3)).permute(0, 3, 1, 2)
+        chunk = max(1, CPU_CHUNK // size**2) if device.type == "cpu" else n
         for start in range(0, n, chunk):
             part = slice(start, start + chunk)
-            raw = images.index_select(0, order[part]) if sort else images[part]
+            rows = order[part] if sort else part
+            raw = images.index_select(0, rows) if sort else images[rows]
             blurred = Draws(table[part])["sigma"].nonzero()[:, 0]
             inside = (ends - start).clamp(0, len(raw)).tolist()
             x = self._chain(raw, Draws(there[part]), inside, blurred)
-            out[order[part] if sort else part] = normalise(x, *self.statistics)
-        return out
-
-    def _normalised(self, images: Tensor) -> Tensor:
-        """All there is to do where nothing is drawn: evaluation, and images cut already."""
-        out = torch.empty(images.shape, device=images.device, memory_format=torch.channels_last)
-        mean, std = (part.repeat(self.size) for part in self.statistics.to(images.device))
-        raw, rows = (x.permute(0, 2, 3, 1).flatten(2) for x in (images, out))  # [n, S, 3 S]; a view
-        few = zip(raw.split(8), rows.split(8), strict=True)  # stay in the cache of a CPU
-        for x, y in few if images.device.type == "cpu" else [(raw, rows)]:
-            y.copy_(x).div_(255).sub_(mean).div_(std)
-        return out
+            x = x.permute(0, 2, 3, 1).flatten(2)  # to broadcast over 3 alone is five times slower
+            out[rows] = x.sub_(mean).div_(std)
+        return out.unflatten(2, (size, 3)).permute(0, 3, 1, 2)
 
     def _chain(self, images: Tensor, draws: Draws, ends: list[int], blurred: Tensor) -> Tensor:
         """In [0, 1]; the first ends[p] have hue place <= p, `blurred` (on the CPU) a blur."""
@@ -1148,16 +1082,8 @@ class Augment:
                 images = crop_pad(images, *corner, self.pad, (size, size), flip)
             x = images.float().div_(255)
 
-        factor, operation = draws["factor"], draws["operation"]
-        grey = (1 - factor) * (operation == SATURATION)
-        mean = (1 - factor) * (operation == CONTRAST)
-        for blend, end in enumerate(ends[:3]):  # those that come before hue
-            part = slice(end, ends[3])
-            blend_(x[part], factor[part, blend], grey[part, blend], mean[part, blend])
-        if self.jitter[3] > 0:
-            x[: ends[3]] = adjust_hue(x[: ends[3]], draws["hue"][: ends[3]])
-        for blend, end in enumerate(ends[:3]):  # those that come after it
-            blend_(x[:end], factor[:end, blend], grey[:end, blend], mean[:end, blend])
+        if ends[3]:
+            self._jitter(x[: ends[3]], Draws(draws.table[: ends[3]]), ends[:3])
         if self.grey > 0:
             blend_(x, 1 - draws["grey"], draws["grey"], 0 * draws["grey"])
 
@@ -1169,6 +1095,18 @@ class Augment:
         if self.blur_floor:
             x = x.mul_(255).add_(1e-3).floor_().div_(255)
         return x
+
+    def _jitter(self, x: Tensor, draws: Draws, ends: list[int]) -> None:
+        """The blends and hue, in place; the first ends[p] have hue after at most p blends."""
+        factor, operation = draws["factor"], draws["operation"]
+        grey = (1 - factor) * (operation == SATURATION)
+        mean = (1 - factor) * (operation == CONTRAST)
+        for blend, end in enumerate(ends):  # those that come before hue
+            blend_(x[end:], factor[end:, blend], grey[end:, blend], mean[end:, blend])
+        if self.jitter[3] > 0:
+            x[:] = adjust_hue(x, draws["hue"])
+        for blend, end in enumerate(ends):  # those that come after it
+            blend_(x[:end], factor[:end, blend], grey[:end, blend], mean[:end, blend])
 
 
 # --- samplers ---------------------------------------------------------------------------------
@@ -1196,25 +1134,21 @@ def class_aware_order(labels: np.ndarray, length: int, each: int, seed: int, vis
     keys hashed from (seed, class, number of the permutation, position): no part needs another.
     """
     pools = [pool for pool in class_positions(labels, int(labels.max()) + 1) if len(pool)]
-    sizes = np.array([len(pool) for pool in pools])
     visits = visit + np.arange(-(-length // each))
-    first, last = visits[0] // len(pools), visits[-1] // len(pools)
-    cycles = np.arange(first, last + 1)[:, None]
+    cycle, place = np.divmod(visits, len(pools))
+    cycles = np.arange(cycle[0], cycle[-1] + 1)[:, None]
     turn = np.argsort(_hash(seed, 0, cycles, np.arange(len(pools))), axis=1, kind="stable")
-    visited = turn[visits // len(pools) - first, visits % len(pools)]
-
-    # In cycle k a class delivers the items k S .. k S + S - 1 of its stream (S = each); item p lies
-    # in permutation p // n_c.
-    begin = first * each // sizes
-    lengths = sizes * (((last + 1) * each - 1) // sizes - begin + 1)
-    starts = np.cumsum(lengths) - lengths
-    owner = np.repeat(np.arange(len(pools)), lengths)
-    items = np.arange(lengths.sum()) + (begin * sizes - starts)[owner]
-    number, within = np.divmod(items, sizes[owner])
-    member = within[np.lexsort((_hash(seed, 1, owner, number, within), number, owner))]
-    stream = np.concatenate(pools)[(np.cumsum(sizes) - sizes)[owner] + member]
-    items = visits[:, None] // len(pools) * each + np.arange(each)
-    return stream[(starts - begin * sizes)[visited][:, None] + items].reshape(-1)[:length]
+    visited = turn[cycle - cycle[0], place]  # the class of every visit
+    order = np.empty((len(visits), each), np.int64)
+    for c, at in enumerate(class_positions(visited, len(pools))):
+        if len(at):
+            items = cycle[at, None] * each + np.arange(each)  # of the class's own stream
+            number, within = np.divmod(items, len(pools[c]))
+            numbers = np.arange(number[0, 0], number[-1, -1] + 1)[:, None]
+            keys = _hash(seed, 1, c, numbers, np.arange(len(pools[c])))
+            permuted = np.argsort(keys, axis=1, kind="stable")
+            order[at] = pools[c][permuted[number - number[0, 0], within]]
+    return order.reshape(-1)[:length]
 
 
 def sampler_order(sampler: str, labels, length: int, seed: int, epoch: int, **options):
@@ -1262,61 +1196,48 @@ def crop_window(u: Sequence[float], height: int, width: int, scale, ratio) -> tu
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def cut(pixels: np.ndarray, window: Ints, size: int) -> Tensor:
-    """The window (top, left, height, width) resized to uint8 [S, S, 3], bilinear, antialiased.
-
-    As torchvision's on a Pillow image but for rounding (one of 255 levels), three times as fast.
-    """
-    top, left, height, width = window
-    part = pixels[top : top + height, left : left + width]
-    x = torch.from_numpy(part)[None].permute(0, 3, 1, 2)  # uint8 and channels-last: the fast path
-    x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
-    return x[0].permute(1, 2, 0)
-
-
 @dataclass
 class Reader:
-    """What a worker does: a task of `Loader.tasks` -> uint8 [V b, S, S, 3].
+    """What a worker does: (rows [b], uniform numbers [23, V b]) -> uint8 [V b, S, S, 3].
 
-    side: the short side of
-    which the centre is cut; None: the windows and flips that `augment` draws for the batch. An
+    side: the short side of which the centre is cut; None: windows and flips as `augment` draws
+    them, resized as torchvision does a Pillow image but for rounding, three times as fast. An
     image that cannot be read gives (row, why) instead.
     """
 
     source: Files | Cache
     augment: Augment
-    views: int
-    seed: int
     side: int | None
 
     def __getitem__(self, task: tuple) -> Tensor | tuple[int, str]:
-        epoch, step, n, begin, rows = task
-        u = uniforms(self.views * n, generator(self.seed, "augment", epoch, step))[:23]
-        u = u.view(23, self.views, n)[:, :, begin : begin + len(rows)]
-        u = u.permute(2, 1, 0).tolist()  # [b, V, 23]
+        rows, u = task
+        u = u.reshape(23, -1, len(rows)).transpose(2, 1, 0).tolist()  # [b, V, 23]
         size = self.augment.size
-        out = torch.empty(self.views, len(rows), size, size, 3, dtype=torch.uint8)
+        out = torch.empty(len(u[0]), len(rows), size, size, 3, dtype=torch.uint8)
         if get_worker_info():  # what fails here is told; where the batch is sent it would not be
             out.share_memory_()
         for place, row in enumerate(rows.tolist()):
             try:
-                self.fill(out[:, place].numpy(), self.source.read(row), u[place])
+                self.fill(out[:, place], self.source.read(row), u[place])
             except MemoryError:
                 raise
             except Exception as error:  # Pillow's readers raise many kinds
                 return row, reason(error)
         return out.flatten(0, 1)
 
-    def fill(self, out: np.ndarray, pixels: np.ndarray, u: list) -> None:
+    def fill(self, out: Tensor, pixels: np.ndarray, u: list) -> None:
         """The views [V, S, S, 3] of one image from its uniform numbers [V, 23]."""
         a = self.augment
         if self.side:
-            out[:] = centre(pixels, self.side, a.size)
+            out[:] = torch.from_numpy(centre(pixels, self.side, a.size))
             return
         for view, numbers in zip(out, u, strict=True):
-            window = crop_window(numbers, *pixels.shape[:2], a.scale, a.ratio)
-            x = cut(pixels, window, a.size)
-            view[:] = (x.flip(1) if numbers[22] < a.flip else x).numpy()
+            top, left, height, width = crop_window(numbers, *pixels.shape[:2], a.scale, a.ratio)
+            x = torch.from_numpy(pixels[top : top + height, left : left + width])
+            x = x[None].permute(0, 3, 1, 2)  # uint8 and channels-last: the fast path
+            x = F.interpolate(x, (a.size, a.size), mode="bilinear", antialias=True)
+            x = x[0].permute(1, 2, 0)
+            view[:] = x.flip(1) if numbers[22] < a.flip else x
 
 
 def start_worker(worker: int) -> None:
@@ -1345,20 +1266,18 @@ def own_signals():
             signal.signal(signal.SIGCHLD, on_child)
 
 
-def decoded(reader: Reader, tasks: list[tuple], workers: int, pin: bool) -> Iterator:
+def decoded(reader: Reader, tasks: Iterable, workers: int, pin: bool) -> Iterator:
     """reader[task] of every task, by worker processes (0: here). RunError when one of them dies."""
     if workers == 0:
         yield from map(reader.__getitem__, tasks)
         return
     warnings.filterwarnings("ignore", "This DataLoader will create")  # --workers is the user's
-    options = {"num_workers": min(workers, len(tasks)), "worker_init_fn": start_worker}
+    options = {"num_workers": workers, "worker_init_fn": start_worker, "pin_memory": pin}
     options["generator"] = torch.Generator()  # or it would draw from the network's own
-    batches = DataLoader(reader, batch_size=None, sampler=tasks, pin_memory=pin, **options)
     try:
         with own_signals():
-            batches = iter(batches)
-        while (batch := next(batches, None)) is not None:
-            yield batch
+            batches = iter(DataLoader(reader, batch_size=None, sampler=tasks, **options))
+        yield from batches
     except (RuntimeError, OSError, EOFError) as error:
         why, hint = reason(error), "out of memory, or /dev/shm is full? try fewer --workers"
         for line in str(error).splitlines():
@@ -1403,8 +1322,7 @@ class Cache:
         return len(self.records)
 
     def match(self, part: Set) -> Cache:
-        """The images of a set, in its order; UserError where one is not there or labelled so."""
-        found, rows = copy.copy(self), np.arange(len(self))
+        """Keep the images of a set, in its order; UserError where one is missing or labelled so."""
         if self.fingerprint != part.fingerprint():
             known, names = {path: row for row, path in enumerate(self.paths)}, part.images.names
             rows = np.array([known.get(name, -1) for name in names])
@@ -1414,14 +1332,15 @@ class Cache:
                 there = f"label {self.labels[rows[row]]}" if rows[row] >= 0 else "no such image"
                 here = f"{names[row]} with label {part.labels[row]}"
                 raise UserError(f"cache {self.file} is of another list: {here} has {there} in it")
-        found.records, found.labels, found.paths = self.records[rows], self.labels[rows], None
-        return found
+            self.records, self.labels = self.records[rows], self.labels[rows]
+        self.paths = None  # of a million images they would be copied into every worker
+        return self
 
     def read(self, row: int) -> np.ndarray:
         """The stored pixels of an image, uint8 [H, W, 3]."""
         if self.pixels is None:
             self.pixels = np.memmap(self.file, np.uint8, "c")  # private: nothing is ever written
-        offset, height, width, *_ = self.records[row].tolist()
+        offset, height, width = self.records[row].tolist()
         return self.pixels[offset : offset + height * width * 3].reshape(height, width, 3)
 
 
@@ -1433,20 +1352,18 @@ class Loader:
     """Batches (views, labels, indices) of a set: pixels on the device, files, or a cache of them.
 
     views float32 [V, b, 3, S, S] (channels-last strides), labels int64 [b], indices int64 [b] =
-    positions in `dataset`; b is this rank's share of the global batch of `batch_size` items. Order
-    and augmentation are computed on the CPU for the global batch and shared out, so N ranks see
-    the images that one would. All is a function of (seed, epoch, step). `global_batch`: items of
-    the last batch over all ranks.
+    positions in `dataset`; b is this rank's share of the `global_batch` of `batch_size` items or
+    less. Order and augmentation are drawn for the global batch, by (seed, epoch, step) alone, and
+    shared out, so N ranks see the images that one would. `shard`: (rank, ranks).
 
     Training: every rank gets the same number of rows, what is left of a batch is cut, and a last
-    batch with less than two rows a rank is left out. Evaluation (`evaluation=True`: normalise only)
-    and sampler "sequential": every item exactly once over all ranks. `epoch_length`: items visited
-    in an epoch (default N). `shard`: (rank, ranks). q, beta, samples_per_class: `sampler_order`.
+    batch with less than two rows a rank is left out. Evaluation (normalise only) and sampler
+    "sequential": every item exactly once over all ranks. `epoch_length`: items visited (default N).
 
     Images in files: with crop "resized" the drawn window is cut and resized by `workers` processes
     (0: here), which changes nothing in the batches; else, and in evaluation, the short side
-    becomes S * 256 / 224 and the central S x S pixels are cut. An image that cannot be read ends
-    the iteration with a UserError, a worker that dies with a RunError.
+    becomes S * 256 / 224 and the central S x S pixels are cut. UserError: an image that cannot be
+    read; RunError: a worker dies.
     """
 
     dataset: Set
@@ -1461,8 +1378,6 @@ class Loader:
     evaluation: bool = False
     shard: tuple[int, int] | None = None
     q: float = 1.0
-    beta: float = 0.9999
-    samples_per_class: int = 4
     workers: int = 0
     cache: str | Path | None = None
 
@@ -1475,22 +1390,24 @@ class Loader:
             self.sampler = "sequential"
             self.augment = Augment(self.augment.size, self.augment.mean, self.augment.std)
         self.length = len(self.dataset) if self.epoch_length is None else self.epoch_length
-        fewest = 1 if self.sampler == "sequential" else self.ranks
+        self.least = 1 if self.sampler == "sequential" else self.ranks  # rows of a global batch
+        alone = self.sampler == "sequential" or self.batch_size < 2 * self.least
         full, tail = divmod(self.length, max(self.batch_size, 1))
-        once = self.sampler == "sequential" or self.batch_size < 2 * fewest
-        least = fewest if once else 2 * fewest  # batch norm cannot train on a lone image
-        self.steps = full + (tail >= least and (self.evaluation or not self.drop_last))
-        if self.steps < 1 or self.batch_size < fewest:
+        enough = tail >= self.least * (1 if alone else 2)  # no batch norm of a lone image
+        self.steps = full + (enough and not self.drop_last)
+        if self.steps < 1 or self.batch_size < self.least:
             what = f"no batch from {self.length} images on {self.ranks} rank(s)"
-            give = f"give --batch-size {fewest}..{self.length}"
+            give = f"give --batch-size {self.least}..{self.length}"
             raise UserError(f"batch size {self.batch_size}: {what}; {give}")
-        self.epoch, self.global_batch = 0, 0
-        self.reader = None if self.dataset.in_memory else self._make_reader()
-        self.images = self.dataset.images.to(self.device)
+        self.epoch, self.global_batch, self.reader = 0, 0, None
         self.device_labels = self.dataset.labels.to(self.device)
+        if self.dataset.in_memory:
+            self.images = self.dataset.images.to(self.device)
+        else:
+            self._read_files()
 
-    def _make_reader(self) -> Reader:
-        """For images in files; what is left to `augment` afterwards draws the same numbers."""
+    def _read_files(self) -> None:
+        """Make the reader; what is left to `augment` afterwards draws the same numbers."""
         whole, windows, source = self.augment, self.augment.crop == "resized", self.dataset.images
         side = round(whole.size * 256 / 224)
         if self.cache is not None:
@@ -1501,7 +1418,7 @@ class Loader:
                 raise UserError(f"cache {self.cache} {what}: {make} or give a smaller --image-size")
         if windows:
             self.augment = dataclasses.replace(whole, crop="none", flip=0.0)
-        return Reader(source, whole, self.views, self.seed, None if windows else side)
+        self.reader = Reader(source, whole, None if windows else side)
 
     def __len__(self) -> int:
         return self.steps
@@ -1512,83 +1429,67 @@ class Loader:
 
     def order(self, epoch: int) -> np.ndarray:
         """Positions int64 [epoch_length] visited in this epoch, over all ranks."""
-        options = {"q": self.q, "beta": self.beta, "samples_per_class": self.samples_per_class}
-        return sampler_order(self.sampler, self.labels, self.length, self.seed, epoch, **options)
+        return sampler_order(self.sampler, self.labels, self.length, self.seed, epoch, q=self.q)
 
-    def share(self, step: int) -> tuple[int, int, int]:
-        """Items of the global batch of this step, and where this rank's share begins and ends."""
-        n = min(self.batch_size, self.length - step * self.batch_size)
-        n -= n % (1 if self.sampler == "sequential" else self.ranks)
-        return n, n * self.rank // self.ranks, n * (self.rank + 1) // self.ranks
+    def tasks(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(n, rows [b], uniform numbers [37, V b]) of this rank's share of every batch of n items.
 
-    def tasks(self) -> list[tuple]:
-        """(epoch, step, n, begin, rows) of the batches in which this rank has a share.
-
-        n items of the global batch before it is cut; the `rows` [b] of this rank begin at `begin`.
+        The numbers are drawn before the batch is cut to `least`; a share may be empty in the end.
         """
-        order, found = self.order(self.epoch), []
-        for step in range(self.steps):
-            whole = order[step * self.batch_size :][: self.batch_size]
-            _, begin, end = self.share(step)
-            if begin < end:
-                found.append((self.epoch, step, len(whole), begin, whole[begin:end]))
-        return found
+        epoch, order = self.epoch, torch.from_numpy(self.order(self.epoch))
+        for step, whole in enumerate(order.split(self.batch_size)[: self.steps]):
+            n = len(whole) - len(whole) % self.least
+            mine = slice(n * self.rank // self.ranks, n * (self.rank + 1) // self.ranks)
+            u = uniforms(self.views * len(whole), generator(self.seed, "augment", epoch, step))
+            u = u.unflatten(1, (self.views, len(whole)))[:, :, mine].flatten(1)
+            if len(whole[mine]):
+                yield n, whole[mine], u
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        tasks = self.tasks()
-        with contextlib.closing(self._pixels(tasks)) as batches:
-            for (epoch, step, n, begin, rows), images in zip(tasks, batches, strict=True):
-                rng = generator(self.seed, "augment", epoch, step)
-                draws = self.augment.draw(self.views * n, rng, *images.shape[2:]).table
-                draws = draws.unflatten(0, (self.views, n))[:, begin : begin + len(rows)]
-                x = self.augment(images, Draws(draws.flatten(0, 1)))
-                rows = to_device(torch.from_numpy(rows), self.device)
-                self.global_batch = self.share(step)[0]
-                yield x.unflatten(0, (self.views, len(rows))), self.device_labels[rows], rows
-
-    def _pixels(self, tasks: list[tuple]) -> Iterator[Tensor]:
-        """uint8 [V b, 3, H, W] on the device for every task."""
+    def _raw(self) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+        """`tasks` with the rows on the device, and the images there, uint8 [V b, 3, H, W]."""
         if self.reader is None:
-            for *_, rows in tasks:
-                rows = to_device(torch.from_numpy(rows), self.device)
-                yield self.images.index_select(0, rows.repeat(self.views))
+            for n, rows, u in self.tasks():
+                rows = to_device(rows, self.device)
+                yield n, rows, u, self.images.index_select(0, rows.repeat(self.views))
             return
-        pin = self.device.type == "cuda"
-        with contextlib.closing(decoded(self.reader, tasks, self.workers, pin)) as batches:
-            for found in batches:
+        tasks, ahead = itertools.tee(self.tasks())
+        sent = ((rows.numpy(), u[:23].numpy()) for _, rows, u in ahead)
+        workers, pin = min(self.workers, self.steps), self.device.type == "cuda"
+        with contextlib.closing(decoded(self.reader, sent, workers, pin)) as batches:
+            for (n, rows, u), found in zip(tasks, batches, strict=True):
                 if isinstance(found, (tuple, list)):
                     raise unreadable(self.dataset, *found)
-                yield found.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+                images = found.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+                yield n, to_device(rows, self.device), u, images
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for n, rows, u, images in self._raw():
+            x = self.augment(images, self.augment.draws_of(u, *images.shape[2:]))
+            self.global_batch = n
+            yield x.unflatten(0, (self.views, len(rows))), self.device_labels[rows], rows
 
 
-def loader(args, dataset: Set, batch_size: int, *, augment=None, seed=None, **options) -> Loader:
+def loader(args, dataset: Set, batch_size: int, *, augment=None, seed=(), **options) -> Loader:
     """The loader of a set with the shared flags; options: those of `Loader`.
 
-    augment: an `Augment`, or a dict of its options by name (size, mean and std are the set's).
-    seed: a number, or a key of several such as (args.seed, "tsc"); default args.seed.
+    augment: options of `Augment` by name; size, mean and std are the set's. seed: a key such as
+    (args.seed, "tsc"), without one args.seed.
     """
-    if not isinstance(augment, Augment):
-        usual = {"size": dataset.size, "mean": dataset.info.mean, "std": dataset.info.std}
-        augment = Augment(**usual | (augment or {}))
-    seed = args.seed if seed is None else seed
-    seed = derive_seed(*seed) if isinstance(seed, tuple) else seed
-    if not dataset.in_memory:
-        options["workers"] = args.workers
-        if args.cache:
-            root = getattr(args, "cache_dir", None) or args.data_root
-            options["cache"] = Path(root, args.dataset, f"cache{args.cache}", dataset.split)
-    elif args.cache:
+    usual = {"size": dataset.size, "mean": dataset.info.mean, "std": dataset.info.std}
+    options |= {"seed": derive_seed(*seed) if seed else args.seed, "device": args.device}
+    if args.cache and dataset.in_memory:
         why = "its images are in memory"
         raise UserError(f"--cache makes no sense for --dataset {args.dataset}: {why}")
-    return Loader(dataset, batch_size, augment, **{"seed": seed, "device": args.device} | options)
+    if args.cache:
+        place = Path(args.cache_dir or args.data_root, args.dataset)
+        options["cache"] = place / f"cache{args.cache}" / dataset.split
+    augment = Augment(**usual | (augment or {}))
+    return Loader(dataset, batch_size, augment, workers=args.workers, **options)
 
 
-def evaluation_loader(args, dataset: Set, statistics: tuple | None = None, size=None) -> Loader:
-    """Every image once, normalised only, by (mean, std); default: those of the set."""
-    mean, std = statistics or (dataset.info.mean, dataset.info.std)
-    augment = Augment(size or dataset.size, mean, std)
-    batch = 1000 if dataset.in_memory else 250
-    return loader(args, dataset, batch, augment=augment, evaluation=True)
+def evaluation_loader(args, dataset: Set, **options) -> Loader:
+    """Every image once, normalised only."""
+    return loader(args, dataset, 1000 if dataset.in_memory else 250, evaluation=True, **options)
 
 
 # --- what a script judges by and ends with --------------------------------------------------------
@@ -1610,32 +1511,27 @@ def examine(args, net: nn.Module, data: Splits, stage: str, *names: str) -> None
     if (checkpoint["script"], checkpoint["stage"]) != (script, stage):
         found = f"{checkpoint['script']}.py, stage {checkpoint['stage']}"
         raise UserError(f"{args.eval} is of {found}; {script}.py evaluates {stage}.pt")
-    about, known = data.about | checkpoint["info"], "classes" in checkpoint["info"]
-    names = ("backbone", *names) if known else ("dataset", "backbone", *names)
-    test = in_order(data.test, about["classes"], args.eval)
+    about, test = checkpoint["info"], data.test
+    if odd := sorted(set(test.classes) ^ set(about["classes"])):
+        raise UserError(f"{args.eval} is of other classes: only one of the two knows {odd[0]!r}")
     if data.image_size != about["size"]:
         sizes = f"is of {about['size']} px, --dataset {args.dataset} has {data.image_size}"
         raise UserError(f"{args.eval} {sizes}; give --image-size {about['size']}")
-    common.check_same(args.eval, checkpoint["args"], common.result_args(args), names)
+    now = common.result_args(args)
+    common.check_same(args.eval, checkpoint["args"], now, ("backbone", *names))
     common.load_weights(net, checkpoint["state"]["model"], args.eval)
-    statistics = about["mean"], about["std"]
+    place = torch.tensor([about["classes"].index(name) for name in test.classes])
+    info = dataclasses.replace(test.info, mean=about["mean"], std=about["std"])
+    own = {"labels": place[test.labels], "classes": about["classes"], "info": info}
+    test = dataclasses.replace(test, **own)
     if args.predict:
-        return predict(args, net, test, statistics)
-    loader = evaluation_loader(args, test, statistics)
-    common.tell_figures(args, checkpoint, common.figures(args, net, loader, about["counts"]))
-
-
-def in_order(part: Set, classes: Sequence[str], source: str) -> Set:
-    """The set with labels as in `classes`, which must be its own in some order."""
-    if odd := sorted(set(part.classes) ^ set(classes)):
-        raise UserError(f"{source} is of other classes: only one of the two knows {odd[0]!r}")
-    place = {name: label for label, name in enumerate(classes)}
-    labels = torch.tensor([place[name] for name in part.classes])[part.labels]
-    return dataclasses.replace(part, labels=labels, classes=list(classes))
+        return predict(args, net, test)
+    found = common.figures(args, net, evaluation_loader(args, test), about["counts"])
+    common.tell_figures(args, checkpoint, found)
 
 
 @torch.inference_mode()
-def predict(args, net: nn.Module, like: Set, statistics: tuple) -> None:
+def predict(args, net: nn.Module, like: Set) -> None:
     """`--predict FOLDER`: path, class and probability of the three likeliest of every image in it.
 
     Prepared like the images of a set; written as <out>/<script>/examined/predict-<folder>.csv.
@@ -1649,27 +1545,25 @@ def predict(args, net: nn.Module, like: Set, statistics: tuple) -> None:
     kept = {"images": Files(folder, names), "labels": none, "indices": none, "classes": ["?"]}
     part = dataclasses.replace(like, **kept)
     part = in_memory(part, like.size) if like.in_memory else part
-    ranked, options = [], {"evaluation": True, "shard": (0, 1), "workers": args.workers}
-    augment = Augment(like.size, *statistics)
-    for views, _, _ in Loader(part, 250, augment, device=args.device, **options):
+    args.cache = None  # which is of other images
+    rows, likeliest = [], min(3, len(like.classes))
+    for views, _, _ in evaluation_loader(args, part, shard=(0, 1)):
         with common.autocast(args):
             logits = net(views[0])
-        values, labels = logits.float().softmax(1).topk(min(3, len(like.classes)))
-        ranked += zip(values.tolist(), labels.tolist(), strict=True)
-    text = io.StringIO()
-    table = csv.writer(text)
-    head = [f"{what}_{k + 1}" for k in range(labels.shape[1]) for what in ("class", "probability")]
-    table.writerow(["path", *head])
-    for name, (chances, found) in zip(names, ranked, strict=True):
-        row = [folder / name]
-        for chance, label in zip(chances, found, strict=True):
-            row += [like.classes[label], f"{chance:.6f}"]
-        table.writerow(row)
+        chances, labels = logits.float().softmax(1).topk(likeliest)
+        for pair in zip(labels.tolist(), chances.tolist(), strict=True):
+            cells = ((like.classes[c], f"{p:.6f}") for c, p in zip(*pair, strict=True))
+            rows.append(list(itertools.chain(*cells)))
     examined = Path(args.out, Path(sys.argv[0]).stem, "examined")
     path = examined / f"predict-{folder.resolve().name}.csv"
     if common.is_main():
-        common.make_folder(examined)
+        text, head = io.StringIO(), ["path"]
+        for k in range(1, likeliest + 1):
+            head += [f"class_{k}", f"probability_{k}"]
+        pairs = zip(names, rows, strict=True)
+        csv.writer(text).writerows([head, *([folder / name, *row] for name, row in pairs)])
         content = text.getvalue().encode(errors="surrogateescape")
+        common.make_folder(examined)
         common.write_atomic(path, lambda file: file.write(content))
         print(f"wrote {path}: {len(names)} images")
     common.barrier()
@@ -1685,8 +1579,7 @@ def finish(run: common.Run, net: nn.Module, data: Splits, stage: str, **result) 
     if run.result:
         return run.show()
     if not run.rows or run.rows[-1]["stage"] != stage:  # --stages ended before it
-        return run.finish(
-            classes=data.classes, counts=data.counts, image_passes=run.passes, **result
-        )
+        known = {"classes": data.classes, "counts": data.counts, "image_passes": run.passes}
+        return run.finish(**known, **result)
     full = common.figures(args, net, evaluation_loader(args, data.test), data.counts)
     run.finish(**common.outcome(run, stage, full, data.classes, data.counts), **result)

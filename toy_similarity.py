@@ -339,7 +339,7 @@ def examine(args, data, net: models.Net) -> None:
     if mine == theirs:
         net.load_state_dict(state)
     if args.predict and mine == theirs:
-        return data_lt.predict(args, net, data.test, (data.mean, data.std))
+        return data_lt.predict(args, net, data.test)
     scores, alike = look(args, data, net)
     figures = scores.report(counts) if mine == theirs else {}
     common.tell_figures(args, checkpoint, figures | alike)

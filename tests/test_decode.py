@@ -122,7 +122,7 @@ def test_windows_of_one_image_are_those_of_a_batch():
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_workers_change_nothing(files, workers):
-    options = {"views": 2, "sampler": "class_aware", "samples_per_class": 2}
+    options = {"views": 2, "sampler": "class_aware"}
     here, there = loader(files, **options), loader(files, workers=workers, **options)
     expected = [batches(here, epoch) for epoch in range(2)]
     assert len(expected[0]) == len(here) == 4 and not same(expected[0], expected[1])
