@@ -351,8 +351,8 @@ def draw_run(folder: Path) -> list[Path]:
     return [*album.written, *circles]
 
 
-def draw_all(folders: Sequence[Path]) -> None:
-    for folder in folders:
+def draw_all(args) -> None:
+    for folder in args.folders:
         runs = sorted(path.parent for path in folder.rglob("result.json"))
         if not runs:
             raise common.UserError(f"{folder}: no result.json in it or below it")
@@ -365,8 +365,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = common.Parser(prog="tools.figures", description=__doc__.partition("\n")[0])
     what = "run folder .../seed<k>, or a folder of runs"
     parser.add_argument("folders", type=common.home_path, nargs="+", metavar="RUN", help=what)
-    folders = parser.parse_args(argv).folders
-    return exit_code("tools.figures", lambda: draw_all(folders))
+    parser.set_defaults(work=draw_all)
+    return exit_code(parser, argv)
 
 
 if __name__ == "__main__":

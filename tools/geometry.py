@@ -270,8 +270,7 @@ def make_parser() -> common.Parser:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0, or 2 for bad input."""
-    args = make_parser().parse_args(argv)
-    return exit_code("tools.geometry", lambda: args.work(args))
+    return exit_code(make_parser(), argv)
 
 
 if __name__ == "__main__":

@@ -9,15 +9,8 @@
     python -m tools.prepare cache --dataset imagenet_lt --side 256    # and keep them decoded, in
                               # the data root or below --cache-dir
 
-Layouts under the data root:
-
-    imagenet_lt/{train,val}/<wnid>/* + ImageNet_LT_{train,val,test}.txt (test images: ImageNet val)
-    inat18/train_val2018/...         + iNaturalist18_{train,val}.txt, or {train,val}2018.json, of
-                                       which `lists` makes them
-    mini_imagenet_lt/<wnid>/*        + train_ir<ratio>.txt, val.txt, test.txt as `mini` writes them
-    any folder                         train/<class>/*, test/<class>/* and perhaps val/<class>/*
-
-The public lists (Liu et al. 2019; Van Horn et al. 2018) are checked by Git blob id.
+The public lists (Liu et al. 2019; Van Horn et al. 2018) are checked by Git blob id. Where images
+lie stands in `data_lt.KNOWN`, and in the line that says what is missing.
 """
 
 import argparse
@@ -134,16 +127,13 @@ def _export_folders(parts: dict[str, Set], root: Path) -> None:
     for name in parts["train"].classes:
         if name != os.path.basename(name) or name[:1] in ("", ".") or "\\" in name or "\0" in name:
             raise UserError(f"class {name!r} cannot be the name of a folder; export to an .npz")
-    try:
-        for split, part in parts.items():
-            images = part.images.permute(0, 2, 3, 1).numpy()
-            where = zip(images, part.labels.tolist(), part.indices.tolist(), strict=True)
-            for pixels, label, index in where:
-                folder = root / split / str(part.classes[label])
-                folder.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(pixels).save(folder / f"{index:06}.png")
-    except OSError as error:
-        raise UserError(f"cannot write below {root}: {error.strerror or error}") from None
+    for split, part in parts.items():
+        images = part.images.permute(0, 2, 3, 1).numpy()
+        where = zip(images, part.labels.tolist(), part.indices.tolist(), strict=True)
+        for pixels, label, index in where:
+            folder = root / split / part.classes[label]
+            common.make_folder(folder)
+            Image.fromarray(pixels).save(folder / f"{index:06}.png")
 
 
 # --- fetching and verifying -------------------------------------------------------------------
@@ -509,10 +499,9 @@ def _write_cache(part: Set, path: Path, side: int, say) -> None:
     if need > free:
         space = f"needs about {need / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free there"
         raise UserError(f"cache {path} {space}")
+    log.write_bytes(magic + done.tobytes())
     with open(log, "ab") as listing, open(pixels, "ab") as data, ThreadPoolExecutor() as pool:
-        listing.truncate(len(magic) * bool(len(done)) + done.nbytes)
-        listing.write(b"" if len(done) else magic)
-        offset = int(ends(done)[-1]) if len(done) else 0
+        offset = int(ends(done).max(initial=0))
         data.truncate(offset)
         for start in range(len(done), len(part), CHUNK):
             rows, fresh = range(start, min(start + CHUNK, len(part))), []
@@ -549,16 +538,9 @@ def cache(sets: dict[str, Set], folder: Path, side: int = 256) -> str:
 
 FLAGS = {  # keywords of argparse
     "dataset": {"type": common.file_path, "default": "glyphs_lt"},
-    "data-root": {
-        "type": common.file_path,
-        "default": "data",
-        "help": "of the sets (default: data)",
-    },
+    "data-root": {"type": common.file_path, "default": "data", "help": "of sets (default: data)"},
     "image-size": {"type": common.number(int, 1), "help": "resize the short side, crop the centre"},
-    "imb-ratio": {
-        "type": common.number(float, 1),
-        "help": "largest / smallest class (default: 100)",
-    },
+    "imb-ratio": {"type": common.number(float, 1), "help": "largest / smallest (default: 100)"},
     "imb-type": {"choices": ("exp", "step"), "default": "exp", "help": "profile (default: exp)"},
     "data-seed": {"type": common.number(int, 0, 2**32 - 1), "default": 0, "help": "(default: 0)"},
     "select": {"choices": ("last", "val"), "default": "last", "help": "val: carve, as scripts do"},
@@ -587,14 +569,15 @@ COMMANDS = {
 }
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def make_parser() -> common.Parser:
     parser = common.Parser(prog="tools.prepare", description=__doc__.splitlines()[0])
+    parser.set_defaults(work=lambda args: print(run(args)))
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (text, flags) in COMMANDS.items():
         sub = commands.add_parser(name, help=text, description=text)
         for flag in flags.split():
             sub.add_argument(f"--{flag}", **FLAGS[flag])
-    return parser.parse_args(argv)
+    return parser
 
 
 def run(args: argparse.Namespace) -> str:
@@ -628,8 +611,7 @@ def run(args: argparse.Namespace) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_args(argv)
-    return exit_code("tools.prepare", lambda: print(run(args)))
+    return exit_code(make_parser(), argv)
 
 
 if __name__ == "__main__":

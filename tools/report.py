@@ -33,9 +33,9 @@ from tools.results import (
     name_of,
     percent,
     read_results,
-    record,
     rows_of,
     run_of,
+    shortened,
     tables_of,
     unique,
 )
@@ -119,11 +119,15 @@ def in_pairs(first: list[dict], second: list[dict], name: str) -> tuple[list, li
     return [one[seed] for seed in both], [two[seed] for seed in both]
 
 
-def gain(one: list, two: list) -> tuple[float | None, float | None]:
-    """Mean of two - one over the pairs of which both are there, and its standard error."""
-    pairs = zip(one, two, strict=True)
-    mean, std, count = mean_std(b - a for a, b in pairs if None not in (a, b))
-    return mean, std / math.sqrt(count) if count > 1 else None
+def gain(one: Sequence, two: Sequence) -> tuple[str, str, bool]:
+    """Mean of two - one over the pairs of which both are there, standard error, if p < 0.05."""
+    pairs = [pair for pair in zip(one, two, strict=True) if None not in pair]
+    mean, std, count = mean_std(b - a for a, b in pairs)
+    if count < 2:
+        return "-" if mean is None else f"{mean:+.2f}", "-", False
+    error = std / math.sqrt(count)
+    sure = abs(mean) > stats.t.ppf(0.975, count - 1) * error
+    return f"{mean:+.2f}", f"{error:.2f}", sure
 
 
 def claim_rows(tables: Tables) -> list[list[str]]:
@@ -162,12 +166,9 @@ def curve_ends(seeds: list[dict]) -> list[list[str]]:
 
 def claim_cells(beside: dict[str, Sequence]) -> list[str]:
     """Two figures by name, over the same seeds, and their difference."""
-    one, two = beside.values()
-    mean, error = gain(one, two)
-    difference = "-" if mean is None else f"{mean:+.2f}"
-    if error is not None:
-        sure = abs(mean) > stats.t.ppf(0.975, len(one) - 1) * error
-        difference += f" ± {error:.2f}" + ", no sure difference" * (not sure)
+    difference, error, sure = gain(*beside.values())
+    if error != "-":
+        difference += f" ± {error}" + ", no sure difference" * (not sure)
     shown = [f"{name}: {mean_text(part, runs=len(part))}" for name, part in beside.items()]
     return [*shown, difference]
 
@@ -301,10 +302,8 @@ def compare(args) -> None:
     rows = [["percent", "A", "B", "B - A", "standard error"]]
     for name in FIGURES:
         one, two = in_pairs(*found, name)
-        mean, error = gain(one, two)
-        difference = "-" if mean is None else f"{mean:+.2f}"
         means = [mean_text(values, runs=len(values)) for values in (one, two)]
-        rows.append([name, *means, difference, "-" if error is None else f"{error:.2f}"])
+        rows.append([name, *means, *gain(one, two)[:2]])
     spent = [costs([result for result in part if result["seed"] in a & b]) for part in found]
     rows += [[key, *(part[key] for part in spent), "", ""] for key in ("image passes", "seconds")]
     print("", *markdown(rows), sep="\n")
@@ -328,7 +327,7 @@ def export(args) -> None:
     if out.exists():
         raise common.UserError(f"{out} exists; choose another name")
     common.make_folder(out.parent)
-    chosen = result["args"].get("select") == "val"
+    chosen = result["args"]["select"] != "last"
     source = run / f"{stage}{'_best' * chosen}.pt"
     checkpoint = common.load_checkpoint(source)
     state = checkpoint["state"].get("model")
@@ -457,9 +456,11 @@ def figures(args) -> None:
 
 
 def add_runs(args) -> None:
+    """Add lines to runs.jsonl; a run that is there already is replaced."""
     results = read_results(args.runs)
-    lines = record(results, args.out)
-    text = "".join(json.dumps(line) + "\n" for line in lines)
+    before = read_results([args.out]) if args.out.exists() else []
+    lines = {run_of(result): shortened(result) for result in [*before, *results]}
+    text = "".join(json.dumps(lines[run]) + "\n" for run in sorted(lines))
     common.write_atomic(args.out, lambda file: file.write(text.encode()))
     print(f"wrote {args.out}: {len(lines)} runs, {len(results)} of them from here")
 
@@ -511,8 +512,7 @@ def make_parser() -> common.Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code: 0 fine, 1 a cell failed, 2 bad input."""
-    args = make_parser().parse_args(argv)
-    return exit_code("tools.report", lambda: args.work(args))
+    return exit_code(make_parser(), argv)
 
 
 if __name__ == "__main__":

@@ -107,13 +107,6 @@ def curve(path: Path) -> dict[str, dict[str, list]]:
     return stages
 
 
-def record(results: Iterable[dict], path: Path) -> list[dict]:
-    """All lines of runs.jsonl with these results; a run that is there already is replaced."""
-    before = read_results([path]) if path.exists() else []
-    lines = {run_of(result): shortened(result) for result in [*before, *results]}
-    return [lines[run] for run in sorted(lines)]
-
-
 def shortened(result: dict) -> dict:
     """What a line of runs.jsonl holds: no long table, curves only of real images, six digits."""
     left_out = {*LONG, *["curve"] * result["dataset"].startswith("glyphs_lt")}

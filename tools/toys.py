@@ -88,50 +88,49 @@ def blobs(args) -> None:
 
     The published figure; its scikit-learn classifier is a PyTorch one of the same size here.
     """
-    train_x, train_y, test_x, test_y = blobs_data()
-    keep = torch.cat([torch.where(train_y == 0)[0][:4], torch.where(train_y == 1)[0]])
-    few = train_x[keep], train_y[keep]
+    x, y, *test = blobs_data()
+    keep = torch.cat([torch.where(y == 0)[0][:4], torch.where(y == 1)[0]])
+    few = x[keep], y[keep]
     options = {"tukey_value": 1.0, "alpha": 0.1, "topk": 1, "shuffle": False, "seed": args.seed}
-    x, y, _ = tailcalib("pytorch").generate(*few, **options)
-    names = ("balanced", "imbalanced, ratio 100", "imbalanced + TailCalib")
-    fitted, accuracy = [], {}
-    for name, part in zip(names, ((train_x, train_y), few, (x, y)), strict=True):
-        net = fit_mlp(*part, args.seed)
-        accuracy[name] = ((net(test_x)[:, 0] > 0) == test_y).double().mean().item()
+    more = tailcalib("pytorch").generate(*few, **options)[:2]  # the real points come first
+    accuracy, rows = {}, []
+    for name, own, real in (
+        ("balanced", (x, y), len(x)),
+        ("imbalanced, ratio 100", few, len(keep)),
+        ("imbalanced + TailCalib", more, len(keep)),
+    ):
+        net = fit_mlp(*own, args.seed)
+        accuracy[name] = ((net(test[0])[:, 0] > 0) == test[1]).double().mean().item()
         print(f"{name:24} test accuracy {accuracy[name]:.3f}")
-        fitted.append((*part, net))
+        rows.append((name, accuracy[name], *own, real, net))
     folder = args.out / "toys" / "blobs"
     common.make_folder(folder)
     common.write_json(folder / "blobs.json", {"seed": args.seed, "accuracy": accuracy})
-    path = draw_blobs(fitted, accuracy, (test_x, test_y), len(few[0]), folder / "blobs.png")
-    print(f"wrote {path}")
+    print(f"wrote {draw_blobs(rows, test, folder / 'blobs.png')}")
 
 
-def draw_blobs(fitted: list, accuracy: dict, test: tuple, real: int, path: Path) -> Path:
-    """Points and decision surface, a row a training set; real: how many of the last are real."""
+def draw_blobs(rows: list[tuple], test: Sequence[Tensor], path: Path) -> Path:
+    """Points and decision surface, a row a training set, of which the first `real` are dots."""
     figure, axes = pyplot().subplots(3, 2, figsize=(7.5, 10.5))
-    every = torch.cat([test[0], *(x for x, _, _ in fitted)])
+    every = torch.cat([test[0], *(row[2] for row in rows)])
     low, high = (every.min(0).values - 0.5).tolist(), (every.max(0).values + 0.5).tolist()
     ticks = [torch.arange(a, b, 0.02).double() for a, b in zip(low, high, strict=True)]
     grid, shape = torch.cartesian_prod(*ticks), [len(ticks[0]), len(ticks[1])]
+    surface = {"origin": "lower", "cmap": "RdBu", "aspect": "auto", "alpha": 0.8}
+    surface["extent"] = (low[0], high[0], low[1], high[1])
     box = {"facecolor": "white", "edgecolor": "grey"}
     corner = {"ha": "right", "va": "bottom", "fontsize": 8, "bbox": box}
-    for row, ((name, share), (x, y, net)) in enumerate(zip(accuracy.items(), fitted, strict=True)):
+    dots = {"cmap": "RdBu", "edgecolors": "black", "s": 12, "linewidths": 0.3}
+    stars = {"marker": "*", "color": "gold", "edgecolors": "black", "s": 18, "linewidths": 0.2}
+    for (left, right), (name, share, x, y, real, net) in zip(axes, rows, strict=True):
         with torch.no_grad():
-            surface = net(grid).sigmoid().view(shape).T.numpy()
-        own = len(x) if row < 2 else real
-        left, right = axes[row]
-        extent = (low[0], high[0], low[1], high[1])
-        options = {"origin": "lower", "cmap": "RdBu", "aspect": "auto", "alpha": 0.8}
-        right.imshow(surface, extent=extent, **options)
+            right.imshow(net(grid).sigmoid().view(shape).T.numpy(), **surface)
         text = f"test accuracy {share:.2f}\nratio {int((y == 1).sum()) / int((y == 0).sum()):g}"
         right.text(0.97, 0.03, text, transform=right.transAxes, **corner)
         for panel, title in ((left, name), (right, "decision surface")):
             panel.scatter(*test[0].T.tolist(), c=test[1].tolist(), cmap="RdBu", s=10, alpha=0.25)
-            dots = {"c": y[:own].tolist(), "cmap": "RdBu", "edgecolors": "black"}
-            panel.scatter(*x[:own].T.tolist(), **dots, s=12, linewidths=0.3)
-            stars = {"marker": "*", "color": "gold", "edgecolors": "black"}
-            panel.scatter(*x[own:].T.tolist(), **stars, s=18, linewidths=0.2)
+            panel.scatter(*x[:real].T.tolist(), c=y[:real].tolist(), **dots)
+            panel.scatter(*x[real:].T.tolist(), **stars)
             panel.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), title=title)
     figure.tight_layout()
     return save_figure(figure, path)
@@ -383,8 +382,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[:1] == ["circle"]:  # its flags are tsc.py's
         common.launch(circle, circle_args(words[1:]))
         return 0
-    args = make_parser().parse_args(words)
-    return exit_code("tools.toys", lambda: args.work(args))
+    return exit_code(make_parser(), words)
 
 
 if __name__ == "__main__":
