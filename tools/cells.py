@@ -87,37 +87,39 @@ def read_cells(text: str, seeds: int = 1, only: str | None = None) -> list[Cell]
     cells, chosen, section = {}, {}, "claims"
     for place, line in enumerate(text.splitlines(), 1):
         line = re.sub(r"(^|\s)#.*", "", line).strip()
-        if re.fullmatch(r"\[.*\]", line):
-            section = line[1:-1]
-            if section not in SECTIONS:
-                known = ", ".join(f"[{name}]" for name in SECTIONS)
-                raise UserError(f"line {place}: {line} is none of {known}")
-        elif line:
-            for table, words, seed in _split_line(line, f"line {place}", seeds):
-                cell = Cell(words, seed, run_name(words, f"line {place}"))
+        try:
+            if re.fullmatch(r"\[.*\]", line):
+                section = line[1:-1]
+                if section not in SECTIONS:
+                    known = ", ".join(f"[{name}]" for name in SECTIONS)
+                    raise UserError(f"{line} is none of {known}")
+                continue
+            for table, words, seed in _split_line(line, seeds) if line else ():
+                cell = Cell(words, seed, run_name(words))
                 cell = cells.setdefault(cell.run, cell)
                 cell.tables.append((place, section, table))
                 if pattern.search(f"{table} | {shlex.join(cell.words)}"):
                     chosen[cell] = None
+        except UserError as error:
+            raise UserError(f"line {place}: {error}") from None
     if only and not chosen:
         raise UserError(f"--only {only!r} fits no line")
     return _with_needed(list(chosen), list(cells.values()))
 
 
-def _split_line(line: str, where: str, seeds: int):
+def _split_line(line: str, seeds: int):
     """(table, words, seed) of every cell of a line."""
     table, *rest = (part.strip() for part in line.split("|"))
     if len(rest) != 2 or not table:
-        raise UserError(f"{where}: needs {LINE}, got: {line}")
+        raise UserError(f"needs {LINE}, got: {line}")
     if not re.fullmatch(r"\d+(\s*,\s*\d+)*", rest[1]):
-        message = f"seeds are whole numbers with commas between them, got {rest[1]!r}"
-        raise UserError(f"{where}: {message}")
+        raise UserError(f"seeds are whole numbers with commas between them, got {rest[1]!r}")
     for call in expand(rest[0]):
         try:
             call = re.sub(r"<[^<>]+>", lambda row: row[0].replace(" ", "\\ "), call)
             words = shlex.split(call)
         except ValueError as error:
-            raise UserError(f"{where}: {error}: {call}") from None
+            raise UserError(f"{error}: {call}") from None
         words = words[1:] if words[:1] in (["python"], ["python3"]) else words
         for seed in list(dict.fromkeys(map(int, rest[1].split(","))))[:seeds]:
             yield table, tuple(words), seed
@@ -133,20 +135,20 @@ def expand(text: str) -> list[str]:
 
 
 @functools.cache
-def run_name(words: tuple[str, ...], where: str = "line") -> tuple[str, str, str]:
+def run_name(words: tuple[str, ...]) -> tuple[str, str, str]:
     """Script, data set and variant of the run that these words start; UserError if they cannot."""
     script = words[0] if words else ""
     if not script.endswith(".py") or not (common.ROOT / script).is_file():
-        raise UserError(f"{where}: no script {script!r} in {common.ROOT}")
+        raise UserError(f"no script {script!r} in {common.ROOT}")
     for flag in {word.split("=")[0] for word in words} & {"--seed", "--out", "--data-root"}:
-        raise UserError(f"{where}: {flag} is set by the run itself, take it out")
+        raise UserError(f"{flag} is set by the run itself, take it out")
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
             args = arguments(script, words[1:])
     except SystemExit:
         why = said.getvalue().partition("error: ")[2].strip()
-        raise UserError(f"{where}: {script}: {why}") from None
+        raise UserError(f"{script}: {why}") from None
     return Path(script).stem, common.dataset_tag(args), common.variant_name(args, args.method)
 
 

@@ -48,8 +48,8 @@ def pyplot():
 
 def save_figure(figure, path: Path) -> Path:
     """Write a picture as PNG and close it; the same figures give the same bytes."""
-    options = {"dpi": 130, "bbox_inches": "tight", "metadata": {"Software": None}}
-    common.write_atomic(path, lambda file: figure.savefig(file, format="png", **options))
+    options = {"format": "png", "dpi": 130, "bbox_inches": "tight", "metadata": {"Software": None}}
+    common.write_atomic(path, lambda file: figure.savefig(file, **options))
     pyplot().close(figure)
     return path
 
@@ -158,8 +158,8 @@ def draw_curves(axes, table: dict, run: str) -> None:
     for index, name in enumerate(plot["rows"]):
         values, paper = table["rows"][name]
         colour = _line(axes, plot["x"], values, name, index)
-        known = [pair for pair in zip(plot["x"], paper or [], strict=False) if pair[1] is not None]
-        axes.plot([x for x, _ in known], [y for _, y in known], "x", color=colour, markersize=6)
+        if paper:
+            axes.plot(plot["x"], np.array(paper, float), "x", color=colour, markersize=6)
     if any(table["rows"][name][1] for name in plot["rows"]):
         axes.plot([], [], "x", color="black", markersize=6, label="paper")
     title = f"{table['title']}\n{run}, {len(table['seeds'])} seed(s)"

@@ -562,7 +562,7 @@ COMMANDS = {
     "show": ("print the class profile", f"{SUBSET} png"),
     "export": ("write the exact subset to one .npz or to class folders", f"{SUBSET} out force"),
     "fetch": ("download and verify a set of torchvision's", "dataset data-root image-size"),
-    "lists": ("see to the lists and images of a large set", "dataset data-root full trust-list"),
+    "lists": ("fetch and verify lists, look for images", "dataset data-root full trust-list"),
     "mini": ("make the lists of mini-ImageNet-LT", "data-root imb-ratio data-seed"),
     "check": ("name the images that cannot be read", "dataset data-root imb-ratio"),
     "cache": ("decode every image once", "dataset data-root imb-ratio cache-dir side"),
