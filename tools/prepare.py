@@ -9,8 +9,8 @@
     python -m tools.prepare cache --dataset imagenet_lt --side 256    # and keep them decoded, in
                               # the data root or below --cache-dir
 
-The public lists (Liu et al. 2019; Van Horn et al. 2018) are checked by Git blob id. Where images
-lie stands in `data_lt.KNOWN`, and in the line that says what is missing.
+The public lists (Liu et al. 2019; Van Horn et al. 2018) are checked by Git blob id. README says
+where images lie, and so does the line about what is missing.
 """
 
 import argparse
@@ -144,6 +144,9 @@ class PublicList(NamedTuple):
     rows: int
     classes: int
 
+    def __str__(self) -> str:
+        return f"{self.rows} rows, {self.classes} classes, blob {self.blob}"
+
 
 PUBLIC = {
     "imagenet_lt": {
@@ -191,12 +194,7 @@ def difference(part: Set, public: PublicList, text: bytes | None) -> str | None:
     """In what a list differs from the public one, or None; text None: another order is allowed."""
     blob = public.blob if text is None else git_blob(text)
     found = PublicList(blob, len(part), len(part.classes))
-    if found == public:
-        return None
-    shown, known = (
-        f"{of.rows} rows, {of.classes} classes, blob {of.blob}" for of in (found, public)
-    )
-    return f"{shown}; the public list: {known}"
+    return None if found == public else f"{found}; the public list: {public}"
 
 
 def download(target: Path, public: PublicList) -> bytes:
@@ -251,21 +249,27 @@ def check_images(part: Set, source: Path, full: bool = False) -> int:
     return len(chosen)
 
 
-def take_list(dataset: str, split: str, source: Path, reader: ListReader) -> tuple:
-    """The set of a list, its text, and in what it differs from the public list, or None.
+def take_list(public: PublicList, source: Path, reader: ListReader, trust: bool) -> tuple:
+    """The set of a list, and in what it differs from the public list where that is trusted.
 
     It is the one that lies there, else made of iNaturalist's JSON, else downloaded.
     """
-    public, made = PUBLIC[dataset][split], None
+    made = None
     official = source.with_name(source.stem.replace("iNaturalist18_", "") + "2018.json")
-    if dataset == "inat18" and official.exists():
+    if official.exists():
         made = json_text(official)
     if source.exists():
         part, text = reader.read(source), source.read_bytes()
     else:
         text = made or download(source, public)
         part = reader.read(official if made else source, text.decode().rstrip().split("\n"))
-    return part, text, difference(part, public, None if text == made else text)
+    wrong = difference(part, public, None if text == made else text)
+    if wrong and not trust:
+        remedy = "remove it to fetch it anew, or go on with --trust-list"
+        raise UserError(f"{source}: {wrong}; {remedy}")
+    if not source.exists():
+        write_atomic(source, lambda file: file.write(text))
+    return part, wrong
 
 
 def lists(dataset: str, data_root="data", full: bool = False, trust_list: bool = False) -> str:
@@ -280,13 +284,8 @@ def lists(dataset: str, data_root="data", full: bool = False, trust_list: bool =
     reader, sets, lines, looked = ListReader(root, info.num_classes), {}, [], 0
     sources = data_lt.list_paths(info, root, None)
     for split, source in sources.items():
-        sets[split], text, wrong = take_list(dataset, split, source, reader)
-        if wrong and not trust_list:
-            remedy = "remove it to fetch it anew, or go on with --trust-list"
-            raise UserError(f"{source}: {wrong}; {remedy}")
+        sets[split], wrong = take_list(PUBLIC[dataset][split], source, reader, trust_list)
         lines += [f"note: {source}: {wrong}; trusted"] if wrong else []
-        if not source.exists():
-            write_atomic(source, lambda file, text=text: file.write(text))
     first: dict[str, str] = {}  # the split in which an image stands
     for split, part in sets.items():
         looked += check_images(part, sources[split], full)
@@ -298,9 +297,8 @@ def lists(dataset: str, data_root="data", full: bool = False, trust_list: bool =
     counts, how = sets["train"].counts(), "" if full else " (a sample; --full looks for all)"
     profile = f"{len(counts):,} classes, {max(counts):,} to {min(counts):,} training images"
     lines.append(f"{dataset}: {profile}; {parts}")
-    lines.append(
-        f"looked for {looked:,} of {sum(map(len, sets.values())):,} images{how}: all there"
-    )
+    total = sum(map(len, sets.values()))
+    lines.append(f"looked for {looked:,} of {total:,} images{how}: all there")
     return "\n".join(lines)
 
 

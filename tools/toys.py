@@ -235,7 +235,6 @@ ELSEWHERE = {"epochs", "projection_dim", "frozen_bn"}  # and the classifier's; n
 FLAGS = [row for row in tsc.FLAGS if row[0] not in ELSEWHERE and "classifier" not in row[0]]
 FLAGS.append(("epochs", 200, "of each of the six encoders"))
 REFUSED = "method stages imb-ratio imb-type init-from eval eval-every select save-features gpus"
-LETTERS = "--dataset glyphs_lt: letters collapse into one point in 2-D; give cifar10_lt or a path"
 
 
 def circle_args(argv: list[str]):
@@ -247,10 +246,10 @@ def circle_args(argv: list[str]):
     for flag in REFUSED.split():
         if f"--{flag}" in said:
             refuse(f"--{flag} has no meaning here: both methods at three fixed ratios, one device")
-    if args.dataset == "glyphs_lt":
-        refuse(LETTERS)
     if args.dataset in common.KNOWN_SETS and not args.dataset.startswith("cifar"):
-        refuse(f"--dataset {args.dataset}: give cifar10_lt, cifar100_lt or a path of small images")
+        why = "letters collapse into one point in 2-D; " * (args.dataset == "glyphs_lt")
+        give = "give cifar10_lt, cifar100_lt or a path of small images"
+        refuse(f"--dataset {args.dataset}: {why}{give}")
     args.imb_ratio, args.projection_dim = None, 2
     return args
 
