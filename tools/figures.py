@@ -361,7 +361,6 @@ def draw_all(args) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0, or 2 for bad input."""
     parser = common.Parser(prog="tools.figures", description=__doc__.partition("\n")[0])
     what = "run folder .../seed<k>, or a folder of runs"
     parser.add_argument("folders", type=common.home_path, nargs="+", metavar="RUN", help=what)

@@ -269,7 +269,6 @@ def make_parser() -> common.Parser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0, or 2 for bad input."""
     return exit_code(make_parser(), argv)
 
 

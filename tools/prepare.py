@@ -13,7 +13,6 @@ The public lists (Liu et al. 2019; Van Horn et al. 2018) are checked by Git blob
 where images lie, and so does the line about what is missing.
 """
 
-import argparse
 import contextlib
 import filecmp
 import hashlib
@@ -272,29 +271,27 @@ def take_list(public: PublicList, source: Path, reader: ListReader, trust: bool)
     return part, wrong
 
 
-def lists(dataset: str, data_root="data", full: bool = False, trust_list: bool = False) -> str:
-    """Fetch the lists of a set or take those that lie there, verify them, look for the images.
-
-    `trust_list` goes on with a list that differs from the public one. Returns what it found.
-    """
+def lists(args) -> str:
+    """Fetch the lists of a set or take those that lie there, verify them, look for the images."""
+    dataset, root = args.dataset, Path(args.data_root, args.dataset)
     if dataset not in PUBLIC:
         raise UserError(f"lists makes no sense for {dataset}; it is for {', '.join(PUBLIC)}")
-    info, root = data_lt.find(dataset), Path(data_root) / dataset
+    info = data_lt.find(dataset)
     common.make_folder(root)
     reader, sets, lines, looked = ListReader(root, info.num_classes), {}, [], 0
     sources = data_lt.list_paths(info, root, None)
     for split, source in sources.items():
-        sets[split], wrong = take_list(PUBLIC[dataset][split], source, reader, trust_list)
+        sets[split], wrong = take_list(PUBLIC[dataset][split], source, reader, args.trust_list)
         lines += [f"note: {source}: {wrong}; trusted"] if wrong else []
     first: dict[str, str] = {}  # the split in which an image stands
     for split, part in sets.items():
-        looked += check_images(part, sources[split], full)
+        looked += check_images(part, sources[split], args.full)
         twice = [path for path in part.images.names if first.setdefault(path, split) != split]
         if twice:
             where = f"{first[twice[0]]} too, the first: {twice[0]}"
             lines.append(f"note: {len(twice)} images of {split} stand in {where}")
     parts = ", ".join(f"{split} {len(part):,}" for split, part in sets.items())
-    counts, how = sets["train"].counts(), "" if full else " (a sample; --full looks for all)"
+    counts, how = sets["train"].counts(), "" if args.full else " (a sample; --full looks for all)"
     profile = f"{len(counts):,} classes, {max(counts):,} to {min(counts):,} training images"
     lines.append(f"{dataset}: {profile}; {parts}")
     total = sum(map(len, sets.values()))
@@ -373,8 +370,8 @@ def mini(root: Path, ratio: float = 100.0, seed: int = 0) -> str:
 CHUNK = 256  # images between two moments at which everything so far is safe on the disk
 
 
-def file_sets(args: argparse.Namespace) -> dict[str, Set]:
-    """The splits of a set whose images are files, by name; UserError for another."""
+def file_sets(args) -> list[Set]:
+    """The splits of a set whose images are files; UserError for another."""
     info, folder = data_lt.find(args.dataset), Path(args.dataset)
     if info.lists:
         sets = data_lt.listed_sets(info, args.data_root, args.imb_ratio)
@@ -383,7 +380,7 @@ def file_sets(args: argparse.Namespace) -> dict[str, Set]:
     else:
         wanted = ", ".join(sorted(data_lt.LISTED)) + " or a folder" * (args.command == "check")
         raise UserError(f"{args.command} makes no sense for {args.dataset}; it is for {wanted}")
-    return {part.split: part for part in sets.values()}
+    return list(sets.values())
 
 
 class Progress:
@@ -416,9 +413,9 @@ def trouble(image: tuple[Set, int]) -> str:
     return ""
 
 
-def check(sets: dict[str, Set]) -> str:
+def check(args) -> str:
     """Decode every image; UserError with one line an image when some cannot be read."""
-    images = [(part, row) for part in sets.values() for row in range(len(part))]
+    images = [(part, row) for part in file_sets(args) for row in range(len(part))]
     wrong, say = [], Progress()
     with ThreadPoolExecutor() as pool:
         for done, found in enumerate(pool.map(trouble, images), 1):
@@ -522,17 +519,45 @@ def _write_cache(part: Set, path: Path, side: int, say) -> None:
     log.unlink()
 
 
-def cache(sets: dict[str, Set], folder: Path, side: int = 256) -> str:
-    """Caches `folder`/cache<side>/<split> of the sets; lines that say what lies where."""
-    lines, place = [], folder / f"cache{side}"
-    for name, part in sets.items():
-        made = build_cache(part, place / name, side)
+def cache(args) -> str:
+    """Caches cache<side>/<split> of a set; lines that say what lies where."""
+    lines = []
+    place = Path(args.cache_dir or args.data_root, args.dataset, f"cache{args.side}")
+    for part in file_sets(args):
+        made = build_cache(part, place / part.split, args.side)
         size = made.file.stat().st_size / 1e9
         lines.append(f"{made.file}: {len(made)} images, {size:.2f} GB")
     return "\n".join(lines)
 
 
 # --- command line -----------------------------------------------------------------------------
+
+
+def show(args) -> str:
+    """Export the subset, or draw it where asked for; its class profile."""
+    data, exports = data_lt.load(args), args.command == "export"
+    target = args.out if exports else args.png
+    if target and not data.train.in_memory:
+        what = "export" if exports else "--png"
+        raise UserError(f"{what} makes no sense for {args.dataset}: its images are files")
+    if exports:
+        export(data, target, args.force)
+    elif target:
+        write_atomic(target, lambda file: picture_grid(data.train).save(file, "png"))
+    text, own = profile_text(data), Path(args.dataset)
+    if args.dataset not in data_lt.DATASETS and own.is_dir():
+        text += passed_over(own)
+    return text + (f"\nwrote {target}" if target else "")
+
+
+def fetch_set(args) -> str:
+    return fetch(args.dataset, args.data_root, args.image_size)
+
+
+def make_mini(args) -> str:
+    root = Path(args.data_root, "mini_imagenet_lt")
+    return mini(root, args.imb_ratio or 100.0, args.data_seed)
+
 
 FLAGS = {  # keywords of argparse
     "dataset": {"type": common.file_path, "default": "glyphs_lt"},
@@ -548,64 +573,30 @@ FLAGS = {  # keywords of argparse
     "full": {"action": "store_true", "help": "look for every image, not for a sample"},
     "trust-list": {"action": "store_true", "help": "go on with a list that was edited"},
     "cache-dir": {"type": common.file_path, "help": "where caches lie, if not in the data root"},
-    "side": {
-        "type": common.number(int, 8, 2048),
-        "default": 256,
-        "help": "short side (default: 256)",
-    },
+    "side": {"type": common.number(int, 8, 2048), "default": 256, "help": "px (default: 256)"},
 }
 FLAGS["dataset"]["help"] = f"{', '.join(data_lt.DATASETS)} or a path (default: glyphs_lt)"
 SUBSET = "dataset data-root image-size imb-ratio imb-type data-seed select"
 COMMANDS = {
-    "show": ("print the class profile", f"{SUBSET} png"),
-    "export": ("write the exact subset to one .npz or to class folders", f"{SUBSET} out force"),
-    "fetch": ("download and verify a set of torchvision's", "dataset data-root image-size"),
-    "lists": ("fetch and verify lists, look for images", "dataset data-root full trust-list"),
-    "mini": ("make the lists of mini-ImageNet-LT", "data-root imb-ratio data-seed"),
-    "check": ("name the images that cannot be read", "dataset data-root imb-ratio"),
-    "cache": ("decode every image once", "dataset data-root imb-ratio cache-dir side"),
+    "show": (show, "print the class profile", f"{SUBSET} png"),
+    "export": (show, "write the exact subset", f"{SUBSET} out force"),
+    "fetch": (fetch_set, "download a set of torchvision's", "dataset data-root image-size"),
+    "lists": (lists, "fetch and verify lists", "dataset data-root full trust-list"),
+    "mini": (make_mini, "make the lists of mini-ImageNet-LT", "data-root imb-ratio data-seed"),
+    "check": (check, "name the images that cannot be read", "dataset data-root imb-ratio"),
+    "cache": (cache, "decode every image once", "dataset data-root imb-ratio cache-dir side"),
 }
 
 
 def make_parser() -> common.Parser:
     parser = common.Parser(prog="tools.prepare", description=__doc__.splitlines()[0])
-    parser.set_defaults(work=lambda args: print(run(args)))
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, (text, flags) in COMMANDS.items():
+    for name, (work, text, flags) in COMMANDS.items():
         sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(work=lambda args, work=work: print(work(args)))
         for flag in flags.split():
             sub.add_argument(f"--{flag}", **FLAGS[flag])
     return parser
-
-
-def run(args: argparse.Namespace) -> str:
-    """Does what a command asks for; what it says."""
-    root = Path(args.data_root)
-    if args.command == "fetch":
-        return fetch(args.dataset, root, args.image_size)
-    if args.command == "lists":
-        return lists(args.dataset, root, args.full, args.trust_list)
-    if args.command == "mini":
-        return mini(root / "mini_imagenet_lt", args.imb_ratio or 100.0, args.data_seed)
-    if args.command == "check":
-        return check(file_sets(args))
-    if args.command == "cache":
-        place = Path(args.cache_dir or root, args.dataset)
-        return cache(file_sets(args), place, args.side)
-    data = data_lt.load(args)
-    picture = args.command == "show" and args.png
-    if not data.train.in_memory and (args.command == "export" or picture):
-        flag = "--png" if picture else "export"
-        raise UserError(f"{flag} makes no sense for {args.dataset}: its images are files")
-    if picture:
-        write_atomic(args.png, lambda file: picture_grid(data.train).save(file, "png"))
-    elif args.command == "export":
-        export(data, args.out, args.force)
-    text, own = profile_text(data), Path(args.dataset)
-    if args.dataset not in data_lt.DATASETS and own.is_dir():
-        text += passed_over(own)
-    wrote = picture or (args.command == "export" and args.out)
-    return text + (f"\nwrote {wrote}" if wrote else "")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -328,11 +328,8 @@ def export(args) -> None:
         raise common.UserError(f"{out} exists; choose another name")
     common.make_folder(out.parent)
     chosen = result["args"]["select"] != "last"
-    source = run / f"{stage}{'_best' * chosen}.pt"
-    checkpoint = common.load_checkpoint(source)
-    state = checkpoint["state"].get("model")
-    if state is None:
-        raise common.UserError(f"{source} holds no network under the name model")
+    checkpoint = common.load_checkpoint(run / f"{stage}{'_best' * chosen}.pt")
+    state = checkpoint["state"]["model"]
     half = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
     command, full = [f"{result['script']}.py", *without(words)], result["headline"]["overall"]
     exported = {"variant": result["variant"], "seed": result["seed"], "command": command}

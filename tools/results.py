@@ -5,6 +5,7 @@ same without what is long. Both are read alike, as plain dictionaries.
 """
 
 import csv
+import itertools
 import json
 import re
 import statistics
@@ -73,11 +74,8 @@ def run_of(result: dict) -> tuple[str, str, str, int]:
 
 
 def by_run(results: Iterable[dict]) -> dict[tuple, list[dict]]:
-    """The seeds of each run: {(script, dataset, variant): results}."""
-    groups: dict[tuple, list[dict]] = {}
-    for result in results:
-        groups.setdefault(name_of(result), []).append(result)
-    return groups
+    """The seeds of each run: {(script, dataset, variant): results}, of results in this order."""
+    return {name: list(seeds) for name, seeds in itertools.groupby(results, name_of)}
 
 
 def rows_of(cells: Iterable, results: Iterable[dict]) -> dict[tuple, dict[str, list[dict]]]:

@@ -376,7 +376,6 @@ def make_parser() -> common.Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0, or 2 for bad input."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["circle"]:  # its flags are tsc.py's
         common.launch(circle, circle_args(words[1:]))
