@@ -62,7 +62,7 @@ def test_objective_optimiser_and_targets(golden):
         value.backward()
         np.testing.assert_allclose(value.item(), golden.scalar(f"obj_t{i}"), **CLOSE)
         np.testing.assert_allclose(x.grad.numpy(), golden[f"grad_t{i}"], **CLOSE)
-        ours = geometry.spread(x.detach(), temperature).item()
+        ours = geometry.target_objective(x.detach(), temperature, own=False).item()
         np.testing.assert_allclose(ours, golden.scalar(f"noself_t{i}"), **CLOSE)
     start, steps = torch.from_numpy(golden["adam_x0"]), golden.scalar("adam_steps")
     best, last, losses = geometry.optimise_targets(start, steps, golden.scalar("adam_lr"))

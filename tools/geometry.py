@@ -41,20 +41,15 @@ GROUPS = {"cifar100": COARSE, "letters": "0 1 2 3 4 4 3 2 1 0"}  # of letters th
 # C points of length d, their rows unit vectors once normalised.
 
 
-def spread(x: Tensor, temperature: float = TEMPERATURE) -> Tensor:
-    """Mean over i of log sum_{j != i} exp(x_i . x_j / t) of the normalised rows of x [C, d]."""
-    unit = F.normalize(x, dim=1, eps=1e-12)
-    return (unit @ unit.T / temperature).fill_diagonal_(-math.inf).logsumexp(1).mean()
-
-
-def target_objective(x: Tensor, temperature: float = TEMPERATURE) -> Tensor:
+def target_objective(x: Tensor, temperature: float = TEMPERATURE, own: bool = True) -> Tensor:
     """The paper's: mean over i of log sum_j exp(x_i . x_j / t) of the normalised rows of x [C, d].
 
-    j = i is in the sum: a constant 1 / t, which hides in float32 everything that is minimised.
-    `spread` is the same without it.
+    own: with j = i in the sum, a constant 1 / t, which hides in float32 everything that is
+    minimised.
     """
     unit = F.normalize(x, dim=1, eps=1e-12)
-    return (unit @ unit.T / temperature).logsumexp(1).mean()
+    logits = unit @ unit.T / temperature
+    return (logits if own else logits.fill_diagonal_(-math.inf)).logsumexp(1).mean()
 
 
 def optimise_targets(x: Tensor, steps: int, lr: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,7 +96,7 @@ def target_figures(points: Tensor) -> dict[str, float]:
         "min_cosine": float(others.min()),
         "objective": float(target_objective(unit)),
         "excess": float(F.softplus(rows - 1 / TEMPERATURE, threshold=1e9).mean()),
-        "self_free_objective": float(spread(unit)),
+        "self_free_objective": float(target_objective(unit, own=False)),
     }
 
 

@@ -13,6 +13,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -409,10 +410,9 @@ def run_cells(args) -> int:
     print(f"{args.threads}; logs: {args.out / 'logs'}")
     lines = [f"  run: {c}" for c in todo]
     lines += [f"  finished before: {c}" for c in wanted if c not in todo]
-    reasons = list(skipped.values())
-    for why in dict.fromkeys(reasons):
-        lines.append(f"  skipped: {reasons.count(why)} cell(s): {why}")
-    print("\n".join(lines), flush=True)
+    counted = Counter(skipped.values()).items()
+    lines += [f"  skipped: {count} cell(s): {why}" for why, count in counted]
+    print(*lines, sep="\n", flush=True)
     if args.dry_run:
         return 0
     for folder in (args.out, args.results.parent, args.figures):
