@@ -231,8 +231,8 @@ def test_a_cell_starts_from_what_another_has_trained(desk, capsys):
     assert said.index("done   claim X, overall: with it, seed 1") < said.index(
         "start  claim X, overall: without, seed 1"
     )
-    (row,) = (" ".join(line.split()) for line in said.splitlines() if line.startswith("X "))
-    assert row.startswith("X overall without: 50.5 ± 0.7 with it: 60.5 ± 0.7 +10.00 ± 0.00")
+    (row,) = (" ".join(line.split()) for line in said.splitlines() if line.startswith("| X "))
+    assert row.startswith("| X | overall | without: 50.5 ± 0.7 | with it: 60.5 ± 0.7 | +10.00 ± 0.00 |")
     assert (
         "| X | overall | without: 50.5 ± 0.7 | with it: 60.5 ± 0.7 | +10.00 ± 0.00 |" in desk.page()
     )

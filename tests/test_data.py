@@ -641,7 +641,7 @@ def test_missing_sets_show_the_layout(tmp_path, monkeypatch, capsys):
     offline = {"capture_output": True, "text": True, "env": os.environ | nothing, "cwd": ROOT}
     done = subprocess.run([*command, "--data-root", str(tmp_path)], **offline)
     *_, last = done.stderr.splitlines()
-    assert done.returncode == 2 and last.startswith("error: cifar10_lt: missing or damaged")
+    assert done.returncode == 2 and last.startswith("tools.prepare: error: cifar10_lt: missing or damaged")
     layout = "cifar-10-batches-py/{data_batch_1..5,test_batch,batches.meta}"
     assert f"expected {tmp_path}/{layout}" in last and "Traceback" not in done.stderr
 

@@ -446,7 +446,7 @@ def test_check_finds_every_unreadable_image(own_tree, tmp_path, capsys):
     Image.new("RGB", (9000, 3)).save(sliver)
     assert prepare.main([str(word) for word in argv]) == 2
     shown, why = capsys.readouterr(), ("Truncated", "No such file", "more than 100 times")
-    assert shown.err == "error: 3 of 36 images cannot be read; they are listed above\n"
+    assert shown.err == "tools.prepare: error: 3 of 36 images cannot be read; they are listed above\n"
     lines = shown.out.splitlines()
     for line, path, reason in zip(lines, (half, gone, sliver), why, strict=True):
         name = path.parent.name

@@ -539,7 +539,7 @@ def test_a_home_in_a_path_is_the_home(tmp_path, monkeypatch):
     args = common.parse("A test.", (), {"fit": ("fit",)}, {}, lambda *rest: 32, words)
     said = [args.out, args.data_root, args.dataset, args.eval]
     assert said == [f"{tmp_path}/{name}" for name in ("a", "b", "c", "d.pt")]
-    args = prepare.parse_args(["export", "--dataset=~/a", "--data-root=~/b", "--out=~/c"])
+    args = prepare.make_parser().parse_args(["export", "--dataset=~/a", "--data-root=~/b", "--out=~/c"])
     assert [args.dataset, args.data_root] == said[:2] and args.out == tmp_path / "c"
     args = report.make_parser().parse_args(["export", "~/run", "--out=~/x.pt"])
     assert (args.run, args.out) == (tmp_path / "run", tmp_path / "x.pt")

@@ -8,11 +8,11 @@ that cell has trained, and waits for it.
 
 import contextlib
 import functools
-import importlib.util
 import io
 import json
 import os
 import re
+import runpy
 import shlex
 import signal
 import statistics
@@ -27,6 +27,7 @@ import torch
 
 import common
 import data_lt
+from common import UserError
 from tools.results import name_of
 
 # --- lines ----------------------------------------------------------------------------------------
@@ -64,11 +65,11 @@ class Cell:
 def read_lines(path: Path) -> str:
     """The text of a file (`-`: standard input); of a shell script what CELLS and CELLS enclose."""
     if str(path) == "-" and sys.stdin.isatty():
-        raise common.UserError(f"no lines: name a file, or send {LINE} lines to standard input")
+        raise UserError(f"no lines: name a file, or send {LINE} lines to standard input")
     try:
         text = sys.stdin.read() if str(path) == "-" else path.read_text()
     except UnicodeDecodeError:
-        raise common.UserError(f"{path} is not text in UTF-8") from None
+        raise UserError(f"{path} is not text in UTF-8") from None
     inner = re.search(r"<<'CELLS'\n(.*?)^CELLS$", text, re.DOTALL | re.MULTILINE)
     return inner[1] if inner else text
 
@@ -82,40 +83,43 @@ def read_cells(text: str, seeds: int = 1, only: str | None = None) -> list[Cell]
     try:
         pattern = re.compile(only or "", re.IGNORECASE)
     except re.error as error:
-        raise common.UserError(f"--only {only!r} is not a regular expression: {error}") from None
-    cells, section = {}, "claims"
+        raise UserError(f"--only {only!r} is not a regular expression: {error}") from None
+    cells, chosen, section = {}, {}, "claims"
     for place, line in enumerate(text.splitlines(), 1):
         line = re.sub(r"(^|\s)#.*", "", line).strip()
-        if re.fullmatch(r"\[.*\]", line):
-            section = line[1:-1]
-            if section not in SECTIONS:
-                known = ", ".join(f"[{name}]" for name in SECTIONS)
-                raise common.UserError(f"line {place}: {line} is none of {known}")
-        elif line:
-            for table, words, seed in _split_line(line, f"line {place}", seeds):
-                cell = Cell(words, seed, run_name(words, f"line {place}"))
-                cells.setdefault(cell.run, cell).tables.append((place, section, table))
-    every = list(cells.values())
-    chosen = [cell for cell in every if _shown(cell, pattern)]
+        try:
+            if re.fullmatch(r"\[.*\]", line):
+                section = line[1:-1]
+                if section not in SECTIONS:
+                    known = ", ".join(f"[{name}]" for name in SECTIONS)
+                    raise UserError(f"{line} is none of {known}")
+                continue
+            for table, words, seed in _split_line(line, seeds) if line else ():
+                cell = Cell(words, seed, run_name(words))
+                cell = cells.setdefault(cell.run, cell)
+                cell.tables.append((place, section, table))
+                if pattern.search(f"{table} | {shlex.join(cell.words)}"):
+                    chosen[cell] = None
+        except UserError as error:
+            raise UserError(f"line {place}: {error}") from None
     if only and not chosen:
-        raise common.UserError(f"--only {only!r} fits no line")
-    return _with_needed(chosen, every)
+        raise UserError(f"--only {only!r} fits no line")
+    return _with_needed(list(chosen), list(cells.values()))
 
 
-def _split_line(line: str, where: str, seeds: int):
+def _split_line(line: str, seeds: int):
     """(table, words, seed) of every cell of a line."""
     table, *rest = (part.strip() for part in line.split("|"))
     if len(rest) != 2 or not table:
-        raise common.UserError(f"{where}: needs {LINE}, got: {line}")
+        raise UserError(f"needs {LINE}, got: {line}")
     if not re.fullmatch(r"\d+(\s*,\s*\d+)*", rest[1]):
-        message = f"seeds are whole numbers with commas between them, got {rest[1]!r}"
-        raise common.UserError(f"{where}: {message}")
+        raise UserError(f"seeds are whole numbers with commas between them, got {rest[1]!r}")
     for call in expand(rest[0]):
         try:
             call = re.sub(r"<[^<>]+>", lambda row: row[0].replace(" ", "\\ "), call)
             words = shlex.split(call)
         except ValueError as error:
-            raise common.UserError(f"{where}: {error}: {call}") from None
+            raise UserError(f"{error}: {call}") from None
         words = words[1:] if words[:1] in (["python"], ["python3"]) else words
         for seed in list(dict.fromkeys(map(int, rest[1].split(","))))[:seeds]:
             yield table, tuple(words), seed
@@ -127,52 +131,37 @@ def expand(text: str) -> list[str]:
     if not found:
         return [text]
     before, after = text[: found.start()], text[found.end() :]
-    parts = found[1].split(",")
-    return [full for part in parts for full in expand(f"{before}{part}{after}")]
+    return [full for part in found[1].split(",") for full in expand(f"{before}{part}{after}")]
 
 
 @functools.cache
-def run_name(words: tuple[str, ...], where: str = "line") -> tuple[str, str, str]:
+def run_name(words: tuple[str, ...]) -> tuple[str, str, str]:
     """Script, data set and variant of the run that these words start; UserError if they cannot."""
     script = words[0] if words else ""
     if not script.endswith(".py") or not (common.ROOT / script).is_file():
-        raise common.UserError(f"{where}: no script {script!r} in {common.ROOT}")
-    for word in words[1:]:
-        flag = word.split("=")[0]
-        if flag in ("--seed", "--out", "--data-root"):
-            raise common.UserError(f"{where}: {flag} is set by the run itself, take it out")
+        raise UserError(f"no script {script!r} in {common.ROOT}")
+    for flag in {word.split("=")[0] for word in words} & {"--seed", "--out", "--data-root"}:
+        raise UserError(f"{flag} is set by the run itself, take it out")
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
             args = arguments(script, words[1:])
     except SystemExit:
         why = said.getvalue().partition("error: ")[2].strip()
-        raise common.UserError(f"{where}: {script}: {why}") from None
+        raise UserError(f"{script}: {why}") from None
     return Path(script).stem, common.dataset_tag(args), common.variant_name(args, args.method)
 
 
 def arguments(script: str, words: Sequence[str]):
     """The arguments of a script for these words, by its own table of flags."""
-    module = _module(script)
-    table = module.FLAGS, module.METHODS, module.OTHER
-    named = getattr(module, "NAMED", "method")
-    side = data_lt.peek_image_size
-    return common.parse(module.__doc__, *table, side, list(words), named)
+    own = _globals_of(script)
+    table = own["FLAGS"], own["METHODS"], own["OTHER"], data_lt.peek_image_size
+    return common.parse(own["__doc__"], *table, list(words), own.get("NAMED", "method"))
 
 
 @functools.cache
-def _module(script: str):
-    path = common.ROOT / script
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(path.stem, module)  # where its dataclasses look for it
-    spec.loader.exec_module(module)
-    return module
-
-
-def _shown(cell: Cell, pattern: re.Pattern) -> bool:
-    call = shlex.join(cell.words)
-    return any(pattern.search(f"{table} | {call}") for _, _, table in cell.tables)
+def _globals_of(script: str) -> dict:
+    return runpy.run_path(str(common.ROOT / script))
 
 
 def _with_needed(chosen: list[Cell], every: list[Cell], above: tuple = ()) -> list[Cell]:
@@ -180,12 +169,12 @@ def _with_needed(chosen: list[Cell], every: list[Cell], above: tuple = ()) -> li
     found = []
     for cell in chosen:
         if cell in above:
-            raise common.UserError(f"this needs itself: {cell}")
+            raise UserError(f"this needs itself: {cell}")
         for row in re.findall(r"<([^<>]+)>", " ".join(cell.words)):
             rows = [c for c in every if any(t.split(": ")[-1] == row for _, _, t in c.tables)]
             same = [c for c in rows if (c.name[1], c.seed) == (cell.name[1], cell.seed)]
             if not same:
-                raise common.UserError(f"no line is called {row}, which this needs: {cell}")
+                raise UserError(f"no line is called {row}, which this needs: {cell}")
             cell.needs = same[0]
         found += _with_needed([cell.needs], every, (*above, cell)) if cell.needs else []
         found.append(cell)
@@ -202,12 +191,13 @@ def why_not(cell: Cell, args) -> str | None:
     if not any(asked[flag] for flag in flags):
         return f"not of the first tables ({flags[0]} runs it)"
     name = re.sub(r"_ir[\d.]+$", "", cell.name[1])
-    if name.startswith(("cifar", "svhn")) and name in common.KNOWN_SETS:
+    if name not in common.KNOWN_SETS or name == "glyphs_lt":
+        return None
+    if name.startswith(("cifar", "svhn")):
         here = args.cifar or torch.cuda.is_available()
         return None if here else "there is no GPU here (--cifar runs it on the CPU)"
     place = args.data_root / name
-    needed = name in common.KNOWN_SETS and name != "glyphs_lt"
-    return f"{place} is not there" if needed and not place.exists() else None
+    return None if place.exists() else f"{place} is not there"
 
 
 def minutes(cells: Iterable[Cell], recorded: Sequence[dict], jobs: int) -> str:
@@ -234,12 +224,14 @@ class Runner:
     """Runs cells, `args.jobs` at a time with `args.threads` threads each.
 
     places: folders of runs that are finished. A signal (Ctrl-C, SIGTERM) is passed on to the
-    cells, which have `grace` seconds to save; a second one kills them; then SystemExit with
+    cells, which have GRACE seconds to save; a second one kills them; then SystemExit with
     128 + signal. The same call later continues them.
     """
 
-    def __init__(self, cells: Sequence[Cell], places: dict[tuple, Path], args, grace: float = 60.0):
-        self.args, self.grace, self.total, self.places = args, grace, len(cells), places
+    GRACE = 60.0
+
+    def __init__(self, cells: Sequence[Cell], places: dict[tuple, Path], args):
+        self.args, self.total, self.places = args, len(cells), places
         self.waiting, self.running, self.failed = list(enumerate(cells, 1)), {}, []
         self.stops: list[int] = []
         self.live: list[str] = []  # lines of progress on the terminal
@@ -265,25 +257,21 @@ class Runner:
             raise SystemExit(128 + self.stops[0])
         return self.failed
 
-    def say(self, place: int, text: str) -> None:
-        self.clear()
-        print(f"{time.strftime('%H:%M:%S')} [{place}/{self.total}] {text}", flush=True)
-
     def fill(self) -> None:
         """Start what may start; a cell whose needed one has not come and does not come fails."""
         coming = [cell for _, cell, *_ in [*self.waiting, *self.running.values()]]
         for place, cell in list(self.waiting):
-            if cell.needs and cell.needs.run not in self.places and cell.needs not in coming:
+            slots = set(range(self.args.jobs)) - set(self.running)
+            if cell.needs is None or cell.needs.run in self.places:
+                if slots:
+                    self.waiting.remove((place, cell))
+                    self.say(place, f"start  {cell}")
+                    process = self.start(cell, min(slots))
+                    self.running[min(slots)] = place, cell, time.monotonic(), process
+            elif cell.needs not in coming:
                 self.waiting.remove((place, cell))
                 self.failed.append(cell)
                 self.say(place, f"FAILED {cell.title}  what it needs is not there: {cell.needs}")
-        for slot in set(range(self.args.jobs)) - set(self.running):
-            able = [(k, c) for k, c in self.waiting if not c.needs or c.needs.run in self.places]
-            if able:
-                place, cell = able[0]
-                self.waiting.remove((place, cell))
-                self.say(place, f"start  {cell}")
-                self.running[slot] = place, cell, time.monotonic(), self.start(cell, slot)
 
     def start(self, cell: Cell, slot: int) -> subprocess.Popen:
         """Start a cell in a session of its own, output into its log; slots share out the GPUs."""
@@ -308,26 +296,28 @@ class Runner:
             )
 
     def collect(self) -> None:
+        """Say what has become of cells that have ended."""
         for slot, (place, cell, begin, process) in list(self.running.items()):
-            code = process.poll()
-            if code is not None:
-                del self.running[slot]
-                seconds = time.monotonic() - begin
-                self.say(place, self.close(cell, code, seconds))
+            code, log = process.poll(), self.args.out / "logs" / cell.log
+            if code is None:
+                continue
+            del self.running[slot]
+            took = f"{cell.title}  {time.monotonic() - begin:.1f} s"
+            *_, last = "no output", *filter(None, log_lines(log))
+            path = Path(last.removeprefix("result: "))  # the last line of a run that is done
+            if code or path.name != "result.json":
+                self.failed.append(cell)
+                self.say(place, f"FAILED {took}  exit code {code}: {last} (log: {log})")
+                continue
+            self.places[cell.run] = path.parent
+            headline = json.loads(path.read_text())["headline"] or {}
+            overall = headline.get("overall")
+            figure = "" if overall is None else f"  overall {100 * overall:.1f} %"
+            self.say(place, f"done   {took}{figure}")
 
-    def close(self, cell: Cell, code: int, seconds: float) -> str:
-        """What to say about a cell that has ended; its output names its result in the last line."""
-        log = self.args.out / "logs" / cell.log
-        lines = [line for line in log_lines(log) if line]
-        path = Path(lines[-1].removeprefix("result: ")) if lines else log
-        if code or path.name != "result.json":
-            self.failed.append(cell)
-            last = lines[-1] if lines else "no output"
-            return f"FAILED {cell.title}  {seconds:.1f} s  exit code {code}: {last} (log: {log})"
-        self.places[cell.run] = path.parent
-        headline = json.loads(path.read_text())["headline"] or {}
-        figure = f"  overall {100 * headline['overall']:.1f} %" if "overall" in headline else ""
-        return f"done   {cell.title}  {seconds:.1f} s{figure}"
+    def say(self, place: int, text: str) -> None:
+        self.clear()
+        print(f"{time.strftime('%H:%M:%S')} [{place}/{self.total}] {text}", flush=True)
 
     def clear(self) -> None:
         """Take the live lines off the terminal."""
@@ -350,13 +340,13 @@ class Runner:
     def end(self) -> None:
         """Let what still runs save and stop; kill what does not."""
         self.clear()
-        alive = [process for *_, process in self.running.values() if process.poll() is None]
         if self.stops:
             name = signal.Signals(self.stops[0]).name
             print(f"{name}: the cells save and stop; the same command continues", flush=True)
+        alive = [process for *_, process in self.running.values() if process.poll() is None]
         for process in alive:
             os.killpg(process.pid, signal.SIGTERM)
-        limit = time.monotonic() + self.grace
+        limit = time.monotonic() + self.GRACE
         while any(process.poll() is None for process in alive):
             if len(self.stops) > 1 or time.monotonic() > limit:
                 break

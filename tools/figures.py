@@ -5,8 +5,6 @@ reliability, confusion; of features that were saved (`--save-features`) their tw
 components. `python -m tools.report figures` draws what RESULTS.md shows.
 """
 
-import argparse
-import io
 import math
 import re
 import sys
@@ -20,12 +18,14 @@ import torch.nn.functional as F
 
 import common
 import tailcalibx
+from tools import exit_code
 from tools.results import (
     Published,
     by_run,
     describe,
     mean_std,
     mean_text,
+    percent,
     read_results,
     rows_of,
     tables_of,
@@ -37,24 +37,20 @@ from tools.results import (
 def pyplot():
     """matplotlib.pyplot drawing into files only; UserError when it is not installed."""
     try:
-        import matplotlib
+        import matplotlib.pyplot as plt
     except ImportError:
         message = "figures need matplotlib, which is not installed: pip install matplotlib"
         raise common.UserError(message) from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
-
-    matplotlib.pyplot.rcdefaults()  # pictures do not depend on the user's style
-    return matplotlib.pyplot
+    plt.switch_backend("Agg")
+    plt.rcdefaults()  # pictures do not depend on the user's style
+    return plt
 
 
 def save_figure(figure, path: Path) -> Path:
     """Write a picture as PNG and close it; the same figures give the same bytes."""
-    buffer = io.BytesIO()
-    options = {"dpi": 130, "bbox_inches": "tight", "metadata": {"Software": None}}
-    figure.savefig(buffer, format="png", **options)
+    options = {"format": "png", "dpi": 130, "bbox_inches": "tight", "metadata": {"Software": None}}
+    common.write_atomic(path, lambda file: figure.savefig(file, **options))
     pyplot().close(figure)
-    common.write_atomic(path, lambda file: file.write(buffer.getvalue()))
     return path
 
 
@@ -93,23 +89,20 @@ def write_figures(results: Sequence[dict], cells: Sequence, folder: Path) -> lis
     album, published = Album(folder), Published.read()
     for (table, dataset), rows in rows_of(cells, results).items():
         kind, _, name = table.partition(" ")
+        what = [kind, name.split(",")[0], dataset]
         rows = {row: own for row, seeds in rows.items() if (own := with_recall(seeds))}
-        if (kind == "claim" and len(rows) > 1) or (kind == "league," and len(rows) > 2):
-            name = name.split(",")[0]
-            title = f"{name}, {dataset}: "
-            album.add(
-                draw_recall, WIDE, [kind, name, dataset], rows, title + "recall by class size"
-            )
+        if len(rows) > {"claim": 1, "league,": 2}.get(kind, math.inf):
+            title = ", ".join(what[1:])
+            album.add(draw_recall, WIDE, what, rows, f"{title}: recall by class size")
             if kind == "league,":
-                what = [kind, name, dataset, "reliability"]
-                album.add(draw_reliability, WIDE, what, rows, title + "reliability")
+                what, title = [*what, "reliability"], f"{title}: reliability"
+                album.add(draw_reliability, WIDE, what, rows, title)
     learning: dict[tuple, dict] = {}
     for (script, dataset, variant), seeds in by_run(results).items():
         for table in tables_of(seeds, published):
             if table.get("plot"):
-                run = f"{dataset}, {describe(seeds[0])}"
                 what = [script, dataset, variant, table.get("row_header", "")]
-                album.add(draw_curves, WIDE, what, table, run)
+                album.add(draw_curves, WIDE, what, table, f"{dataset}, {describe(seeds[0])}")
         for result in seeds:
             if result.get("curve") and not dataset.startswith("glyphs_lt"):
                 name = f"{describe(result)}, seed {result['seed']}"
@@ -127,31 +120,28 @@ def with_recall(seeds: list[dict]) -> list[dict]:
 def _line(axes, x: Sequence[float], rows: Sequence, name: str, index: int) -> str:
     """Mean line over `rows` with a band of one standard deviation; returns its colour."""
     columns = zip(x, zip(*rows, strict=True), strict=True)
-    points = sorted((value, *mean_std(column)[:2]) for value, column in columns)
-    points = [(value, mean, std) for value, mean, std in points if mean is not None]
-    x, mean, std = (np.array(part) for part in zip(*points, strict=True)) if points else ([],) * 3
+    points = [(value, *mean_std(column)[:2]) for value, column in columns]
+    points = sorted(point for point in points if point[1] is not None)
+    x, mean, std = np.array(points).T if points else np.zeros((3, 0))
     colour, style = f"C{index % 10}", ("-", "--", ":")[index // 10 % 3]
     name = textwrap.fill(name, 28)
     axes.plot(x, mean, style, color=colour, label=name, marker="o", markersize=3.5, linewidth=1.6)
-    if points:
-        axes.fill_between(x, mean - std, mean + std, color=colour, alpha=0.18, linewidth=0)
+    axes.fill_between(x, mean - std, mean + std, color=colour, alpha=0.18, linewidth=0)
     return colour
 
 
-def _gap(x: Sequence[float]) -> float:
-    """Smallest distance of neighbours over the whole range."""
+def _ticks(axes, x: Sequence[float]) -> None:
+    """Ticks at the points; a logarithmic axis where that spreads the points better."""
+
+    def gap(x: list[float]) -> float:  # the smallest, as a share of the range
+        return min(np.diff(x), default=1.0) / max(x[-1] - x[0], 1e-12)
+
     x = sorted(set(x))
-    return min(np.diff(x), default=1.0) / max(x[-1] - x[0], 1e-12)
-
-
-def _finish(axes, x: Sequence[float], xlabel: str, ylabel: str, title: str) -> None:
-    """Ticks at the points; logarithmic where that spreads the points better."""
-    if min(x) > 0 and _gap([math.log(value) for value in x]) > _gap(x):
+    if min(x) > 0 and gap([math.log(value) for value in x]) > gap(x):
         axes.set_xscale("log")
-    if len(set(x)) <= 12:
-        axes.set_xticks(sorted(set(x)), [f"{value:g}" for value in sorted(set(x))], fontsize=8)
+    if len(x) <= 12:
+        axes.set_xticks(x, [f"{value:g}" for value in x], fontsize=8)
         axes.minorticks_off()
-    _dress(axes, xlabel, ylabel, title)
 
 
 def _dress(axes, xlabel: str, ylabel: str, title: str) -> None:
@@ -168,12 +158,13 @@ def draw_curves(axes, table: dict, run: str) -> None:
     for index, name in enumerate(plot["rows"]):
         values, paper = table["rows"][name]
         colour = _line(axes, plot["x"], values, name, index)
-        known = [pair for pair in zip(plot["x"], paper or [], strict=False) if pair[1] is not None]
-        axes.plot([x for x, _ in known], [y for _, y in known], "x", color=colour, markersize=6)
+        if paper:
+            axes.plot(plot["x"], np.array(paper, float), "x", color=colour, markersize=6)
     if any(table["rows"][name][1] for name in plot["rows"]):
         axes.plot([], [], "x", color="black", markersize=6, label="paper")
     title = f"{table['title']}\n{run}, {len(table['seeds'])} seed(s)"
-    _finish(axes, plot["x"], plot.get("xlabel", ""), plot.get("ylabel", ""), title)
+    _ticks(axes, plot["x"])
+    _dress(axes, plot.get("xlabel", ""), plot.get("ylabel", ""), title)
 
 
 def draw_recall(axes, runs: dict[str, list[dict]], title: str) -> None:
@@ -188,14 +179,14 @@ def draw_recall(axes, runs: dict[str, list[dict]], title: str) -> None:
             exact = len(counts) <= 30 or count < 1
             near = count if exact else round(10 ** round(math.log10(count), 1), 1)
             bins.setdefault(near, []).append(c)
-        rows = [
-            [mean_std(result["per_class"][c] for c in bins[near])[0] for near in bins]
-            for result in seeds
-        ]
-        rows = [[None if value is None else 100 * value for value in row] for row in rows]
+        rows = []
+        for result in seeds:
+            means = (mean_std(result["per_class"][c] for c in own)[0] for own in bins.values())
+            rows.append([None if mean is None else 100 * mean for mean in means])
         _line(axes, list(bins), rows, name, index)
         every += bins
-    _finish(axes, every, "training images of the class", "recall (%)", title)
+    _ticks(axes, every)
+    _dress(axes, "training images of the class", "recall (%)", title)
 
 
 def draw_reliability(axes, runs: dict[str, list[dict]], title: str) -> None:
@@ -206,16 +197,14 @@ def draw_reliability(axes, runs: dict[str, list[dict]], title: str) -> None:
         if not bins:
             continue
         count = np.array([part["count"] for part in bins], float)  # [seeds, 15]
-        filled = count.sum(0) > 0
-        x, y = (
-            100 * (np.array([part[key] for part in bins]) * count).sum(0)[filled]
-            / count.sum(0)[filled]
-            for key in ("confidence", "accuracy")
-        )  # fmt: skip
-        ece = [100 * result["headline"]["ece"] for result in seeds]
+        filled, points = count.sum(0) > 0, []
+        for key in ("confidence", "accuracy"):
+            total = (np.array([part[key] for part in bins]) * count).sum(0)
+            points.append(100 * total[filled] / count.sum(0)[filled])
+        ece = percent(seeds, "headline", "ece")
         name = textwrap.fill(f"{name} (ECE {mean_text(ece, runs=len(seeds))})", 34)
         style = {"color": f"C{index % 10}", "marker": "o", "markersize": 3, "linewidth": 1.4}
-        axes.plot(x, y, label=name, **style)
+        axes.plot(*points, label=name, **style)
     _dress(axes, "confidence (%)", "accuracy (%)", title)
 
 
@@ -230,16 +219,17 @@ def draw_learning(plt, runs: dict[str, dict], title: str):
     for name, result in runs.items():
         lines, epoch = {}, 0
         for stage, own in result["curve"].items():
-            apart = result["script"] == "toy_similarity"
-            line = lines.setdefault(f"{name}, {stage}" if apart else name, ([], [], []))
-            epoch = 0 if apart else epoch
-            epochs = range(epoch + 1, epoch + 1 + len(own["loss"]))
-            for part, values in zip(line, (epochs, own["accuracy"], own["loss"]), strict=True):
-                part.extend([*(math.nan if v is None else v for v in values), math.nan])
-            epoch += len(own["loss"])
+            if apart := result["script"] == "toy_similarity":
+                epoch = 0
+            line = lines.setdefault(f"{name}, {stage}" if apart else name, [])
+            for values in zip(own["accuracy"], own["loss"], strict=True):
+                epoch += 1
+                line.append([epoch, *values])
+            line.append([None, None, None])
             positive &= not any(v is not None and v <= 0 for v in own["loss"])
-        for label, (epochs, accuracy, loss) in lines.items():
-            left.plot(epochs, 100 * np.array(accuracy), linewidth=1, label=textwrap.fill(label, 40))
+        for label, line in lines.items():
+            epochs, accuracy, loss = np.array(line, float).T  # None becomes nan
+            left.plot(epochs, 100 * accuracy, linewidth=1, label=textwrap.fill(label, 40))
             right.plot(epochs, loss, linewidth=1)
     right.set_yscale("log" if positive else "linear")
     left.set(xlabel="epoch", ylabel="overall accuracy, test (%)")
@@ -251,15 +241,15 @@ def draw_learning(plt, runs: dict[str, dict], title: str):
     return figure
 
 
-def draw_confusion(axes, counted: list, names: Sequence[str] | None, title: str) -> None:
-    """Share of each true class (row) that was predicted as each class, percent, over all seeds."""
-    total = np.array(counted, float).sum(0)  # [C, C]
-    share = 100 * total / total.sum(1, keepdims=True).clip(1)
+def draw_confusion(axes, result: dict, title: str) -> None:
+    """Share of each true class (row) that was predicted as each class, percent."""
+    counted = np.array(result["confusion"], float)  # [C, C]
+    share = 100 * counted / counted.sum(1, keepdims=True).clip(1)
     size = len(share)
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
     axes.figure.colorbar(image, ax=axes, label="percent of the true class", fraction=0.046)
     if size <= 20:
-        labels = [str(name) for name in names or range(size)]
+        labels = [str(name) for name in result["classes"] or range(size)]
         turned = 90 if max(map(len, labels)) > 3 else 0
         axes.set_xticks(range(size), labels, fontsize=8, rotation=turned)
         axes.set_yticks(range(size), labels, fontsize=8)
@@ -289,16 +279,14 @@ def draw_features(axes, path: Path, result: dict) -> None:
     """
     with np.load(path) as file:
         features, labels = file["features"], file["labels"]
-    real, args, method = len(labels), result.get("args") or {}, result.get("method") or ""
+    real, args = len(labels), result["args"]
     title = f"{result['script']} {result['variant']}: {path.stem}"
-    generates = "tailcalib" in method and not args.get("no_generate")
+    generates = "tailcalib" in result["method"] and not args.get("no_generate")
     if path.stem == "features_train" and generates:
-        power, alpha, topk = args["tukey"], args["alpha"], args["topk"]
-        unit = F.normalize(torch.from_numpy(features), dim=1)
-        x, y, _ = tailcalibx.tailcalib("pytorch").generate(
-            unit, torch.from_numpy(labels), tukey_value=power, alpha=alpha,
-            topk=topk, shuffle=False, seed=result["seed"],
-        )  # fmt: skip
+        options = {"tukey_value": args["tukey"], "alpha": args["alpha"], "topk": args["topk"]}
+        options |= {"shuffle": False, "seed": result["seed"]}
+        unit = F.normalize(torch.from_numpy(features), dim=1), torch.from_numpy(labels)
+        x, y, _ = tailcalibx.tailcalib("pytorch").generate(*unit, **options)
         features, labels = F.normalize(x, dim=1).numpy(), y.numpy()
         title += "\nreal (dots) and generated (stars)"
     x, y = principal_plane(features).T
@@ -349,40 +337,35 @@ def draw_run(folder: Path) -> list[Path]:
     for table in tables_of(results, Published.read()):
         if table.get("plot"):
             album.add(draw_curves, WIDE, [table["title"]], table, title)
-    if result.get("curve"):
+    if result["curve"]:
         album.keep(draw_learning(album.plt, {describe(result): result}, title), ["learning"])
-    if result.get("headline") and result.get("per_class"):
+    if with_recall(results):
         album.add(draw_recall, WIDE, ["recall"], own, title)
     if result.get("headline") and result.get("reliability"):
         album.add(draw_reliability, WIDE, ["reliability"], own, title)
     if result.get("confusion"):
-        what = [result["confusion"]], result.get("classes"), title
-        album.add(draw_confusion, SQUARE, ["confusion"], *what)
+        album.add(draw_confusion, SQUARE, ["confusion"], result, title)
     for path in sorted(folder.glob("features_*.npz")):
         album.add(draw_features, SQUARE, [path.stem], path, result)
     circles = [draw_circle(path) for path in folder.glob("circle.npz")]
     return [*album.written, *circles]
 
 
+def draw_all(args) -> None:
+    for folder in args.folders:
+        runs = sorted(path.parent for path in folder.rglob("result.json"))
+        if not runs:
+            raise common.UserError(f"{folder}: no result.json in it or below it")
+        for path in (path for run in runs for path in draw_run(run)):
+            print(f"wrote {path}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0, or 2 for bad input."""
-    home = common.home_path
     parser = common.Parser(prog="tools.figures", description=__doc__.partition("\n")[0])
     what = "run folder .../seed<k>, or a folder of runs"
-    parser.add_argument("folders", type=home, nargs="+", metavar="RUN_FOLDER", help=what)
-    args: argparse.Namespace = parser.parse_args(argv)
-    try:
-        for folder in args.folders:
-            runs = sorted(path.parent for path in folder.rglob("result.json"))
-            if not runs:
-                raise common.UserError(f"{folder}: no result.json in it or below it")
-            for run in runs:
-                for path in draw_run(run):
-                    print(f"wrote {path}")
-    except (common.UserError, OSError) as error:
-        print(f"tools.figures: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    parser.add_argument("folders", type=common.home_path, nargs="+", metavar="RUN", help=what)
+    parser.set_defaults(work=draw_all)
+    return exit_code(parser, argv)
 
 
 if __name__ == "__main__":

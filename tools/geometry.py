@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import sys
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +24,8 @@ from torch import Tensor
 
 import common
 import tsc
+from common import UserError
+from tools import exit_code
 
 TEMPERATURE = 0.07  # of the objective
 # The superclass of every class of CIFAR-100, in label order.
@@ -33,32 +34,22 @@ COARSE = """
     5 19 8 8 15 13 14 17 18 10 16 4 17 4 2 0 17 4 18 17 10 3 2 12 12 16 12 1 9 19 2 10 0 1 16 12 9
     13 15 13 16 19 2 4 6 19 5 5 8 19 18 1 2 15 6 0 17 8 14 13
 """
-LOOK_ALIKE = "0 1 2 3 4 4 3 2 1 0"  # the pair of every letter
-GROUPS = {
-    name: torch.tensor([int(word) for word in text.split()])
-    for name, text in (("cifar100", COARSE), ("letters", LOOK_ALIKE))
-}
-NOT_READ = (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError, zipfile.BadZipFile)
+GROUPS = {"cifar100": COARSE, "letters": "0 1 2 3 4 4 3 2 1 0"}  # of letters the look-alike pairs
 
 
 # --- target points --------------------------------------------------------------------------------
 # C points of length d, their rows unit vectors once normalised.
 
 
-def spread(x: Tensor, temperature: float = 0.07) -> Tensor:
-    """Mean over i of log sum_{j != i} exp(x_i . x_j / t) of the normalised rows of x [C, d]."""
-    unit = F.normalize(x, dim=1, eps=1e-12)
-    return (unit @ unit.T / temperature).fill_diagonal_(-math.inf).logsumexp(1).mean()
-
-
-def target_objective(x: Tensor, temperature: float = TEMPERATURE) -> Tensor:
+def target_objective(x: Tensor, temperature: float = TEMPERATURE, own: bool = True) -> Tensor:
     """The paper's: mean over i of log sum_j exp(x_i . x_j / t) of the normalised rows of x [C, d].
 
-    j = i is in the sum: a constant 1 / t, which hides in float32 everything that is minimised.
-    `spread` is the same without it.
+    own: with j = i in the sum, a constant 1 / t, which hides in float32 everything that is
+    minimised.
     """
     unit = F.normalize(x, dim=1, eps=1e-12)
-    return (unit @ unit.T / temperature).logsumexp(1).mean()
+    logits = unit @ unit.T / temperature
+    return (logits if own else logits.fill_diagonal_(-math.inf)).logsumexp(1).mean()
 
 
 def optimise_targets(x: Tensor, steps: int, lr: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,7 +72,7 @@ def optimise_targets(x: Tensor, steps: int, lr: float) -> tuple[Tensor, Tensor, 
     return F.normalize(best, dim=1, eps=1e-12), x.detach(), torch.stack(losses)
 
 
-def paper_targets(classes: int, dim: int, seed: int, steps: int = 10_000) -> Tensor:
+def paper_targets(classes: int, dim: int, seed: int, steps: int) -> Tensor:
     """C unit rows [C, d] made as in the paper, but in float64."""
     rng = common.generator(seed, "targets")
     start = torch.randn(classes, dim, dtype=torch.float64, generator=rng)
@@ -105,7 +96,7 @@ def target_figures(points: Tensor) -> dict[str, float]:
         "min_cosine": float(others.min()),
         "objective": float(target_objective(unit)),
         "excess": float(F.softplus(rows - 1 / TEMPERATURE, threshold=1e9).mean()),
-        "self_free_objective": float(spread(unit)),
+        "self_free_objective": float(target_objective(unit, own=False)),
     }
 
 
@@ -113,17 +104,9 @@ def target_figures(points: Tensor) -> dict[str, float]:
 # N embeddings of length d, labels [N] of C classes; unit rows are called z.
 
 
-def view_alignment(z1: Tensor, z2: Tensor) -> Tensor:
-    """Mean squared distance of the embeddings [N, d] of two views of an image."""
-    return (z1 - z2).square().sum(1).mean()
-
-
 def pair_uniformity(z: Tensor) -> Tensor:
     """log of the mean of exp(-2 |z_i - z_j|^2) over pairs i < j of unit rows [N, d]."""
-    pairs = len(z) * (len(z) - 1)
-    total = sum((4 * (part @ z.T - 1)).exp().sum() for part in z.split(2048))
-    own = (4 * (z.square().sum(1) - 1)).exp().sum()  # |u - v|^2 = 2 - 2 u.v
-    return ((total - own) / pairs).log()
+    return torch.pdist(z).square_().mul_(-2).exp_().mean().log()
 
 
 def class_centres(z: Tensor, labels: Tensor, classes: int) -> Tensor:
@@ -140,8 +123,7 @@ def class_alignment(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     sizes = torch.bincount(labels)
     within = []
     for part in z[labels.argsort(stable=True)].split(sizes[sizes > 0].tolist()):
-        total = (2 - 2 * part @ part.T).clamp(min=0).sqrt().fill_diagonal_(0).sum()
-        n = len(part)
+        n, total = len(part), 2 * torch.pdist(part).sum()
         within.append(total / torch.tensor([n * n, max(n * n - n, 1)]))
     return tuple(torch.stack(within).mean(0))
 
@@ -176,7 +158,7 @@ def geometry(features: Tensor, labels: Tensor, far: Tensor | None = None, ks=(1,
 
 def distances(semantic: str) -> Tensor:
     """Semantic distances [C, C] of a known set: 0 inside a group of GROUPS, else 1."""
-    group = GROUPS[semantic]
+    group = torch.tensor([int(word) for word in GROUPS[semantic].split()])
     return (group[:, None] != group).double()
 
 
@@ -186,14 +168,13 @@ def distances(semantic: str) -> Tensor:
 def read_distances(path: str) -> Tensor:
     """A square table of finite numbers, float64 [C, C], from an .npy; UserError otherwise."""
     try:
-        table = np.load(path, allow_pickle=False)
-        table = torch.from_numpy(table.astype(np.float64))
-    except NOT_READ as error:
+        table = torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float64))
+    except Exception as error:  # numpy's reader raises many kinds
         message = f"--distances {path} is no .npy of numbers ({str(error)[:80]})"
-        raise common.UserError(message) from None
+        raise UserError(message) from None
     if table.ndim != 2 or table.shape[0] != table.shape[1] or not torch.isfinite(table).all():
         shape = list(table.shape)
-        raise common.UserError(f"--distances {path} is {shape}, not a square of finite numbers")
+        raise UserError(f"--distances {path} is {shape}, not a square of finite numbers")
     return table
 
 
@@ -203,16 +184,19 @@ def read_features(path: str) -> tuple[Tensor, Tensor]:
         with np.load(path, allow_pickle=False) as file:
             features = torch.from_numpy(file["features"].astype(np.float32))
             labels = torch.from_numpy(file["labels"].astype(np.int64, casting="safe"))
-    except NOT_READ as error:
+    except Exception as error:  # numpy's reader raises many kinds
         reason = str(error).partition("\n")[0][:80]
-        raise common.UserError(f"{path} is no .npz of features and labels ({reason})") from None
+        raise UserError(f"{path} is no .npz of features and labels ({reason})") from None
+    wrong = ""
     if features.ndim != 2 or labels.shape != features.shape[:1]:
         shapes = f"features {list(features.shape)} and labels {list(labels.shape)}"
-        raise common.UserError(f"{path} holds {shapes}, not [N, d] and [N]")
-    if not torch.isfinite(features).all() or (labels < 0).any():
-        raise common.UserError(f"{path} holds features that are not finite, or labels below 0")
-    if len(labels.unique()) < 2:
-        raise common.UserError(f"{path} holds images of fewer than two classes")
+        wrong = f"{shapes}, not [N, d] and [N]"
+    elif not torch.isfinite(features).all() or (labels < 0).any():
+        wrong = "features that are not finite, or labels below 0"
+    elif len(labels.unique()) < 2:
+        wrong = "images of fewer than two classes"
+    if wrong:
+        raise UserError(f"{path} holds {wrong}")
     return features, labels
 
 
@@ -227,16 +211,18 @@ def show(figures: dict[str, float]) -> None:
 def command_targets(args) -> None:
     """Make C points, print what they are worth, save them."""
     simplex = args.classes <= args.dim + 1
-    steps = {} if args.steps is None else {"steps": args.steps}
-    if steps and simplex and not args.paper:
+    if args.steps and simplex and not args.paper:
         where = f"{args.classes} points in {args.dim} dimensions"
-        raise common.UserError(f"--steps has no meaning with {where}: they have a closed form")
-    make = paper_targets if args.paper else tsc.make_targets
-    common.make_folder(Path(args.out))
-    points = make(args.classes, args.dim, args.seed, **steps)
+        raise UserError(f"--steps has no meaning with {where}: they have a closed form")
+    common.make_folder(args.out)
+    sizes = args.classes, args.dim, args.seed
+    if args.paper:
+        points = paper_targets(*sizes, args.steps or 10_000)
+    else:
+        points = tsc.make_targets(*sizes, args.steps or 1000)
     ideal = {"ideal_max_cosine": -1 / (args.classes - 1)} if simplex else {}
     show(target_figures(points) | ideal)
-    path = Path(args.out) / f"optimal_{args.classes}_{args.dim}.npy"
+    path = args.out / f"optimal_{args.classes}_{args.dim}.npy"
     common.write_atomic(path, lambda file: np.save(file, points.numpy()))
     print(f"wrote {path}")
 
@@ -248,7 +234,7 @@ def command_features(args) -> None:
     far = read_distances(args.distances) if args.distances else far
     if far is not None and len(far) <= int(labels.max()):
         given, last = args.distances or args.semantic, int(labels.max())
-        raise common.UserError(f"{given} has {len(far)} classes, the labels go up to {last}")
+        raise UserError(f"{given} has {len(far)} classes, the labels go up to {last}")
     images, dimensions = features.shape
     show({"images": images, "dimensions": dimensions, "classes": len(labels.unique())})
     show(geometry(features, labels, far))
@@ -258,15 +244,18 @@ def make_parser() -> common.Parser:
     parser = common.Parser(prog="tools.geometry", description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="targets | features")
     whole = common.number(int, 1)
-    add = commands.add_parser("targets", help="make target points of tsc.py").add_argument
+    targets = commands.add_parser("targets", help="make target points of tsc.py")
+    targets.set_defaults(work=command_targets)
+    add = targets.add_argument
     add("--classes", type=common.number(int, 2), required=True, help="number of points C")
     add("--dim", type=whole, default=128, help="dimension d (default: 128)")
     add("--paper", action="store_true", help="the paper's objective and optimiser, in float64")
     add("--steps", type=whole, help="of the optimiser (default: 1000, with --paper 10000)")
     add("--seed", type=common.number(int, 0, 2**32 - 1), default=0, help="default: 0")
     what = "folder of optimal_<C>_<d>.npy (default: here)"
-    add("--out", type=common.file_path, default=".", help=what)
+    add("--out", type=common.home_path, default=Path(), help=what)
     features = commands.add_parser("features", help="figures of saved features")
+    features.set_defaults(work=command_features)
     features.add_argument("file", metavar="FILE.npz", help="what --save-features wrote")
     group = features.add_mutually_exclusive_group()
     group.add_argument("--distances", metavar="NPY", help="semantic distances [C, C]")
@@ -275,16 +264,7 @@ def make_parser() -> common.Parser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0, or 2 for bad input."""
-    args = make_parser().parse_args(argv)
-    command = command_targets if args.command == "targets" else command_features
-    try:
-        with common.printing():
-            command(args)
-    except (common.UserError, OSError) as error:
-        print(f"tools.geometry: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(make_parser(), argv)
 
 
 if __name__ == "__main__":

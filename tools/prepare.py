@@ -9,18 +9,10 @@
     python -m tools.prepare cache --dataset imagenet_lt --side 256    # and keep them decoded, in
                               # the data root or below --cache-dir
 
-Layouts under the data root:
-
-    imagenet_lt/{train,val}/<wnid>/* + ImageNet_LT_{train,val,test}.txt (test images: ImageNet val)
-    inat18/train_val2018/...         + iNaturalist18_{train,val}.txt, or {train,val}2018.json, of
-                                       which `lists` makes them
-    mini_imagenet_lt/<wnid>/*        + train_ir<ratio>.txt, val.txt, test.txt as `mini` writes them
-    any folder                         train/<class>/*, test/<class>/* and perhaps val/<class>/*
-
-The public lists (Liu et al. 2019; Van Horn et al. 2018) are checked by Git blob id.
+The public lists (Liu et al. 2019; Van Horn et al. 2018) are checked by Git blob id. README says
+where images lie, and so does the line about what is missing.
 """
 
-import argparse
 import contextlib
 import filecmp
 import hashlib
@@ -33,7 +25,7 @@ import sys
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -43,23 +35,21 @@ from PIL import Image, ImageDraw
 
 import common
 import data_lt
-from common import RunError, UserError, derive_seed, write_atomic
+from common import UserError, derive_seed, write_atomic
 from data_lt import Cache, Files, ListReader, Set, Splits, unreadable
+from tools import exit_code
 
 # --- show and export --------------------------------------------------------------------------
 
 
 def profile_text(data: Splits) -> str:
-    """The profile as text: a header, then one line a class with count, group and a bar.
-
-    Groups by training images: many > 100, medium 20..100, few < 20.
-    """
+    """The profile: a header, then a line a class with count, group and a bar."""
     counts, names = data.counts, data.classes
-    groups = ["many" if n > 100 else "medium" if n >= 20 else "few" for n in counts]
+    groups = [common.GROUPS[group] for group in common.group_of(counts)]
     width, high, low, size = max(map(len, names)), max(counts), min(counts), data.image_size
     of = f"{high} to {low} images (ratio {high / max(low, 1):g}), {size}x{size} px"
     sums = f"train {sum(counts)}, val {len(data.val or [])}, test {len(data.test)}"
-    by_group = ", ".join(f"{groups.count(group)} {group}" for group in ("many", "medium", "few"))
+    by_group = ", ".join(f"{groups.count(group)} {group}" for group in common.GROUPS)
     lines = [
         f"{data.name}: {len(names)} classes, {of}",
         f"{sums}, unused {len(data.leftover)}; {by_group}",
@@ -71,10 +61,10 @@ def profile_text(data: Splits) -> str:
     return "\n".join(lines)
 
 
-def passed_over(root: Path, data: Splits) -> str:
+def passed_over(root: Path) -> str:
     """How many files of a folder are none of its images, and why."""
     why = Counter()
-    for split in {"train", "test"} | ({"val"} if data.val else set()):
+    for split in ("train", "test", "val"):
         for folder, _, names in os.walk(root / split, followlinks=True):
             inner = Path(folder).relative_to(root / split).parts
             for name in names:
@@ -136,16 +126,13 @@ def _export_folders(parts: dict[str, Set], root: Path) -> None:
     for name in parts["train"].classes:
         if name != os.path.basename(name) or name[:1] in ("", ".") or "\\" in name or "\0" in name:
             raise UserError(f"class {name!r} cannot be the name of a folder; export to an .npz")
-    try:
-        for split, part in parts.items():
-            images = part.images.permute(0, 2, 3, 1).numpy()
-            where = zip(images, part.labels.tolist(), part.indices.tolist(), strict=True)
-            for pixels, label, index in where:
-                folder = root / split / str(part.classes[label])
-                folder.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(pixels).save(folder / f"{index:06}.png")
-    except OSError as error:
-        raise UserError(f"cannot write below {root}: {error.strerror or error}") from None
+    for split, part in parts.items():
+        images = part.images.permute(0, 2, 3, 1).numpy()
+        where = zip(images, part.labels.tolist(), part.indices.tolist(), strict=True)
+        for pixels, label, index in where:
+            folder = root / split / part.classes[label]
+            common.make_folder(folder)
+            Image.fromarray(pixels).save(folder / f"{index:06}.png")
 
 
 # --- fetching and verifying -------------------------------------------------------------------
@@ -155,6 +142,9 @@ class PublicList(NamedTuple):
     blob: str  # Git's id of the file
     rows: int
     classes: int
+
+    def __str__(self) -> str:
+        return f"{self.rows} rows, {self.classes} classes, blob {self.blob}"
 
 
 PUBLIC = {
@@ -201,13 +191,9 @@ def git_blob(content: bytes) -> str:
 
 def difference(part: Set, public: PublicList, text: bytes | None) -> str | None:
     """In what a list differs from the public one, or None; text None: another order is allowed."""
-    found = PublicList(text and git_blob(text), len(part), len(part.classes))
-    if found == public or (text is None and found[1:] == public[1:]):
-        return None
-    shown = [
-        f"{rows} rows, {classes} classes, blob {blob}" for blob, rows, classes in (found, public)
-    ]
-    return f"{shown[0]}; the public list: {shown[1]}"
+    blob = public.blob if text is None else git_blob(text)
+    found = PublicList(blob, len(part), len(part.classes))
+    return None if found == public else f"{found}; the public list: {public}"
 
 
 def download(target: Path, public: PublicList) -> bytes:
@@ -229,8 +215,7 @@ def download(target: Path, public: PublicList) -> bytes:
 
 
 def json_text(source: Path) -> bytes:
-    """The list that iNaturalist's official JSON makes: images (id, file_name), annotations
-    (image_id, category_id), one an image."""
+    """The list that iNaturalist's JSON makes: images (id, file_name), each with one annotation."""
     try:
         record = json.loads(source.read_bytes())
         names = {image["id"]: str(image["file_name"]) for image in record["images"]}
@@ -249,18 +234,13 @@ def check_images(part: Set, source: Path, full: bool = False) -> int:
     order = np.random.RandomState(0).permutation(len(part))
     heads = order[np.unique(part.labels.numpy()[order], return_index=True)[1]]
     chosen = range(len(part)) if full else np.union1d(order[:SAMPLE], heads).tolist()
-
-    def size(k: int) -> int:
-        try:
-            return os.stat(part.images.path(k)).st_size
-        except (OSError, ValueError):
-            return -1
-
     with ThreadPoolExecutor(16) as workers:  # on a network disk a look-up is mostly waiting
-        bad = [(k, n) for k, n in zip(chosen, workers.map(size, chosen), strict=True) if n < 1]
+        sizes = list(workers.map(part.images.bytes, chosen))
+    bad = [(k, size) for k, size in zip(chosen, sizes, strict=True) if size < 1]
     if bad:
-        (k, found), path = bad[0], part.images.path(bad[0][0])
-        state, flat = "is missing" if found else "is empty", path.parent.parent / path.name
+        k, size = bad[0]
+        path = part.images.path(k)
+        state, flat = "is missing" if size else "is empty", path.parent.parent / path.name
         hint = f"; {flat} must move into its class folder" if flat.exists() else ""
         hint = "; paths are written with /" if "\\" in str(path) else hint
         what = f"class {part.classes[part.labels[k]]}; {len(bad)} of {len(chosen)} looked for"
@@ -268,56 +248,53 @@ def check_images(part: Set, source: Path, full: bool = False) -> int:
     return len(chosen)
 
 
-def take_list(dataset: str, split: str, source: Path, reader: ListReader) -> tuple[Set, str | None]:
-    """The list of a split and in what it differs from the public one; written where it was not.
+def take_list(public: PublicList, source: Path, reader: ListReader, trust: bool) -> tuple:
+    """The set of a list, and in what it differs from the public list where that is trusted.
 
     It is the one that lies there, else made of iNaturalist's JSON, else downloaded.
     """
-    public, made = PUBLIC[dataset][split], None
+    made = None
     official = source.with_name(source.stem.replace("iNaturalist18_", "") + "2018.json")
-    if dataset == "inat18" and official.exists():
+    if official.exists():
         made = json_text(official)
     if source.exists():
         part, text = reader.read(source), source.read_bytes()
     else:
         text = made or download(source, public)
-        lines = text.decode().rstrip().split("\n")
-        part = reader.read(official if made else source, lines)
+        part = reader.read(official if made else source, text.decode().rstrip().split("\n"))
     wrong = difference(part, public, None if text == made else text)
-    return part, wrong, text
+    if wrong and not trust:
+        remedy = "remove it to fetch it anew, or go on with --trust-list"
+        raise UserError(f"{source}: {wrong}; {remedy}")
+    if not source.exists():
+        write_atomic(source, lambda file: file.write(text))
+    return part, wrong
 
 
-def lists(dataset: str, data_root="data", full: bool = False, trust_list: bool = False) -> str:
-    """Fetch the lists of a set or take those that lie there, verify them, look for the images.
-
-    `trust_list` goes on with a list that differs from the public one. Returns what it found.
-    """
+def lists(args) -> str:
+    """Fetch the lists of a set or take those that lie there, verify them, look for the images."""
+    dataset, root = args.dataset, Path(args.data_root, args.dataset)
     if dataset not in PUBLIC:
         raise UserError(f"lists makes no sense for {dataset}; it is for {', '.join(PUBLIC)}")
-    info, root = data_lt.find(dataset), Path(data_root) / dataset
+    info = data_lt.find(dataset)
     common.make_folder(root)
-    reader, sets, lines = ListReader(root, info.num_classes), {}, []
+    reader, sets, lines, looked = ListReader(root, info.num_classes), {}, [], 0
     sources = data_lt.list_paths(info, root, None)
     for split, source in sources.items():
-        sets[split], wrong, text = take_list(dataset, split, source, reader)
-        if wrong and not trust_list:
-            remedy = "remove it to fetch it anew, or go on with --trust-list"
-            raise UserError(f"{source}: {wrong}; {remedy}")
+        sets[split], wrong = take_list(PUBLIC[dataset][split], source, reader, args.trust_list)
         lines += [f"note: {source}: {wrong}; trusted"] if wrong else []
-        if not source.exists():
-            write_atomic(source, lambda file, text=text: file.write(text))
-    looked = sum(check_images(sets[split], source, full) for split, source in sources.items())
-    own = {p: split for split, part in reversed(sets.items()) for p in part.images.names}
+    first: dict[str, str] = {}  # the split in which an image stands
     for split, part in sets.items():
-        shared = [path for path in part.images.names if own[path] != split]
-        if shared:
-            first = f"{own[shared[0]]} too, the first: {shared[0]}"
-            lines.append(f"note: {len(shared)} images of {split} stand in {first}")
+        looked += check_images(part, sources[split], args.full)
+        twice = [path for path in part.images.names if first.setdefault(path, split) != split]
+        if twice:
+            where = f"{first[twice[0]]} too, the first: {twice[0]}"
+            lines.append(f"note: {len(twice)} images of {split} stand in {where}")
     parts = ", ".join(f"{split} {len(part):,}" for split, part in sets.items())
-    counts, how = sets["train"].counts(), "" if full else " (a sample; --full looks for all)"
+    counts, how = sets["train"].counts(), "" if args.full else " (a sample; --full looks for all)"
     profile = f"{len(counts):,} classes, {max(counts):,} to {min(counts):,} training images"
-    total = sum(map(len, sets.values()))
     lines.append(f"{dataset}: {profile}; {parts}")
+    total = sum(map(len, sets.values()))
     lines.append(f"looked for {looked:,} of {total:,} images{how}: all there")
     return "\n".join(lines)
 
@@ -393,8 +370,8 @@ def mini(root: Path, ratio: float = 100.0, seed: int = 0) -> str:
 CHUNK = 256  # images between two moments at which everything so far is safe on the disk
 
 
-def file_sets(args: argparse.Namespace) -> dict[str, Set]:
-    """The splits of a set whose images are files, by name; UserError for another."""
+def file_sets(args) -> list[Set]:
+    """The splits of a set whose images are files; UserError for another."""
     info, folder = data_lt.find(args.dataset), Path(args.dataset)
     if info.lists:
         sets = data_lt.listed_sets(info, args.data_root, args.imb_ratio)
@@ -403,7 +380,7 @@ def file_sets(args: argparse.Namespace) -> dict[str, Set]:
     else:
         wanted = ", ".join(sorted(data_lt.LISTED)) + " or a folder" * (args.command == "check")
         raise UserError(f"{args.command} makes no sense for {args.dataset}; it is for {wanted}")
-    return {part.split: part for part in sets.values()}
+    return list(sets.values())
 
 
 class Progress:
@@ -418,40 +395,40 @@ class Progress:
             print(line, file=sys.stderr, flush=True)
 
 
-def shrunk(files: Files, row: int, side: int) -> np.ndarray:
-    """The pixels [H, W, 3] of an image, the short side at most `side`, aspect kept."""
-    image = Image.fromarray(files.read(row))
-    return np.asarray(data_lt.resize_short(image, min(side, *image.size)))
+def decode(part: Set, row: int, side: int) -> np.ndarray:
+    """The pixels [H, W, 3] of an image, its short side at most `side`; a UserError names it."""
+    try:
+        image = Image.fromarray(part.images.read(row))
+        return np.asarray(data_lt.resize_short(image, min(side, *image.size)))
+    except Exception as error:  # decoders raise many kinds
+        raise unreadable(part, row, error) from None
 
 
-def check(sets: dict[str, Set], threads: int | None = None) -> str:
+def trouble(image: tuple[Set, int]) -> str:
+    """Why an image of a set cannot be read; nothing when it can."""
+    try:
+        decode(*image, side=256)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def check(args) -> str:
     """Decode every image; UserError with one line an image when some cannot be read."""
+    images = [(part, row) for part in file_sets(args) for row in range(len(part))]
     wrong, say = [], Progress()
-    with ThreadPoolExecutor(threads) as pool:
-        for split, part in sets.items():
-
-            def look(row: int, part: Set = part) -> UserError | None:
-                try:
-                    shrunk(part.images, row, 256)
-                except Exception as error:  # decoders raise many kinds
-                    return unreadable(part, row, error)
-
-            for row, found in enumerate(pool.map(look, range(len(part))), 1):
-                wrong += [str(found)] if found else []
-                say(f"{split}: {row} of {len(part)} images, {len(wrong)} unreadable so far")
-    total = sum(map(len, sets.values()))
+    with ThreadPoolExecutor() as pool:
+        for done, found in enumerate(pool.map(trouble, images), 1):
+            wrong += [found] if found else []
+            say(f"{done} of {len(images)} images, {len(wrong)} unreadable so far")
     if wrong:
         print("\n".join(wrong))
-        raise UserError(f"{len(wrong)} of {total} images cannot be read; they are listed above")
-    return f"all {total} images can be read"
+        message = f"{len(wrong)} of {len(images)} images cannot be read"
+        raise UserError(f"{message}; they are listed above")
+    return f"all {len(images)} images can be read"
 
 
 # --- writing a cache --------------------------------------------------------------------------
-
-
-def stored_bytes(records: np.ndarray) -> np.ndarray:
-    """Where each image ends in the file."""
-    return np.cumsum(records["height"].astype(np.int64) * records["width"] * 3)
 
 
 def complete(log: Path, pixels: Path, magic: bytes) -> np.ndarray:
@@ -465,20 +442,19 @@ def complete(log: Path, pixels: Path, magic: bytes) -> np.ndarray:
     step = data_lt.RECORD.itemsize
     whole = max(len(content) - len(magic), 0) // step * step
     records = np.frombuffer(content[len(magic) :][:whole], data_lt.RECORD)
-    ends = stored_bytes(records)
-    sizes = np.diff(ends, prepend=0)
-    good = (ends <= size) & (sizes > 0) & (records["offset"] == ends - sizes)
-    return records[: len(records) if good.all() else int(good.argmin())]
+    return records[ends(records) <= size]
+
+
+def ends(records: np.ndarray) -> np.ndarray:
+    """Where each image ends in the file."""
+    return records["offset"] + 3 * records["height"].astype(np.int64) * records["width"]
 
 
 def bytes_needed(files: Files, rows: range, side: int) -> int:
-    """Size of these images in a cache, from the headers of up to 500 of them."""
+    """Size of these images in a cache, from the headers of up to 500 that can be read."""
     sizes = []
     for row in rows[:: max(len(rows) // 500, 1)]:
-        with (
-            contextlib.suppress(Exception),
-            Image.open(files.path(row)) as image,
-        ):  # named in their turn
+        with contextlib.suppress(Exception), Image.open(files.path(row)) as image:
             scale = min(1.0, side / min(image.size)) ** 2
             sizes.append(3 * scale * image.width * image.height)
     return int(sum(sizes) / max(len(sizes), 1) * len(rows))
@@ -518,49 +494,37 @@ def _write_cache(part: Set, path: Path, side: int, say) -> None:
     if need > free:
         space = f"needs about {need / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free there"
         raise UserError(f"cache {path} {space}")
-    with open(log, "ab") as listing, open(pixels, "ab") as data:
-        listing.truncate(len(magic) * bool(len(done)) + done.nbytes)
-        listing.write(b"" if len(done) else magic)
-        offset = int(stored_bytes(done)[-1]) if len(done) else 0
+    log.write_bytes(magic + done.tobytes())
+    with open(log, "ab") as listing, open(pixels, "ab") as data, ThreadPoolExecutor() as pool:
+        offset = int(ends(done).max(initial=0))
         data.truncate(offset)
-        for rows, fresh in _decode_chunks(part, len(done), offset, side, data):
-            for file, content in (data, b""), (listing, fresh):
+        for start in range(len(done), len(part), CHUNK):
+            rows, fresh = range(start, min(start + CHUNK, len(part))), []
+            for image in pool.map(lambda row: decode(part, row, side), rows):
+                data.write(image)
+                fresh.append((offset, *image.shape[:2]))
+                offset += image.nbytes
+            for file, content in (data, b""), (listing, np.array(fresh, data_lt.RECORD)):
                 file.write(content)  # an image is listed when it is safe on the disk
                 file.flush()
                 os.fsync(file.fileno())
             say(f"{path}: {rows.stop} of {len(part)} images")
     records = complete(log, pixels, magic)
-    total = int(stored_bytes(records)[-1])
-    head = json.dumps({"fingerprint": part.fingerprint(), "side": side, "bytes": total})
-    text = {"head": head.encode(), "paths": os.fsencode("\0".join(part.images.names))}
-    arrays = {key: np.frombuffer(value, np.uint8) for key, value in text.items()}
+    head = {"fingerprint": part.fingerprint(), "side": side, "bytes": int(ends(records)[-1])}
+    names = os.fsencode("\0".join(part.images.names))
+    texts = {"head": json.dumps(head).encode(), "paths": names}
+    arrays = {key: np.frombuffer(text, np.uint8) for key, text in texts.items()}
     arrays |= {"records": records, "labels": part.labels.numpy()}
     write_atomic(index, lambda file: np.savez(file, **arrays))
     log.unlink()
 
 
-def _decode_chunks(part: Set, done: int, offset: int, side: int, data) -> Iterator:
-    """Write the images from `done` on to `data`; yields (rows, their records) chunk by chunk."""
-    with ThreadPoolExecutor() as pool:
-        for start in range(done, len(part), CHUNK):
-            rows, fresh = range(start, min(start + CHUNK, len(part))), []
-            images = [pool.submit(shrunk, part.images, row, side) for row in rows]
-            for row, future in zip(rows, images, strict=True):
-                try:
-                    image = future.result()
-                except Exception as error:  # decoders raise many kinds
-                    raise unreadable(part, row, error) from None
-                data.write(image)
-                fresh.append((offset, *image.shape[:2]))
-                offset += image.nbytes
-            yield rows, np.array(fresh, data_lt.RECORD)
-
-
-def cache(sets: dict[str, Set], folder: Path, side: int = 256) -> str:
-    """Caches `folder`/cache<side>/<split> of the sets; lines that say what lies where."""
-    lines, place = [], folder / f"cache{side}"
-    for name, part in sets.items():
-        made = build_cache(part, place / name, side)
+def cache(args) -> str:
+    """Caches cache<side>/<split> of a set; lines that say what lies where."""
+    lines = []
+    place = Path(args.cache_dir or args.data_root, args.dataset, f"cache{args.side}")
+    for part in file_sets(args):
+        made = build_cache(part, place / part.split, args.side)
         size = made.file.stat().st_size / 1e9
         lines.append(f"{made.file}: {len(made)} images, {size:.2f} GB")
     return "\n".join(lines)
@@ -569,104 +533,74 @@ def cache(sets: dict[str, Set], folder: Path, side: int = 256) -> str:
 # --- command line -----------------------------------------------------------------------------
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """An argparse parser whose errors are one line."""
+def show(args) -> str:
+    """Export the subset, or draw it where asked for; its class profile."""
+    data, exports = data_lt.load(args), args.command == "export"
+    target = args.out if exports else args.png
+    if target and not data.train.in_memory:
+        what = "export" if exports else "--png"
+        raise UserError(f"{what} makes no sense for {args.dataset}: its images are files")
+    if exports:
+        export(data, target, args.force)
+    elif target:
+        write_atomic(target, lambda file: picture_grid(data.train).save(file, "png"))
+    text, own = profile_text(data), Path(args.dataset)
+    if args.dataset not in data_lt.DATASETS and own.is_dir():
+        text += passed_over(own)
+    return text + (f"\nwrote {target}" if target else "")
 
-    def error(self, message: str):
-        raise UserError(f"{message} (see {self.prog} --help)")
+
+def fetch_set(args) -> str:
+    return fetch(args.dataset, args.data_root, args.image_size)
 
 
-FLAGS = {  # flag: (commands that have it, keywords of argparse)
-    "--dataset": ("show export fetch lists check cache", {"type": common.file_path,
-        "default": "glyphs_lt",
-        "help": f"{', '.join(data_lt.DATASETS)} or a path (default glyphs_lt)"}),
-    "--data-root": ("show export fetch lists mini check cache", {"type": common.file_path,
-        "default": "data", "help": "folder that holds the sets (default data)"}),
-    "--image-size": ("show export fetch", {"type": common.number(int, 1), "help":
-        "resize the short side to this many px and crop the centre"}),
-    "--imb-ratio": ("show export mini check cache", {"type": common.number(float, 1), "help":
-        "largest / smallest class (default 100; a path: as it is)"}),
-    "--imb-type": ("show export", {"choices": ("exp", "step"), "default": "exp", "help":
-        "profile of the class counts (default exp)"}),
-    "--data-seed": ("show export mini", {"type": common.number(int, 0, 2**32 - 1), "default": 0,
-        "help": "which images: the seed (default 0)"}),
-    "--select": ("show export", {"choices": ("last", "val"), "default": "last", "help":
-        "val: with the validation images that scripts take for --select val"}),
-    "--png": ("show", {"type": common.home_path, "help":
-        "also write a picture: first images of every class"}),
-    "--out": ("export", {"type": common.home_path, "required": True, "help":
-        "the .npz to write, or a folder of class folders"}),
-    "--force": ("export", {"action": "store_true", "help": "overwrite it"}),
-    "--full": ("lists", {"action": "store_true", "help": "look for every image, not for a sample"}),
-    "--trust-list": ("lists", {"action": "store_true", "help": "go on with one that was edited"}),
-    "--cache-dir": ("cache", {"type": common.file_path, "help":
-        "where caches lie, if not in the data root"}),
-    "--side": ("cache", {"type": common.number(int, 8, 2048), "default": 256, "help":
-        "short side in px (default 256)"}),
-}  # fmt: skip
+def make_mini(args) -> str:
+    root = Path(args.data_root, "mini_imagenet_lt")
+    return mini(root, args.imb_ratio or 100.0, args.data_seed)
+
+
+FLAGS = {  # keywords of argparse
+    "dataset": {"type": common.file_path, "default": "glyphs_lt"},
+    "data-root": {"type": common.file_path, "default": "data", "help": "of sets (default: data)"},
+    "image-size": {"type": common.number(int, 1), "help": "resize the short side, crop the centre"},
+    "imb-ratio": {"type": common.number(float, 1), "help": "largest / smallest (default: 100)"},
+    "imb-type": {"choices": ("exp", "step"), "default": "exp", "help": "profile (default: exp)"},
+    "data-seed": {"type": common.number(int, 0, 2**32 - 1), "default": 0, "help": "(default: 0)"},
+    "select": {"choices": ("last", "val"), "default": "last", "help": "val: carve, as scripts do"},
+    "png": {"type": common.home_path, "help": "also draw the first images of every class"},
+    "out": {"type": common.home_path, "required": True, "help": "an .npz, or a folder to make"},
+    "force": {"action": "store_true", "help": "overwrite the .npz"},
+    "full": {"action": "store_true", "help": "look for every image, not for a sample"},
+    "trust-list": {"action": "store_true", "help": "go on with a list that was edited"},
+    "cache-dir": {"type": common.file_path, "help": "where caches lie, if not in the data root"},
+    "side": {"type": common.number(int, 8, 2048), "default": 256, "help": "px (default: 256)"},
+}
+FLAGS["dataset"]["help"] = f"{', '.join(data_lt.DATASETS)} or a path (default: glyphs_lt)"
+SUBSET = "dataset data-root image-size imb-ratio imb-type data-seed select"
 COMMANDS = {
-    "show": "print the class profile",
-    "export": "write the exact subset to one .npz or to class folders",
-    "fetch": "download and verify a set of torchvision's",
-    "lists": "fetch and verify the lists of a large set, look for its images",
-    "mini": "make the lists of mini-ImageNet-LT",
-    "check": "decode every image and name those that cannot be read",
-    "cache": "decode every image once into memory-mapped files",
+    "show": (show, "print the class profile", f"{SUBSET} png"),
+    "export": (show, "write the exact subset", f"{SUBSET} out force"),
+    "fetch": (fetch_set, "download a set of torchvision's", "dataset data-root image-size"),
+    "lists": (lists, "fetch and verify lists", "dataset data-root full trust-list"),
+    "mini": (make_mini, "make the lists of mini-ImageNet-LT", "data-root imb-ratio data-seed"),
+    "check": (check, "name the images that cannot be read", "dataset data-root imb-ratio"),
+    "cache": (cache, "decode every image once", "dataset data-root imb-ratio cache-dir side"),
 }
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = OneLineParser(prog="tools.prepare", description=__doc__.splitlines()[0])
+def make_parser() -> common.Parser:
+    parser = common.Parser(prog="tools.prepare", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in COMMANDS.items():
+    for name, (work, text, flags) in COMMANDS.items():
         sub = commands.add_parser(name, help=text, description=text)
-        for flag, (where, keywords) in FLAGS.items():
-            if name in where.split():
-                sub.add_argument(flag, **keywords)
-    return parser.parse_args(argv)
-
-
-def run(args: argparse.Namespace) -> str:
-    """Does what a command asks for; what it says."""
-    root = Path(args.data_root)
-    if args.command == "fetch":
-        return fetch(args.dataset, root, args.image_size)
-    if args.command == "lists":
-        return lists(args.dataset, root, args.full, args.trust_list)
-    if args.command == "mini":
-        return mini(root / "mini_imagenet_lt", args.imb_ratio or 100.0, args.data_seed)
-    if args.command == "check":
-        return check(file_sets(args))
-    if args.command == "cache":
-        place = Path(args.cache_dir or root, args.dataset)
-        return cache(file_sets(args), place, args.side)
-    data = data_lt.load(args)
-    picture = args.command == "show" and args.png
-    if not data.train.in_memory and (args.command == "export" or picture):
-        flag = "--png" if picture else "export"
-        raise UserError(f"{flag} makes no sense for {args.dataset}: its images are files")
-    if picture:
-        write_atomic(args.png, lambda file: picture_grid(data.train).save(file, "png"))
-    elif args.command == "export":
-        export(data, args.out, args.force)
-    text, own = profile_text(data), Path(args.dataset)
-    if args.dataset not in data_lt.DATASETS and own.is_dir():
-        text += passed_over(own, data)
-    wrote = picture or (args.command == "export" and args.out)
-    return text + (f"\nwrote {wrote}" if wrote else "")
+        sub.set_defaults(work=lambda args, work=work: print(work(args)))
+        for flag in flags.split():
+            sub.add_argument(f"--{flag}", **FLAGS[flag])
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    try:
-        with common.printing():
-            print(run(parse_args(argv)))
-    except (UserError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on where it was", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(make_parser(), argv)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ finished runs become lines of results/runs.jsonl. compare: two runs side by side
 weights in half precision. RUNS are folders of runs, or .jsonl files of recorded ones.
 """
 
+import argparse
 import json
 import math
 import os
@@ -12,13 +13,15 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from scipy import stats
 
 import common
+from tools import exit_code
 from tools.cells import Cell, Runner, minutes, read_cells, read_lines, why_not
 from tools.figures import write_figures
 from tools.results import (
@@ -26,17 +29,19 @@ from tools.results import (
     Published,
     by_run,
     describe,
-    group_cell,
     mean_std,
     mean_text,
     name_of,
     percent,
     read_results,
-    record,
     rows_of,
+    run_of,
+    shortened,
     tables_of,
     unique,
 )
+
+Tables = dict[tuple, dict[str, list[dict]]]  # of `rows_of`
 
 # --- RESULTS.md -----------------------------------------------------------------------------------
 
@@ -50,7 +55,7 @@ CLAIMED = (
     "Each method beside its own baseline, paired over seeds (± standard error; `no sure difference`"
     ": p > 0.05). Image passes are those of a run's own stages, not of a checkpoint it begins with."
 )
-CLAIMS = "paper|figure|without|with|with - without|image passes"
+CLAIMS = "paper|figure|without|with|with - without|image passes".split("|")
 REAL = "what|run|published|here|best on test|seeds|epochs|minutes|device"
 LEAGUE = "method|overall|many|medium|few|worst class|macro-F1|ECE|image passes|seconds"
 HEAD = "run|ours|paper|released|many|medium|few|macro-F1|ECE|best on test|epochs|passes|seconds"
@@ -64,155 +69,145 @@ def markdown(rows: list[list]) -> list[str]:
     return [lines[0], f"|{'|'.join(rule)}|", *lines[1:], ""]
 
 
-def aligned(rows: list[list]) -> str:
-    """A table for the terminal."""
-    widths = [max(map(len, map(str, column))) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(str(v).ljust(w) for v, w in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
-
-
-def costs(seeds: list[dict]) -> list[str]:
-    """Epochs, image passes and seconds of a run, averaged over its seeds."""
-    passes, _, _ = mean_std(result.get("image_passes") for result in seeds)
+def costs(seeds: list[dict]) -> dict[str, str]:
+    """What a run took, averaged over its seeds, by the heads of columns."""
     seconds = [(result.get("timing") or {}).get("seconds") for result in seeds]
-    epochs = unique(result["epochs"] for result in seeds if result.get("epochs") is not None)
+    minutes = [value and value / 60 for value in seconds]
+    passes, _, _ = mean_std(result.get("image_passes") for result in seeds)
     passes = "-" if passes is None else f"{passes:,.0f}"
-    return [epochs, passes, mean_text(seconds, digits=0, runs=len(seeds))]
+    return {
+        "epochs": unique(result["epochs"] for result in seeds if result.get("epochs") is not None),
+        "passes": passes,
+        "image passes": passes,
+        "seconds": mean_text(seconds, digits=0, runs=len(seeds)),
+        "minutes": mean_text(minutes, digits=0, runs=len(seeds)),
+    }
 
 
-def best_on_test(seeds: list[dict]) -> str:
-    best = mean_text(percent(seeds, "best_on_test", "overall"), runs=len(seeds))
+def row(heads: str, seeds: list[dict], published: Published, **own: str) -> list[str]:
+    """The row of a run in a table with these heads; own: what the heads of that table say."""
+    count, texts = len(seeds), costs(seeds)
+    overall = percent(seeds, "headline", "overall")
+    texts |= {"ours": mean_text(overall), "overall": mean_text(overall)}
+    texts["here"] = mean_text(overall, runs=count)
+    for head in ("many", "medium", "few", "worst class", "macro-F1", "ECE"):
+        name = re.sub(r"\W", "_", head.lower())
+        known = any(name in (result.get("headline") or {}) for result in seeds)
+        empty = "n/a" if name in common.GROUPS and known else "-"
+        texts[head] = mean_text(percent(seeds, "headline", name), empty, runs=count)
+    best = mean_text(percent(seeds, "best_on_test", "overall"), runs=count)
     epochs = unique(r["best_on_test"].get("epoch") for r in seeds if r.get("best_on_test"))
-    return best if best == "-" else f"{best} (epoch {epochs})"
+    texts["best on test"] = best if best == "-" else f"{best} (epoch {epochs})"
+    for head, released in (("paper", False), ("published", False), ("released", True)):
+        known = published.headline(seeds[0], released) or {}
+        texts[head] = mean_text([known.get("overall")], runs=1)
+    texts["seeds"] = unique(result["seed"] for result in seeds)
+    texts["device"] = unique(r["machine"]["device"] for r in seeds if r.get("machine"))
+    texts |= own
+    return [texts[head] for head in heads.split("|")]
 
 
-def paired(first: list[dict], second: list[dict], value: Callable) -> tuple[list, list, str, str]:
-    """Values of both over the seeds they share; mean of (second - first) and its standard error."""
-    one, two = ({result["seed"]: value(result) for result in part} for part in (first, second))
-    seeds = sorted(set(one) & set(two))
-    pairs = [(one[s], two[s]) for s in seeds if None not in (one[s], two[s])]
+def value_of(result: dict, name: str) -> float | None:
+    """A figure of the headline in percent, or a number of the run's own."""
+    (headline,) = percent([result], "headline", name)
+    return result.get(name) if headline is None else headline
+
+
+def in_pairs(first: list[dict], second: list[dict], name: str) -> tuple[list, list]:
+    """Values of two runs over the seeds that both have."""
+    one, two = ({r["seed"]: value_of(r, name) for r in seeds} for seeds in (first, second))
+    both = sorted(set(one) & set(two))
+    return [one[seed] for seed in both], [two[seed] for seed in both]
+
+
+def gain(one: Sequence, two: Sequence) -> tuple[str, str, bool]:
+    """Mean of two - one over the pairs of which both are there, standard error, if p < 0.05."""
+    pairs = [pair for pair in zip(one, two, strict=True) if None not in pair]
     mean, std, count = mean_std(b - a for a, b in pairs)
-    difference = "-" if mean is None else f"{mean:+.2f}"
-    error = f"{std / math.sqrt(count):.2f}" if count > 1 else "-"
-    return [one[s] for s in seeds], [two[s] for s in seeds], difference, error
+    if count < 2:
+        return "-" if mean is None else f"{mean:+.2f}", "-", False
+    error = std / math.sqrt(count)
+    sure = abs(mean) > stats.t.ppf(0.975, count - 1) * error
+    return f"{mean:+.2f}", f"{error:.2f}", sure
 
 
-def figure_of(name: str) -> Callable:
-    """result -> its headline figure of this name in percent, or a number of its own."""
-
-    def find(result: dict) -> float | None:
-        head = result.get("headline") or {}
-        return 100 * head[name] if head.get(name) is not None else result.get(name)
-
-    return find
-
-
-def claim_rows(tables: dict[tuple, dict[str, list[dict]]]) -> list[list[str]]:
+def claim_rows(tables: Tables) -> list[list[str]]:
     """The rows of `claim NAME, FIGURE, FIGURE...`: each cell beside the first of its claim.
 
     A claim of one cell is about the curve that this cell has: its ends, for the class of the tail.
     """
     rows = []
     for (head, _), members in tables.items():
-        if head.startswith("claim "):
-            paper, *figures = head.removeprefix("claim ").split(", ")
-            (base, first), *others = members.items()
-            rows += [[paper, *row] for row in _curve_ends(first)] if not others else []
-            for name, seeds in others if first else ():
-                rows += [[paper, *_claim(base, first, name, seeds, f)] for f in figures if seeds]
+        if not head.startswith("claim "):
+            continue
+        paper, *figures = head.removeprefix("claim ").split(", ")
+        (base, first), *others = members.items()
+        if not others:
+            rows += [[paper, *ends] for ends in curve_ends(first)]
+        for name, seeds in others if first else ():
+            passes = " / ".join(costs(part)["passes"] for part in (first, seeds))
+            for figure in figures if seeds else ():
+                one, two = in_pairs(first, seeds, figure)
+                beside = {base: one, name: two}
+                rows.append([paper, figure.replace("_", " "), *claim_cells(beside), passes])
     return rows
 
 
-def _claim(base: str, first: list[dict], name: str, second: list[dict], figure: str) -> list[str]:
-    """A figure of a baseline and of a method, their difference, what both took."""
-    one, two, difference, error = paired(first, second, figure_of(figure))
-    if error != "-":
-        sure = abs(float(difference)) > stats.t.ppf(0.975, len(one) - 1) * float(error)
-        difference += f" ± {error}" + ", no sure difference" * (not sure)
-    values = [mean_text(part, runs=len(part)) for part in (one, two)]
-    passes = " / ".join(costs(part)[1] for part in (first, second))
-    figure = figure.replace("_", " ")
-    return [figure, f"{base}: {values[0]}", f"{name}: {values[1]}", difference, passes]
-
-
-def _curve_ends(seeds: list[dict]) -> list[list[str]]:
+def curve_ends(seeds: list[dict]) -> list[list[str]]:
     rows = []
-    for table in tables_of(seeds, Published([])):
+    for table in tables_of(seeds):
         tail = next((name for name in table["rows"] if name.endswith("(tail)")), None)
         if tail and table.get("plot"):
             low, *_, high = zip(*table["rows"][tail][0], strict=True)
-            mean, std, count = mean_std(b - a for a, b in zip(low, high, strict=True))
-            error = f" ± {std / math.sqrt(count):.2f}" if count > 1 else ""
             start, *_, end = (f"{table['row_header']} {value:g}" for value in table["plot"]["x"])
-            ends = [mean_text(values, runs=len(seeds)) for values in (low, high)]
-            shown = [f"{start}: {ends[0]}", f"{end}: {ends[1]}"]
-            rows.append([f"recall of {tail}", *shown, f"{mean:+.2f}{error}", costs(seeds)[1]])
+            cells = claim_cells({start: low, end: high})
+            rows.append([f"recall of {tail}", *cells, costs(seeds)["passes"]])
     return rows
 
 
-def first_page(tables: dict[tuple, dict[str, list[dict]]], published: Published) -> list[str]:
+def claim_cells(beside: dict[str, Sequence]) -> list[str]:
+    """Two figures by name, over the same seeds, and their difference."""
+    difference, error, sure = gain(*beside.values())
+    if error != "-":
+        difference += f" ± {error}" + ", no sure difference" * (not sure)
+    shown = [f"{name}: {mean_text(part, runs=len(part))}" for name, part in beside.items()]
+    return [*shown, difference]
+
+
+def first_page(tables: Tables, published: Published) -> list[str]:
     """Claims, real images, leagues: what a reader can take in."""
-    lines, rows = [], claim_rows(tables)
-    if rows:
-        lines += ["## What each paper claims", ""]
-        lines += [CLAIMED, ""]
-        lines += markdown([CLAIMS.split("|"), *rows])
-    rows = []
+    lines, real = [], []
+    if rows := claim_rows(tables):
+        lines += ["## What each paper claims", "", CLAIMED, "", *markdown([CLAIMS, *rows])]
     for (head, dataset), members in tables.items():
         for name, seeds in members.items() if head == "headline" else ():
-            rows += [_real_row(f"{name}, {dataset}", seeds, published)] if seeds else []
-    if rows:
-        lines += ["## Real images", "", *markdown([REAL.split("|"), *rows])]
+            if seeds:
+                call = f"`{seeds[0]['script']}.py {describe(seeds[0])}`"
+                real.append(row(REAL, seeds, published, what=f"{name}, {dataset}", run=call))
+    if real:
+        lines += ["## Real images", "", *markdown([REAL.split("|"), *real])]
     for (head, dataset), members in tables.items():
         members = {name: seeds for name, seeds in members.items() if seeds}
         if head.startswith("league, ") and len(members) > 2:
+            overall = {name: percent(own, "headline", "overall") for name, own in members.items()}
+            ranked = sorted(members, key=lambda name: -(mean_std(overall[name])[0] or 0.0))
+            rows = [row(LEAGUE, members[name], published, method=name) for name in ranked]
             lines += [f"## All methods at equal passes: {dataset}", ""]
-            lines += [_what_is_alike(members.values()), "", *markdown(_league_rows(members))]
+            lines += [what_is_alike([r for seeds in members.values() for r in seeds]), ""]
+            lines += markdown([LEAGUE.split("|"), *rows])
     return lines
 
 
-def _real_row(name: str, seeds: list[dict], published: Published) -> list[str]:
-    known = published.headline(seeds[0])
-    minutes = [(r.get("timing") or {}).get("seconds") for r in seeds]
-    return [
-        name,
-        f"`{seeds[0]['script']}.py {describe(seeds[0])}`",
-        mean_text([known["overall"]], runs=1) if known else "-",
-        mean_text(percent(seeds, "headline", "overall"), runs=len(seeds)),
-        best_on_test(seeds),
-        unique(r["seed"] for r in seeds),
-        costs(seeds)[0],
-        mean_text([m and m / 60 for m in minutes], digits=0, runs=len(seeds)),
-        unique(r["machine"]["device"] for r in seeds if r.get("machine")),
-    ]
-
-
-def _league_rows(members: dict[str, list[dict]]) -> list[list[str]]:
-    """Methods ranked by overall accuracy, with the head of the table."""
-    overall = {name: percent(seeds, "headline", "overall") for name, seeds in members.items()}
-    rows = [LEAGUE.split("|")]
-    for name in sorted(members, key=lambda name: -(mean_std(overall[name])[0] or 0.0)):
-        groups = [
-            group_cell(members[name], figure)
-            for figure in (*common.GROUPS, "worst_class", "macro_f1", "ece")
-        ]
-        rows.append([name, mean_text(overall[name]), *groups, *costs(members[name])[1:]])
-    return rows
-
-
-def _what_is_alike(members: Iterable[list[dict]]) -> str:
+def what_is_alike(results: list[dict]) -> str:
     """Whether the runs of a league had the same images, backbone and image passes."""
-    results = [result for seeds in members for result in seeds]
     passes = [result.get("image_passes") or 0 for result in results]
     alike = max(passes) <= 1.03 * min(passes)
     spent = "(forward + backward) the same within 3 %" if alike else "DIFFER, see their column"
     same = len({result.get("data") for result in results}) == 1
-    backbones = {result["args"].get("backbone") for result in results}
+    backbones = sorted({str(result["args"].get("backbone")) for result in results})
     return (
         f"{'Same' if same else 'NOT the same'} training images; "
-        f"backbone {unique(sorted(map(str, backbones)))}; image passes {spent}. "
+        f"backbone {unique(backbones)}; image passes {spent}. "
         "Each method has its own augmentation, optimiser and stages; "
         "ranked by overall accuracy, last epoch."
     )
@@ -220,36 +215,26 @@ def _what_is_alike(members: Iterable[list[dict]]) -> str:
 
 def script_lines(script: str, runs: list[list[dict]], published: Published) -> list[str]:
     """The section of a script: its headline table, sources, machines, then its own tables."""
-    lines, sources = [f"## {script}.py", ""], {"paper": [], "released": []}
-    rows = [HEAD.split("|")]
+    lines, rows = [f"## {script}.py", ""], []
     for seeds in runs:
-        known = {key: published.headline(seeds[0], key == "released") for key in sources}
-        for key, figure in known.items():
-            sources[key] += [figure["source"]] if figure else []
         if any(r.get("headline") or r.get("best_on_test") for r in seeds):
-            rows.append(_headline_row(seeds, known))
-    lines += markdown(rows) if rows[1:] else []
-    for key, texts in sources.items():
-        lines += [f"Column {key}: {unique(texts)}.", ""] if texts else []
+            name = f"{seeds[0]['dataset']}: {describe(seeds[0])}"
+            rows.append(row(HEAD, seeds, published, run=name))
+    lines += markdown([HEAD.split("|"), *rows]) if rows else []
+    for key, released in (("paper", False), ("released", True)):
+        known = [published.headline(seeds[0], released) for seeds in runs]
+        sources = unique(figure["source"] for figure in known if figure)
+        lines += [f"Column {key}: {sources}.", ""] if any(known) else []
     machines = [result["machine"] for seeds in runs for result in seeds if result.get("machine")]
     texts = [", ".join(f"{name} {value}" for name, value in one.items()) for one in machines]
     lines += [f"Measured on: {'; '.join(dict.fromkeys(texts))}.", ""] if texts else []
     for seeds in runs:
         for table in tables_of(seeds, published):
-            lines += _table_lines(seeds, table)
+            lines += table_lines(seeds, table)
     return lines
 
 
-def _headline_row(seeds: list[dict], beside: dict[str, dict | None]) -> list[str]:
-    """A row of the columns HEAD; beside: published figure by `paper` and `released`."""
-    row = [f"{seeds[0]['dataset']}: {describe(seeds[0])}"]
-    row.append(mean_text(percent(seeds, "headline", "overall")))
-    row += [mean_text([(known or {}).get("overall")], runs=1) for known in beside.values()]
-    row += [group_cell(seeds, name) for name in (*common.GROUPS, "macro_f1", "ece")]
-    return [*row, best_on_test(seeds), *costs(seeds)]
-
-
-def _table_lines(seeds: list[dict], table: dict) -> list[str]:
+def table_lines(seeds: list[dict], table: dict) -> list[str]:
     """One table of a run: ours as mean ± std over the seeds, the published row under it."""
     count = len(table["seeds"])
     rows = [[table.get("row_header") or "", *table["columns"]]]
@@ -290,93 +275,81 @@ def write_tables(results: Sequence[dict], cells: Sequence[Cell], path: Path, fig
 
 # --- two runs side by side ------------------------------------------------------------------------
 
-FIGURES = (
-    "overall",
-    "mean_class",
-    *common.GROUPS,
-    "macro_f1",
-    "harmonic_mean",
-    "worst_class",
-    "ece",
-)
+FIGURES = ("overall", "mean_class", *common.GROUPS)
+FIGURES += ("macro_f1", "harmonic_mean", "worst_class", "ece")
 
 
-def compare(one: Path, other: Path) -> list[str]:
+def compare(args) -> None:
     """Means of two runs over the seeds that both have, their paired difference, standard error."""
     found = []
-    for place in (one, other):
+    for place in args.folders:
         groups = by_run(r for r in read_results([place]) if r.get("headline"))
         if len(groups) != 1:
             message = f"holds {len(groups)} runs with a headline; name the folder of one"
             raise common.UserError(f"{place} {message}")
         found += groups.values()
-    seeds = [{result["seed"] for result in part} for part in found]
-    both = sorted(seeds[0] & seeds[1])
-    if not both:
-        listed = [unique(sorted(part)) for part in seeds]
-        raise common.UserError(f"no seed in common: {listed[0]} in A, {listed[1]} in B")
-    lines = []
-    for name, part, place in zip("AB", found, (one, other), strict=True):
-        lines.append(f"{name}: {', '.join(name_of(part[0])[:2])}, {describe(part[0])} ({place})")
-    lines.append(f"seeds {unique(both)}")
+    a, b = ({result["seed"] for result in part} for part in found)
+    if not a & b:
+        listed = [unique(sorted(part)) for part in (a, b)]
+        raise common.UserError(f"no seed in common: {' and '.join(listed)}")
+    for name, part, place in zip("AB", found, args.folders, strict=True):
+        print(f"{name}: {', '.join(name_of(part[0])[:2])}, {describe(part[0])} ({place})")
+    print(f"seeds {unique(sorted(a & b))}")
     if found[0][0].get("data") != found[1][0].get("data"):
-        lines.append("note: A and B were trained on different images")
-    for name, part in zip("AB", seeds, strict=True):
-        if alone := part - set(both):
-            lines.append(f"note: {name} has seed(s) {unique(sorted(alone))} alone")
+        print("note: A and B were trained on different images")
+    for name, alone in ("A", a - b), ("B", b - a):
+        if alone:
+            print(f"note: {name} has seed(s) {unique(sorted(alone))} alone")
     rows = [["percent", "A", "B", "B - A", "standard error"]]
     for name in FIGURES:
-        *values, difference, error = paired(*found, figure_of(name))
-        rows.append([name, *(mean_text(v, runs=len(v)) for v in values), difference, error])
-    shared = [[result for result in part if result["seed"] in both] for part in found]
-    spent = zip(("image passes", "seconds"), *(costs(part)[1:] for part in shared), strict=True)
-    return [*lines, "", *markdown([*rows, *([*cost, "", ""] for cost in spent)])]
+        one, two = in_pairs(*found, name)
+        means = [mean_text(values, runs=len(values)) for values in (one, two)]
+        rows.append([name, *means, *gain(one, two)[:2]])
+    spent = [costs([result for result in part if result["seed"] in a & b]) for part in found]
+    rows += [[key, *(part[key] for part in spent), "", ""] for key in ("image passes", "seconds")]
+    print("", *markdown(rows), sep="\n")
 
 
 # --- weights of a run -----------------------------------------------------------------------------
 
-# Flags that an exported command does without, and how many values each has.
-LEFT_OUT = dict.fromkeys("--init-from --eval --save-features --gpus --out --data-root".split(), 1)
-LEFT_OUT |= {"--logger": 1, "--device": 1, "--fresh": 0, "--quiet": 0}
+LEFT_OUT = "init-from eval save-features gpus out data-root logger device"  # of a command
 
 
-def export(run: Path, out: Path, data_root: Path, dataset: str | None = None) -> str:
+def export(args) -> None:
     """Write the network of a finished run in half precision, and evaluate that file.
 
-    run: its folder, with result.json, args.json and the checkpoint of the last stage. The file is
-    a checkpoint without optimiser, for `--eval` and `--init-from`; `exported` in it holds the
-    figures of full and of half precision. dataset: where the run's own set lies by now.
+    args.run: its folder, with result.json, args.json and the checkpoint of the last stage. The file
+    is a checkpoint without optimiser, for `--eval` and `--init-from`; `exported` in it holds the
+    figures of full and of half precision. args.dataset: where the run's own set lies by now.
     """
-    result, words, stage = _finished_run(run)
-    words += ["--dataset", dataset] if dataset else []
+    run, out = args.run, args.out
+    result, words, stage = finished_run(run)
+    words += ["--dataset", args.dataset] if args.dataset else []
     if out.exists():
         raise common.UserError(f"{out} exists; choose another name")
     common.make_folder(out.parent)
-    chosen = result["args"].get("select") == "val"
-    source = run / f"{stage}{'_best' * chosen}.pt"
-    checkpoint = common.load_checkpoint(source)
-    state = checkpoint["state"].get("model")
-    if state is None:
-        raise common.UserError(f"{source} holds no network under the name model")
+    chosen = result["args"]["select"] != "last"
+    checkpoint = common.load_checkpoint(run / f"{stage}{'_best' * chosen}.pt")
+    state = checkpoint["state"]["model"]
     half = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
     command, full = [f"{result['script']}.py", *without(words)], result["headline"]["overall"]
-    kept = ("kind", "script", "args", "data", "stage", "epoch", "info")
-    small = {key: checkpoint[key] for key in kept} | {"state": {"model": half}}
     exported = {"variant": result["variant"], "seed": result["seed"], "command": command}
     exported |= {"full": full, "half": None}
-    common.save_checkpoint(out, small | {"exported": exported})
+    kept = ("kind", "script", "args", "data", "stage", "epoch", "info")
+    small = {key: checkpoint[key] for key in kept} | {"state": {"model": half}}
+    small["exported"] = exported
+    common.save_checkpoint(out, small)
     try:
-        exported["half"] = evaluated(out, command, data_root) / 100
+        exported["half"] = evaluated(out, command, args.data_root) / 100
     except common.UserError:
         out.unlink()
         raise
-    common.save_checkpoint(out, small | {"exported": exported})
+    common.save_checkpoint(out, small)
     size = out.stat().st_size / 1e6
-    return (
-        f"wrote {out}: {size:.2f} MB, {result['script']} {result['variant']}, stage {stage}\n"
-        f"overall {100 * full:.2f} % in full precision, {100 * exported['half']:.2f} % of this "
-        f"file:\npython {shlex.join([*command, '--eval', str(out)])}"
-    )
+    print(f"wrote {out}: {size:.2f} MB, {result['script']} {result['variant']}, stage {stage}")
+    print(f"overall {100 * full:.2f} % in full precision, ", end="")
+    print(f"{100 * exported['half']:.2f} % of this file:")
+    print(f"python {shlex.join([*command, '--eval', str(out)])}")
 
 
 def evaluated(checkpoint: Path, command: Sequence[str], data_root: Path) -> float:
@@ -392,7 +365,7 @@ def evaluated(checkpoint: Path, command: Sequence[str], data_root: Path) -> floa
     return float(said[1])
 
 
-def _finished_run(run: Path) -> tuple[dict, list[str], str]:
+def finished_run(run: Path) -> tuple[dict, list[str], str]:
     """Result, command line and last stage of a finished run."""
     try:
         result = json.loads((run / "result.json").read_text())
@@ -408,42 +381,38 @@ def _finished_run(run: Path) -> tuple[dict, list[str], str]:
     return result, words, stage
 
 
-def without(words: Sequence[str]) -> list[str]:
+def without(words: list[str]) -> list[str]:
     """A command line without the flags LEFT_OUT and their values."""
-    kept, skip = [], 0
-    for word in words:
-        if skip:
-            skip -= 1
-        elif word.partition("=")[0] in LEFT_OUT:
-            skip = 0 if "=" in word else LEFT_OUT[word]
-        else:
-            kept.append(word)
-    return kept
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in LEFT_OUT.split():
+        parser.add_argument(f"--{name}")
+    for name in ("--fresh", "--quiet"):
+        parser.add_argument(name, action="store_true")
+    return parser.parse_known_args(words)[1]
 
 
-# --- commands -------------------------------------------------------------------------------------
+# --- runs -----------------------------------------------------------------------------------------
 
 
-def run_command(args) -> int:
+def run_cells(args) -> int:
     """Run the cells that are not finished and that this machine can do, then write their tables."""
     text = read_lines(args.cells)
     cells = read_cells(text, args.seeds, args.only)
     skipped = {cell: why for cell in cells if (why := why_not(cell, args))}
     before = read_results([args.out]) if args.out.is_dir() else []
-    places = {(*name_of(result), result["seed"]): result["folder"] for result in before}
+    places = {run_of(result): result["folder"] for result in before}
     wanted = [cell for cell in cells if cell not in skipped]
     todo = [cell for cell in wanted if cell.run not in places]
-    args.jobs = args.jobs or torch.cuda.device_count() or max(cores() // args.threads, 1)
-    recorded = read_results([RECORDED])
-    took = f", {minutes(todo, recorded, args.jobs)}" if todo else ""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    args.jobs = args.jobs or torch.cuda.device_count() or max((cores or 1) // args.threads, 1)
+    took = f", {minutes(todo, read_results([RECORDED]), args.jobs)}" if todo else ""
     print(f"will run {len(todo)} cell(s){took}, {args.jobs} at a time, threads a cell: ", end="")
     print(f"{args.threads}; logs: {args.out / 'logs'}")
     lines = [f"  run: {c}" for c in todo]
     lines += [f"  finished before: {c}" for c in wanted if c not in todo]
-    reasons = list(skipped.values())
-    for why in dict.fromkeys(reasons):
-        lines.append(f"  skipped: {reasons.count(why)} cell(s): {why}")
-    print("\n".join(lines), flush=True)
+    counted = Counter(skipped.values()).items()
+    lines += [f"  skipped: {count} cell(s): {why}" for why, count in counted]
+    print(*lines, sep="\n", flush=True)
     if args.dry_run:
         return 0
     for folder in (args.out, args.results.parent, args.figures):
@@ -464,26 +433,45 @@ def tell(args, cells: Sequence[Cell]) -> None:
     except common.UserError as error:
         figures = f"no figures ({error})"
     write_tables(results, cells, args.results, args.figures)
-    rows = claim_rows(rows_of(cells, results))
-    print("\n" + aligned([CLAIMS.split("|"), *rows]) + "\n" if rows else "", end="")
+    if rows := claim_rows(rows_of(cells, results)):
+        print("", *markdown([CLAIMS, *rows]), sep="\n")
     print(f"wrote {args.results} ({len(results)} runs), {figures}")
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+# --- commands -------------------------------------------------------------------------------------
+
+
+def tables(args) -> None:
+    results, cells = read_results(args.runs), read_cells(read_lines(args.cells), seeds=99)
+    write_tables(results, cells, args.out, args.out.parent / "figures")
+    print(f"wrote {args.out}: {len(results)} runs")
+
+
+def figures(args) -> None:
+    results, cells = read_results(args.runs), read_cells(read_lines(args.cells), seeds=99)
+    print(f"wrote {len(write_figures(results, cells, args.out))} figures to {args.out}")
+
+
+def add_runs(args) -> None:
+    """Add lines to runs.jsonl; a run that is there already is replaced."""
+    results = read_results(args.runs)
+    before = read_results([args.out]) if args.out.exists() else []
+    lines = {run_of(result): shortened(result) for result in [*before, *results]}
+    text = "".join(json.dumps(lines[run]) + "\n" for run in sorted(lines))
+    common.write_atomic(args.out, lambda file: file.write(text.encode()))
+    print(f"wrote {args.out}: {len(lines)} runs, {len(results)} of them from here")
 
 
 def make_parser() -> common.Parser:
     parser = common.Parser(prog="tools.report", description=__doc__.partition("\n\n")[2])
     commands, path = parser.add_subparsers(dest="command", required=True), common.home_path
 
-    def command(name: str, text: str):
-        return commands.add_parser(name, help=text, allow_abbrev=False).add_argument
+    def command(name: str, work, text: str):
+        one = commands.add_parser(name, help=text, allow_abbrev=False)
+        one.set_defaults(work=work)
+        return one.add_argument
 
-    add = command("run", "run the cells, then write tables and figures")
+    add = command("run", run_cells, "run the cells, then write tables and figures")
     add("cells", type=path, nargs="?", default=Path("-"), help="file of lines (default: stdin)")
     add("--dry-run", action="store_true", help="only say what would run")
     add("--more", action="store_true", help="all methods at equal passes and their ablations, too")
@@ -497,16 +485,20 @@ def make_parser() -> common.Parser:
     folders = {"data-root": "data", "out": "runs", "results": "RESULTS.md", "figures": "figures"}
     for flag, standard in folders.items():
         add(f"--{flag}", type=path, default=Path(standard), help=f"default: {standard}")
-    for name, standard in (("tables", "RESULTS.md"), ("figures", "figures"), ("add", None)):
-        add = command(name, f"{name} of runs" if standard else f"record runs in {RECORDED.name}")
+    for name, work, out in (
+        ("tables", tables, Path("RESULTS.md")),
+        ("figures", figures, Path("figures")),
+        ("add", add_runs, RECORDED),
+    ):
+        add = command(name, work, f"{name} of runs" if name != "add" else "record runs")
         add("runs", type=path, nargs="+", metavar="RUNS", help="folder of runs, or .jsonl file")
-        add("--out", type=path, default=Path(standard or RECORDED), help="what is written")
+        add("--out", type=path, default=out, help=f"what is written (default: {out.name})")
         cells = common.ROOT / "run_all.sh"
         add("--cells", type=path, default=cells, help="lines that say which run is of which table")
-    add = command("compare", "two runs side by side")
+    add = command("compare", compare, "two runs side by side")
     what = "run folders (all seeds below them), or folders of runs"
     add("folders", type=path, nargs=2, metavar="DIR", help=what)
-    add = command("export", "weights of a run in half precision")
+    add = command("export", export, "weights of a run in half precision")
     add("run", type=path, metavar="RUN", help="run folder .../seed<k> with its result.json")
     add("--out", type=path, required=True, metavar="FILE", help="file to write, .pt")
     add("--data-root", type=path, default=Path("data"), help="where the test set lies")
@@ -516,39 +508,8 @@ def make_parser() -> common.Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0 fine, 1 something failed, 2 bad input."""
-    args = make_parser().parse_args(argv)
-    try:
-        if args.command == "run":
-            return run_command(args)
-        with common.printing():
-            if args.command == "compare":
-                print("\n".join(compare(*args.folders)))
-            elif args.command == "export":
-                print(export(args.run, args.out, args.data_root, args.dataset))
-            else:
-                print(make(args))
-        return 0
-    except (common.UserError, common.RunError, OSError) as error:
-        print(f"tools.report: error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, common.RunError) else 2
-    except KeyboardInterrupt:
-        return 130
-
-
-def make(args) -> str:
-    """The commands tables, figures and add."""
-    results = read_results(args.runs)
-    if args.command == "add":
-        lines = record(results, args.out)
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        common.write_atomic(args.out, lambda file: file.write(text.encode()))
-        return f"wrote {args.out}: {len(lines)} runs, {len(results)} of them from here"
-    cells = read_cells(read_lines(args.cells), seeds=99)
-    if args.command == "figures":
-        return f"wrote {len(write_figures(results, cells, args.out))} figures to {args.out}"
-    write_tables(results, cells, args.out, args.out.parent / "figures")
-    return f"wrote {args.out}: {len(results)} runs"
+    """The exit code: 0 fine, 1 a cell failed, 2 bad input."""
+    return exit_code(make_parser(), argv)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,13 @@ same without what is long. Both are read alike, as plain dictionaries.
 """
 
 import csv
+import itertools
 import json
 import re
-import shlex
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from common import GROUPS, ROOT, UserError
@@ -19,8 +20,10 @@ RECORDED = ROOT / "results" / "runs.jsonl"
 
 # --- runs -----------------------------------------------------------------------------------------
 
-LONG = ("kind", "confusion", "rows")  # no table and no picture of RESULTS.md is made of them
+LONG = ("kind", "confusion", "rows", "folder")  # RESULTS.md shows nothing that is made of them
 FIRST = ("script", "dataset", "variant", "seed", "changed", "headline", "best_on_test", "timing")
+TYPES = {"script": str, "dataset": str, "variant": str, "seed": int, "method": str}
+TYPES |= {"args": dict, "changed": dict}
 
 
 def read_results(places: Iterable[Path]) -> list[dict]:
@@ -32,11 +35,10 @@ def read_results(places: Iterable[Path]) -> list[dict]:
     results = {}
     for place in places:
         for where, result in _read(place):
-            key = (*name_of(result), result["seed"])
-            if key in results:
+            if run_of(result) in results:
                 print(f"skipped {where}: this run was read already", file=sys.stderr)
-            results.setdefault(key, result)
-    return [results[key] for key in sorted(results)]
+            results.setdefault(run_of(result), result)
+    return [results[run] for run in sorted(results)]
 
 
 def _read(place: Path):
@@ -50,12 +52,11 @@ def _read(place: Path):
     for where, text in texts.items():
         try:
             result = json.loads(text, parse_constant=lambda name: None)
-            [result[key] for key in ("headline", "args", "changed", "method")]
-            if [type(part) for part in (*name_of(result), result["seed"])] != [str, str, str, int]:
-                raise TypeError("script, dataset, variant or seed is of the wrong type")
+            wrong = [key for key, kind in TYPES.items() if type(result[key]) is not kind]
         except (ValueError, LookupError, TypeError, RecursionError) as error:
-            why = f"{type(error).__name__}: {error}"
-            print(f"skipped {where}: not one of our results ({why})", file=sys.stderr)
+            wrong = [f"{type(error).__name__}: {error}"]
+        if wrong:
+            print(f"skipped {where}: not one of our results ({wrong[0]})", file=sys.stderr)
             continue
         if isinstance(where, Path):
             result |= {"folder": where.parent, "curve": curve(where.with_name("metrics.jsonl"))}
@@ -67,12 +68,14 @@ def name_of(result: dict) -> tuple[str, str, str]:
     return result["script"], result["dataset"], result["variant"]
 
 
+def run_of(result: dict) -> tuple[str, str, str, int]:
+    """One run: its name and its seed."""
+    return *name_of(result), result["seed"]
+
+
 def by_run(results: Iterable[dict]) -> dict[tuple, list[dict]]:
-    """The seeds of each run: {(script, dataset, variant): results}."""
-    groups: dict[tuple, list[dict]] = {}
-    for result in results:
-        groups.setdefault(name_of(result), []).append(result)
-    return groups
+    """The seeds of each run: {(script, dataset, variant): results}, of results in this order."""
+    return {name: list(seeds) for name, seeds in itertools.groupby(results, name_of)}
 
 
 def rows_of(cells: Iterable, results: Iterable[dict]) -> dict[tuple, dict[str, list[dict]]]:
@@ -81,7 +84,7 @@ def rows_of(cells: Iterable, results: Iterable[dict]) -> dict[tuple, dict[str, l
     A table is what stands before the last `: ` in the table field of a cell, its row what follows.
     A row without a finished run has no seeds.
     """
-    runs = {(*name_of(result), result["seed"]): result for result in results}
+    runs = {run_of(result): result for result in results}
     tables: dict[tuple, dict[str, list[dict]]] = {}
     lines = [(place, name, cell) for cell in cells for place, _, name in cell.tables]
     for _, name, cell in sorted(lines, key=lambda line: line[0]):
@@ -102,34 +105,18 @@ def curve(path: Path) -> dict[str, dict[str, list]]:
     return stages
 
 
-def record(results: Iterable[dict], path: Path) -> list[dict]:
-    """All lines of runs.jsonl with these results; a run that is there already is replaced."""
-    lines = {}
-    for result in [*(read_results([path]) if path.exists() else []), *results]:
-        lines[(*name_of(result), result["seed"])] = shortened(result)
-    return [lines[key] for key in sorted(lines)]
-
-
 def shortened(result: dict) -> dict:
     """What a line of runs.jsonl holds: no long table, curves only of real images, six digits."""
-    keep = {key: value for key, value in result.items() if key not in (*LONG, "folder")}
-    if result["dataset"].startswith("glyphs_lt"):
-        keep.pop("curve", None)
-    changed = keep.get("changed", {})  # files by name: where they lay is nobody's business
-    names = {key: Path(v).name for key, v in changed.items() if isinstance(v, str) and "/" in v}
-    keep["changed"] = changed | names
-    return rounded({key: keep[key] for key in FIRST if key in keep} | keep)
+    left_out = {*LONG, *["curve"] * result["dataset"].startswith("glyphs_lt")}
+    keep = {key: result[key] for key in dict.fromkeys((*FIRST, *result)) if key in result}
+    keep = {key: value for key, value in keep.items() if key not in left_out}
+    for key, value in result["changed"].items():
+        if isinstance(value, str) and "/" in value:  # where a file lay is nobody's business
+            keep["changed"] = keep["changed"] | {key: Path(value).name}
+    return json.loads(json.dumps(keep), parse_float=lambda digits: float(f"{float(digits):.6g}"))
 
 
-def rounded(value):
-    if isinstance(value, dict):
-        return {key: rounded(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [rounded(part) for part in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
-
-
-def tables_of(seeds: list[dict], published: "Published") -> list[dict]:
+def tables_of(seeds: list[dict], published: "Published | None" = None) -> list[dict]:
     """The tables of one run, `rows` as {name: (values [seed][column], published values or None)}.
 
     Tables of the seeds are the same when title and columns are.
@@ -142,7 +129,7 @@ def tables_of(seeds: list[dict], published: "Published") -> list[dict]:
             entry["seeds"].append(result["seed"])
             for row in table["rows"]:
                 values, paper = entry["rows"].get(row["name"], ([], None))
-                paper = paper or published.row(result, table, row["name"])
+                paper = paper or (published and published.row(result, table, row["name"]))
                 entry["rows"][row["name"]] = ([*values, row["values"]], paper)
     return list(merged.values())
 
@@ -152,8 +139,8 @@ def _beside(result: dict) -> list[dict]:
     columns, rows = ("overall", *GROUPS, "worst_class"), []
     for name, part in result.items():
         if name not in ("headline", "best_on_test") and isinstance(part, dict) and "many" in part:
-            values = [part.get(column) for column in columns]
-            rows.append({"name": name, "values": [v if v is None else 100 * v for v in values]})
+            values = [percent([result], name, column)[0] for column in columns]
+            rows.append({"name": name, "values": values})
     return [{"title": "Beside the headline", "columns": columns, "rows": rows}] if rows else []
 
 
@@ -166,62 +153,68 @@ def describe(result: dict) -> str:
         if name == "stages":
             words.append(value.replace("-", ","))
         elif value is not True:
-            text = f"{value:g}" if isinstance(value, float) else str(value)
-            words.append(text.split("/")[-1])
+            words.append(typed(value).split("/")[-1])
     return " ".join(words)
+
+
+def typed(value) -> str:
+    """A value of a flag as one types it."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 # --- published figures ----------------------------------------------------------------------------
 
 COLUMNS = "script dataset ratio method flags metric value source epoch_rule".split()
+FLAG = r"--([\w-]+)(?: (?!--)(\S+))?"
 # Flags that change no published setting: a figure may stand beside a run with others of these.
 HARMLESS = set("points eval_every gpus compile precision cache".split())
+RELEASED = "released code: "  # how the source of a figure begins that is none of the paper
 
 
+@dataclass
 class Published:
-    """Rows of published.csv, found by the settings of a run.
+    """Rows of published.csv, by script, data set and ratio, found by the settings of a run.
 
-    A row fits a run of its script, data set and ratio when the run has the row's flags (`--flag
-    PATTERN`, a regular expression of the whole value) and changed no other flag but HARMLESS ones.
-    Rows whose source begins with "released code" are of that; `(quoted only)` fits no run.
+    A row fits a run when the run has the row's flags (`--flag PATTERN`, a regular expression of the
+    whole value) and changed no other flag but HARMLESS ones; `(quoted only)` fits no run.
     """
 
-    def __init__(self, rows: Iterable[dict]):
-        self.rows: dict[tuple, list[dict]] = {}
-        for row in rows:
-            key = (row["script"], row["dataset"], row["ratio"])
-            self.rows.setdefault(key, []).append(row)
+    rows: dict[tuple, list[dict]]
 
     @classmethod
     def read(cls, path: Path = ROOT / "results" / "published.csv") -> "Published":
         """The rows of a file; UserError where one cannot be read."""
+        rows: dict[tuple, list[dict]] = {}
         with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
-        for place, row in enumerate(rows, 2):
-            try:
-                if list(row) != COLUMNS or not row["source"] or not row["epoch_rule"]:
-                    raise ValueError(f"needs {', '.join(COLUMNS)}")
-                row["value"] = float(row["value"])
-                row["patterns"] = _patterns(row["flags"])
-            except (ValueError, TypeError, re.error) as error:
-                raise UserError(f"{path}, line {place}: {error}") from None
+            for place, row in enumerate(csv.DictReader(file), 2):
+                try:
+                    if list(row) != COLUMNS or not row["source"] or not row["epoch_rule"]:
+                        raise ValueError(f"needs {', '.join(COLUMNS)}")
+                    row["value"] = float(row["value"])
+                    row["patterns"] = _patterns(row["flags"])
+                except (ValueError, TypeError, re.error) as error:
+                    raise UserError(f"{path}, line {place}: {error}") from None
+                rows.setdefault((row["script"], row["dataset"], row["ratio"]), []).append(row)
         return cls(rows)
 
-    def fitting(self, result: dict) -> list[dict]:
-        """The rows that fit the settings of a run, in the file's order."""
-        args, changed = result["args"], result["changed"]
-        ratio = args.get("imb_ratio")
-        key = (result["script"], args.get("dataset"), "" if ratio is None else f"{ratio:g}")
-        return [row for row in self.rows.get(key, []) if _fits(row["patterns"], args, changed)]
+    def fitting(self, result: dict, released: bool) -> list[dict]:
+        """The rows of this method and these settings, of the paper or of released code."""
+        args, ratio = result["args"], result["args"].get("imb_ratio")
+        key = (result["script"], args.get("dataset"), "" if ratio is None else typed(float(ratio)))
+        return [
+            row
+            for row in self.rows.get(key, [])
+            if row["method"] == result["method"]
+            and row["source"].startswith(RELEASED) == released
+            and _fits(row["patterns"], args, result["changed"])
+        ]
 
     def headline(self, result: dict, released: bool = False) -> dict | None:
         """{"overall": percent, "source": where and which epoch} of the published run, or None."""
-        for row in self.fitting(result):
-            if (row["method"], row["metric"]) == (result["method"], "overall"):
-                if row["source"].startswith("released code") == released:
-                    source = row["source"].removeprefix("released code: ")
-                    source = f"{source}; epoch: {row['epoch_rule']}"
-                    return {"overall": row["value"], "source": source}
+        for row in self.fitting(result, released):
+            if row["metric"] == "overall":
+                source = f"{row['source'].removeprefix(RELEASED)}; epoch: {row['epoch_rule']}"
+                return {"overall": row["value"], "source": source}
         return None
 
     def row(self, result: dict, table: dict, name: str) -> list[float | None] | None:
@@ -229,10 +222,8 @@ class Published:
 
         Their metric is `ROW @ NAME OF THE COLUMNS COLUMN`, such as `truck (tail) @ p 0.2`.
         """
-        found: dict[str, float] = {}
-        for row in self.fitting(result):
-            if row["method"] == result["method"] and not row["source"].startswith("released code"):
-                found.setdefault(row["metric"], row["value"])
+        rows = self.fitting(result, released=False)
+        found = {row["metric"]: row["value"] for row in reversed(rows)}  # the first counts
         names = [f"{table.get('row_header') or ''} {column}".strip() for column in table["columns"]]
         values = [found.get(f"{name} @ {column}") for column in names]
         return values if any(value is not None for value in values) else None
@@ -240,27 +231,19 @@ class Published:
 
 def _patterns(flags: str) -> dict[str, str] | None:
     """{argument: regular expression}; None for what is only quoted."""
-    words = shlex.split(flags, posix=False)
     if flags == "(quoted only)":
         return None
-    patterns = {}
-    while words:
-        name = words.pop(0)
-        if not name.startswith("--"):
-            raise ValueError(f"flags: {flags!r} is no list of --flag VALUE")
-        value = words.pop(0) if words and not words[0].startswith("--") else "True"
-        patterns[name[2:].replace("-", "_")] = re.compile(value).pattern
-    return patterns
+    if re.sub(FLAG, "", flags).strip():
+        raise ValueError(f"flags: {flags!r} is no list of --flag VALUE")
+    pairs = re.findall(FLAG, flags)
+    return {name.replace("-", "_"): re.compile(value or "True").pattern for name, value in pairs}
 
 
 def _fits(patterns: dict[str, str] | None, args: dict, changed: dict) -> bool:
     if patterns is None or set(changed) - HARMLESS - set(patterns):
         return False
-    for name, pattern in patterns.items():
-        value = changed.get(name, args.get(name))
-        if not re.fullmatch(pattern, f"{value:g}" if type(value) is float else str(value)):
-            return False
-    return True
+    values = args | changed
+    return all(re.fullmatch(p, typed(values.get(name))) for name, p in patterns.items())
 
 
 # --- numbers --------------------------------------------------------------------------------------
@@ -287,13 +270,6 @@ def percent(results: list[dict], part: str, name: str) -> list[float | None]:
     """result[part][name] of each result, a fraction, in percent; None where it is missing."""
     values = [(result.get(part) or {}).get(name) for result in results]
     return [None if value is None else 100 * value for value in values]
-
-
-def group_cell(seeds: list[dict], name: str) -> str:
-    """A headline figure over the seeds; `n/a` for an empty group, `-` for a figure that is none."""
-    known = any(name in (result.get("headline") or {}) for result in seeds)
-    empty = "n/a" if name in GROUPS and known else "-"
-    return mean_text(percent(seeds, "headline", name), empty, runs=len(seeds))
 
 
 def unique(values: Iterable) -> str:

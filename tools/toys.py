@@ -11,18 +11,20 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.special import logsumexp, ndtr
+from scipy.optimize import brentq
+from scipy.stats import norm
 from torch import Tensor, nn
 
 import common
 import data_lt
-import models
 import tsc
 from tailcalibx import tailcalib
+from tools import exit_code
 from tools.figures import draw_circle, pyplot, save_figure
 from tools.geometry import class_centres
 
@@ -86,50 +88,49 @@ def blobs(args) -> None:
 
     The published figure; its scikit-learn classifier is a PyTorch one of the same size here.
     """
-    train_x, train_y, test_x, test_y = blobs_data()
-    keep = torch.cat([torch.where(train_y == 0)[0][:4], torch.where(train_y == 1)[0]])
-    few = train_x[keep], train_y[keep]
+    x, y, *test = blobs_data()
+    keep = torch.cat([torch.where(y == 0)[0][:4], torch.where(y == 1)[0]])
+    few = x[keep], y[keep]
     options = {"tukey_value": 1.0, "alpha": 0.1, "topk": 1, "shuffle": False, "seed": args.seed}
-    x, y, _ = tailcalib("pytorch").generate(*few, **options)
-    names = ("balanced", "imbalanced, ratio 100", "imbalanced + TailCalib")
-    fitted, accuracy = [], {}
-    for name, part in zip(names, ((train_x, train_y), few, (x, y)), strict=True):
-        net = fit_mlp(*part, args.seed)
-        accuracy[name] = ((net(test_x)[:, 0] > 0) == test_y).double().mean().item()
+    more = tailcalib("pytorch").generate(*few, **options)[:2]  # the real points come first
+    accuracy, rows = {}, []
+    for name, own, real in (
+        ("balanced", (x, y), len(x)),
+        ("imbalanced, ratio 100", few, len(keep)),
+        ("imbalanced + TailCalib", more, len(keep)),
+    ):
+        net = fit_mlp(*own, args.seed)
+        accuracy[name] = ((net(test[0])[:, 0] > 0) == test[1]).double().mean().item()
         print(f"{name:24} test accuracy {accuracy[name]:.3f}")
-        fitted.append((*part, net))
+        rows.append((name, accuracy[name], *own, real, net))
     folder = args.out / "toys" / "blobs"
     common.make_folder(folder)
     common.write_json(folder / "blobs.json", {"seed": args.seed, "accuracy": accuracy})
-    path = draw_blobs(fitted, accuracy, (test_x, test_y), len(few[0]), folder / "blobs.png")
-    print(f"wrote {path}")
+    print(f"wrote {draw_blobs(rows, test, folder / 'blobs.png')}")
 
 
-def draw_blobs(fitted: list, accuracy: dict, test: tuple, real: int, path: Path) -> Path:
-    """Points and decision surface, a row a training set; real: how many of the last are real."""
+def draw_blobs(rows: list[tuple], test: Sequence[Tensor], path: Path) -> Path:
+    """Points and decision surface, a row a training set, of which the first `real` are dots."""
     figure, axes = pyplot().subplots(3, 2, figsize=(7.5, 10.5))
-    every = torch.cat([test[0], *(x for x, _, _ in fitted)])
+    every = torch.cat([test[0], *(row[2] for row in rows)])
     low, high = (every.min(0).values - 0.5).tolist(), (every.max(0).values + 0.5).tolist()
     ticks = [torch.arange(a, b, 0.02).double() for a, b in zip(low, high, strict=True)]
     grid, shape = torch.cartesian_prod(*ticks), [len(ticks[0]), len(ticks[1])]
+    surface = {"origin": "lower", "cmap": "RdBu", "aspect": "auto", "alpha": 0.8}
+    surface["extent"] = (low[0], high[0], low[1], high[1])
     box = {"facecolor": "white", "edgecolor": "grey"}
     corner = {"ha": "right", "va": "bottom", "fontsize": 8, "bbox": box}
-    for row, ((name, share), (x, y, net)) in enumerate(zip(accuracy.items(), fitted, strict=True)):
+    dots = {"cmap": "RdBu", "edgecolors": "black", "s": 12, "linewidths": 0.3}
+    stars = {"marker": "*", "color": "gold", "edgecolors": "black", "s": 18, "linewidths": 0.2}
+    for (left, right), (name, share, x, y, real, net) in zip(axes, rows, strict=True):
         with torch.no_grad():
-            surface = net(grid).sigmoid().view(shape).T.numpy()
-        own = len(x) if row < 2 else real
-        left, right = axes[row]
-        extent = (low[0], high[0], low[1], high[1])
-        options = {"origin": "lower", "cmap": "RdBu", "aspect": "auto", "alpha": 0.8}
-        right.imshow(surface, extent=extent, **options)
+            right.imshow(net(grid).sigmoid().view(shape).T.numpy(), **surface)
         text = f"test accuracy {share:.2f}\nratio {int((y == 1).sum()) / int((y == 0).sum()):g}"
         right.text(0.97, 0.03, text, transform=right.transAxes, **corner)
         for panel, title in ((left, name), (right, "decision surface")):
             panel.scatter(*test[0].T.tolist(), c=test[1].tolist(), cmap="RdBu", s=10, alpha=0.25)
-            dots = {"c": y[:own].tolist(), "cmap": "RdBu", "edgecolors": "black"}
-            panel.scatter(*x[:own].T.tolist(), **dots, s=12, linewidths=0.3)
-            stars = {"marker": "*", "color": "gold", "edgecolors": "black"}
-            panel.scatter(*x[own:].T.tolist(), **stars, s=18, linewidths=0.2)
+            panel.scatter(*x[:real].T.tolist(), c=y[:real].tolist(), **dots)
+            panel.scatter(*x[real:].T.tolist(), **stars)
             panel.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), title=title)
     figure.tight_layout()
     return save_figure(figure, path)
@@ -139,68 +140,46 @@ def draw_blobs(fitted: list, accuracy: dict, test: tuple, real: int, path: Path)
 # Consistent with the abstract of Liu and Liu; the text of their theorem is no longer public.
 
 
-@dataclasses.dataclass
-class Theory:
-    """Two classes on a line; a share p of the head's samples is w h + (1 - w) t, labelled head.
-
-    nearest mean: mean and variance of the threshold, accuracies at its mean. prior-weighted (Bayes)
-    rule of the training mixture: the first crossing from head to tail (nan: the tail is never
-    chosen; -inf: it is from minus infinity on) and its accuracies.
-    """
-
-    theta_mean: float
-    theta_var: float
-    acc_tail_mean: float
-    acc_head_mean: float
-    theta_bayes: float
-    acc_tail_bayes: float
-    acc_head_bayes: float
-
-
-def log_density(x: np.ndarray, mean: float, sd: float) -> np.ndarray:
-    """Log density of a normal law."""
-    return -0.5 * ((x - mean) / sd) ** 2 - math.log(sd * math.sqrt(2 * math.pi))
-
-
-def crossings(positive, low: float, high: float) -> list[float]:
-    """Ends of the intervals in low..high where `positive(x)`, in pairs; +-inf where it stays so."""
+def crossings(gain, low: float, high: float) -> list[float]:
+    """Ends of the intervals in low..high where gain(x) > 0, in pairs; +-inf where it stays so."""
     grid = np.linspace(low, high, 20_001)
-    chosen = positive(grid)
-    at = np.flatnonzero(chosen[1:] != chosen[:-1])
-    low, high = grid[at], grid[at + 1]
-    for _ in range(60):  # bisection of all crossings at once
-        middle = (low + high) / 2
-        left = positive(middle) == chosen[at]
-        low, high = np.where(left, middle, low), np.where(left, high, middle)
-    return [-math.inf] * bool(chosen[0]) + low.tolist() + [math.inf] * bool(chosen[-1])
+    chosen = gain(grid) > 0
+    found = [brentq(gain, *grid[k : k + 2]) for k in np.flatnonzero(np.diff(chosen))]
+    return [-math.inf] * bool(chosen[0]) + found + [math.inf] * bool(chosen[-1])
 
 
-def theory(mu_head, mu_tail, sigma, p, lam_head, n_head, n_tail) -> Theory:
-    """The bias that similar samples put on the boundary; means, s.d. and counts are numbers."""
+def theory(mu_head, mu_tail, sigma, p, lam_head, n_head, n_tail) -> SimpleNamespace:
+    """The bias that similar samples put on the boundary of two classes on a line, as numbers.
+
+    Means, s.d. and counts of the classes; a share p of the head's samples is w h + (1 - w) t, with
+    w = lam_head, and labelled head. Nearest mean: mean and variance of the threshold, accuracies
+    at its mean. Prior-weighted (Bayes) rule of the training mixture: the first crossing from head
+    to tail (nan: the tail is never chosen; -inf: it is from minus infinity on) and its accuracies.
+    """
     lam_tail, gap = 1 - lam_head, mu_tail - mu_head
     mean_head = mu_head + p * lam_tail * gap
     narrow = sigma * math.hypot(lam_head, lam_tail)
     var_head = (1 - p) * sigma**2 + p * narrow**2 + p * (1 - p) * (lam_tail * gap) ** 2
     with np.errstate(divide="ignore"):
-        weights = np.log([[1 - p], [p]])
+        pure_share, mixed_share = np.log([1 - p, p])
 
-    def tail_wins(x: np.ndarray) -> np.ndarray:  # n_t f_T(x) > n_h f_H(x)
-        pure = log_density(x, mu_head, sigma)
-        mixed = log_density(x, mu_head + lam_tail * gap, narrow)
-        head = np.log(n_head) + logsumexp(np.stack([pure, mixed]) + weights, axis=0)
-        return np.log(n_tail) + log_density(x, mu_tail, sigma) > head
+    def gain(x):  # log n_t f_T(x) - log n_h f_H(x)
+        pure = pure_share + norm.logpdf(x, mu_head, sigma)
+        mixed = mixed_share + norm.logpdf(x, mu_head + lam_tail * gap, narrow)
+        head = np.log(n_head) + np.logaddexp(pure, mixed)
+        return np.log(n_tail) + norm.logpdf(x, mu_tail, sigma) - head
 
-    edges = crossings(tail_wins, mu_head - 12 * sigma, mu_tail + 12 * sigma)
+    edges = crossings(gain, mu_head - 12 * sigma, mu_tail + 12 * sigma)
 
     def called_tail(mu: float) -> float:
-        z = ndtr((np.array(edges) - mu) / sigma)
+        z = norm.cdf(edges, mu, sigma)
         return float((z[1::2] - z[0::2]).sum())
 
-    return Theory(
+    return SimpleNamespace(
         theta_mean=(mean_head + mu_tail) / 2,
         theta_var=(var_head / n_head + sigma**2 / n_tail) / 4,
-        acc_tail_mean=float(ndtr(gap * (1 - p * lam_tail) / (2 * sigma))),
-        acc_head_mean=float(ndtr(gap * (1 + p * lam_tail) / (2 * sigma))),
+        acc_tail_mean=float(norm.cdf(gap * (1 - p * lam_tail) / (2 * sigma))),
+        acc_head_mean=float(norm.cdf(gap * (1 + p * lam_tail) / (2 * sigma))),
         theta_bayes=edges[0] if edges else math.nan,
         acc_tail_bayes=called_tail(mu_tail),
         acc_head_bayes=1 - called_tail(mu_head),
@@ -256,7 +235,6 @@ ELSEWHERE = {"epochs", "projection_dim", "frozen_bn"}  # and the classifier's; n
 FLAGS = [row for row in tsc.FLAGS if row[0] not in ELSEWHERE and "classifier" not in row[0]]
 FLAGS.append(("epochs", 200, "of each of the six encoders"))
 REFUSED = "method stages imb-ratio imb-type init-from eval eval-every select save-features gpus"
-LETTERS = "--dataset glyphs_lt: letters collapse into one point in 2-D; give cifar10_lt or a path"
 
 
 def circle_args(argv: list[str]):
@@ -268,10 +246,10 @@ def circle_args(argv: list[str]):
     for flag in REFUSED.split():
         if f"--{flag}" in said:
             refuse(f"--{flag} has no meaning here: both methods at three fixed ratios, one device")
-    if args.dataset == "glyphs_lt":
-        refuse(LETTERS)
     if args.dataset in common.KNOWN_SETS and not args.dataset.startswith("cifar"):
-        refuse(f"--dataset {args.dataset}: give cifar10_lt, cifar100_lt or a path of small images")
+        why = "letters collapse into one point in 2-D; " * (args.dataset == "glyphs_lt")
+        give = "give cifar10_lt, cifar100_lt or a path of small images"
+        refuse(f"--dataset {args.dataset}: {why}{give}")
     args.imb_ratio, args.projection_dim = None, 2
     return args
 
@@ -307,31 +285,21 @@ def nearest_mean(z: Tensor, centres: Tensor) -> Tensor:
     return (z @ centres.T).argmax(1)
 
 
-class Arm:
-    """What tsc.pretrain knows of the run: its stages, here named after method and ratio, too."""
-
-    def __init__(self, run: common.Run, name: str):
-        self.run, self.name = run, name
-
-    def stage(self, name: str, *rest, **parts):
-        return self.run.stage(f"{self.name}_{name}", *rest, **parts)
-
-
 def train_arm(run: common.Run, args, data, ratio: int) -> tuple[nn.Module, Tensor]:
     """An encoder by args.method at one ratio; returns it and its targets [3, 2], of KCL [0, 2].
 
-    All six start from the same weights.
+    All six start from the same weights; their stages are named after method and ratio, too.
     """
     torch.manual_seed(common.derive_seed(args.seed, "init"))
-    backbone = models.backbone(args.backbone, stem="cifar", init="pytorch")
-    width = backbone.feature_dim
-    net = models.Net(backbone, models.ProjectionHead(width, width, args.projection_dim))
-    net = net.to(args.device)
+    net = tsc.build(args)
     carried = tsc.carry(args, data, net)
-    kcl = args.epochs if args.method == "kcl" else math.floor(round(args.epochs * args.warmup, 6))
-    for name, epochs in (("kcl", kcl), ("tsc", args.epochs - kcl)):
+
+    def stage(name: str, *rest, **parts) -> common.Stage:
+        return run.stage(f"{args.method}{ratio}_{name}", *rest, **parts)
+
+    for name, epochs in tsc.lengths(args).items():
         if epochs:
-            tsc.pretrain(Arm(run, f"{args.method}{ratio}"), args, name, epochs, data, net, carried)
+            tsc.pretrain(SimpleNamespace(stage=stage), args, name, epochs, data, net, carried)
     return net, carried["matching"].targets.cpu() if args.method == "tsc" else torch.zeros(0, 2)
 
 
@@ -357,7 +325,13 @@ def circle(args) -> None:
             row.append(100 * float((nearest_mean(z, centres) == labels).double().mean()))
             panels.append((f"{method.upper()}, {ratio}:1:1", z, targets))
             run.say(f"circle: {panels[-1][0]}, nearest class mean {row[-1]:.1f} %")
-    run.say(f"wrote {save_circle(run.folder / 'circle.npz', panels, labels, names)}")
+    titles, embeddings, targets = zip(*panels, strict=True)
+    arrays = {f"targets{k}": points.numpy() for k, points in enumerate(targets)}
+    arrays |= {"embeddings": torch.stack(embeddings).numpy(), "labels": labels.numpy()}
+    arrays |= {"classes": np.array(names), "titles": np.array(titles)}
+    path = run.folder / "circle.npz"  # embeddings [6, N, 2] of the test set
+    common.write_atomic(path, lambda file: np.savez(file, **arrays))
+    run.say(f"wrote {draw_circle(path)}")
     table = {
         "title": "Three classes on a circle: accuracy against the imbalance",
         "note": f"classes {', '.join(names)}; nearest class mean of 2-D embeddings, test set",
@@ -377,16 +351,6 @@ def tell(result: dict) -> None:
         print(f"{row['name']:<4}" + "".join(f"{value:9.1f}" for value in row["values"]))
 
 
-def save_circle(path: Path, panels: list, labels: Tensor, names) -> Path:
-    """Keep test embeddings [6, N, 2], labels [N] and targets, and draw them; the picture."""
-    titles, embeddings, targets = zip(*panels, strict=True)
-    arrays = {f"targets{k}": points.numpy() for k, points in enumerate(targets)}
-    arrays |= {"embeddings": torch.stack(embeddings).numpy(), "labels": labels.numpy()}
-    arrays |= {"classes": np.array(names), "titles": np.array(titles)}
-    common.write_atomic(path, lambda file: np.savez(file, **arrays))
-    return draw_circle(path)
-
-
 # --- commands -------------------------------------------------------------------------------------
 
 
@@ -404,26 +368,19 @@ def make_parser() -> common.Parser:
     what = "p where the head weight varies (default: 0.2)"
     two.add_argument("--mix-ratio", type=share, default=0.2, help=what)
     commands.add_parser("circle", help="three classes in 2-D: KCL, TSC", add_help=False)
-    for command in (one, two):
+    for command, work in ((one, blobs), (two, show_theory)):
         what = "folder of all runs (default: runs)"
         command.add_argument("--out", type=common.home_path, default=Path("runs"), help=what)
+        command.set_defaults(work=work)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0, or 2 for bad input."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["circle"]:  # its flags are tsc.py's
         common.launch(circle, circle_args(words[1:]))
         return 0
-    args = make_parser().parse_args(words)
-    try:
-        with common.printing():
-            blobs(args) if args.command == "blobs" else show_theory(args)
-    except (common.UserError, OSError) as error:
-        print(f"tools.toys: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(make_parser(), words)
 
 
 if __name__ == "__main__":
