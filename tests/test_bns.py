@@ -113,12 +113,12 @@ def test_true_label_probability(golden):
 # --- the k-DPP ------------------------------------------------------------------------------------
 
 
-def many_draws(d: np.ndarray, u: np.ndarray, k: int, draws: int) -> np.ndarray:
-    """The first `draws` subsets that the script's sampler accepts, positions [draws, k]."""
-    generator, found = common.generator(0, "many draws"), []
+def many_draws(log_p: torch.Tensor, k: int, scale: str, draws: int) -> torch.Tensor:
+    """Positions [draws, k] of the first subsets that the script's sampler accepts, 0 < k < N."""
+    parts, generator, found = bns.kernel_parts(log_p, scale), common.generator(0), []
     while sum(map(len, found)) < draws:
-        found.append(bns.kdpp_rows(t(d), t(u), k, 4000, generator))
-    return torch.cat(found)[:draws].nonzero()[:, 1].reshape(draws, k).numpy()
+        found.append(bns.kdpp_rows(*parts, k, 4000, generator))
+    return torch.cat(found)[:draws].nonzero()[:, 1].reshape(draws, k)
 
 
 def check_subsets(drawn, subsets: np.ndarray, probability: np.ndarray) -> None:
@@ -133,9 +133,9 @@ def check_subsets(drawn, subsets: np.ndarray, probability: np.ndarray) -> None:
     assert keep.sum() == 1 or stats.chisquare(seen[keep], expected[keep]).pvalue > 1e-4
 
 
-def check_images(drawn: np.ndarray, expected: np.ndarray) -> None:
+def check_images(drawn: torch.Tensor, expected: np.ndarray) -> None:
     """How often each image was drawn, against its inclusion probability: each, and together."""
-    draws, seen = len(drawn), np.bincount(drawn.ravel(), minlength=len(expected))
+    draws, seen = len(drawn), np.bincount(drawn.flatten(), minlength=len(expected))
     random = np.abs(expected - 0.5) < 0.5 - 1e-9
     assert np.array_equal(seen[~random], draws * expected[~random].round()), "certain"
     inner = expected[random]
@@ -168,10 +168,7 @@ def test_kdpp_against_enumeration_and_50000_draws(golden):
         for name, value in ours.items():
             np.testing.assert_allclose(value, golden[f"{name}_{scale}"], **EXACT)
         if 0 < k < len(d):
-            check_subsets(many_draws(d, u, k, 50_000), subsets, prob)
-        generator = common.generator(0, "one call a draw")
-        drawn = [bns.sample_kdpp(log_p, k, generator, scale) for _ in range(3000)]
-        check_subsets(torch.stack(drawn), subsets, prob)
+            check_subsets(many_draws(log_p, k, scale, 50_000), subsets, prob)
 
 
 @pytest.mark.golden("bns_ipdpp_kdpp_exact")
@@ -185,16 +182,20 @@ def test_kdpp_against_long_arithmetic_and_inclusion_frequencies(golden):
         np.testing.assert_allclose(u, golden[f"{case}_u_{scale}"], rtol=1e-10)
         inclusion = golden[f"{case}_inclusion_{scale}"]
         if 0 < k < len(d):
-            check_images(many_draws(d, u, k, 20_000), inclusion)
+            check_images(many_draws(t(log_p), k, scale, 20_000), inclusion)
 
 
 def test_edges_of_the_sampler(monkeypatch):
     generator, log_p = common.generator(0), t(np.log([0.2, 0.5, 0.9, 0.7]))
     for k, expected in ((4, 4), (9, 4), (0, 0)):
         assert bns.sample_kdpp(log_p, k, generator).tolist() == list(range(expected))
+    for scale in ("n", "n2"):
+        rows = bns.kdpp_rows(*bns.kernel_parts(log_p, scale), 2, 32, common.generator(1))
+        ours = bns.sample_kdpp(log_p, 2, common.generator(1), scale)
+        assert torch.equal(ours, rows[0].nonzero()[:, 0]), "the first that is accepted"
     with pytest.warns(UserWarning, match="all 40 images have p = 1"):
         every = [bns.sample_kdpp(torch.zeros(40), 10, generator) for _ in range(400)]
-    check_images(torch.stack(every).numpy(), np.full(40, 0.25))
+    check_images(torch.stack(every), np.full(40, 0.25))
     for least, scale in ((0.0, "n2"), (-1e-45, "n")):  # the least number of float32 above 0
         with warnings.catch_warnings():
             warnings.simplefilter("error")
