@@ -26,6 +26,12 @@ def close(ours, expected, rtol=1e-9, atol=1e-11) -> None:
     np.testing.assert_allclose(np.asarray(ours), np.asarray(expected), rtol=rtol, atol=atol)
 
 
+def check(golden, case: str = "", rtol=1e-9, atol=1e-11, **ours) -> None:
+    """Our values of the keys of a case of a golden file."""
+    for key, value in ours.items():
+        close(value, golden[f"{case}{key}"], rtol, atol)
+
+
 def prefixes(golden, key: str) -> list[str]:
     """The cases of a golden file: what stands before `key`."""
     found = [match[1] for match in golden.match(rf"(\w*?){key}")]
@@ -68,13 +74,10 @@ def law(x, source: int, gaussians, topk: int, alpha=0.0, eps=tc.EPS):
 def test_class_statistics_and_tukey(golden):
     x, labels = t(golden["X"]), t(golden["y"])
     gaussians = fitted(x, labels)
-    close(gaussians.means, golden["means"])
-    for c, expected in enumerate(golden["covs"]):
-        root = gaussians.root(c)
-        assert len(root) <= max(x.shape[1], 1), "never more rows than dimensions"
-        close(root.T @ root, expected)
-    for power, expected in zip(golden["lams"], golden["X_tukey"], strict=True):
-        close(tc.tukey(x, float(power)), expected)
+    roots = [gaussians.root(c) for c in range(len(gaussians.means))]
+    assert all(len(root) <= max(x.shape[1], 1) for root in roots), "no more rows than dimensions"
+    check(golden, means=gaussians.means, covs=torch.stack([root.T @ root for root in roots]))
+    check(golden, X_tukey=torch.stack([tc.tukey(x, power) for power in golden["lams"].tolist()]))
 
 
 @pytest.mark.golden("tailcalibx_calibrate")
@@ -84,17 +87,13 @@ def test_calibration(golden):
         x, labels = t(golden[f"{p}X"]), t(golden[f"{p}y"])
         topk, alpha, eps = (golden.scalar(f"{p}{key}") for key in ("K", "alpha", "eps"))
         gaussians, rows = fitted(x, labels), golden[f"{p}q_idx"].tolist()
-        transformed = tc.tukey(x, golden.scalar(f"{p}lam"))
-        close(transformed[rows], golden[f"{p}q"])
-        close(torch.cdist(transformed[rows], gaussians.means), golden[f"{p}dist"])
-        near = tc.nearest_classes(transformed, gaussians.means, topk)[rows]
-        assert np.array_equal(near, golden[f"{p}nn"])
-        for i, row in enumerate(rows):
-            mean, spread = law(transformed, row, gaussians, topk, alpha, eps)
-            close(mean, golden[f"{p}mean"][i])
-            close(spread - eps * torch.eye(len(mean)).double(), golden[f"{p}cov"][i])
-            close(spread, golden[f"{p}cov_eps"][i])
-            close(torch.linalg.cholesky(spread), golden[f"{p}chol"][i], rtol=1e-7, atol=1e-9)
+        x = tc.tukey(x, golden.scalar(f"{p}lam"))
+        near = tc.nearest_classes(x, gaussians.means, topk)[rows]
+        check(golden, p, q=x[rows], dist=torch.cdist(x[rows], gaussians.means), nn=near)
+        laws = [law(x, row, gaussians, topk, alpha, eps) for row in rows]
+        mean, spread = map(torch.stack, zip(*laws, strict=True))
+        check(golden, p, mean=mean, cov_eps=spread, cov=spread - eps * torch.eye(x.shape[1]).double())
+        check(golden, p, rtol=1e-7, atol=1e-9, chol=torch.linalg.cholesky(spread))
 
 
 @pytest.mark.golden("tailcalibx_counts")
@@ -114,25 +113,19 @@ def test_how_many_are_generated(golden):
 
 @pytest.mark.golden("tailcalibx_generate")
 def test_generation_with_supplied_noise(golden):
+    golden.waive(".*_extra", "how many are generated: the file of the counts")
     for p in prefixes(golden, "noise"):
         x, labels, sources = (t(golden[f"{p}{key}"]) for key in ("X", "y", "src"))
-        alpha, eps, topk, extra = (golden.scalar(f"{p}{k}") for k in ("alpha", "eps", "K", "extra"))
-        assert np.array_equal(torch.bincount(sources, minlength=len(x)), golden[f"{p}k"])
-        assert np.array_equal(labels[sources], golden[f"{p}gen_y"])
-        counts = torch.bincount(labels)
-        draws = tc.draw_counts(labels, len(counts), torch.Generator().manual_seed(0), extra)
-        ours = torch.bincount(labels.repeat_interleave(draws), minlength=len(counts))
-        assert torch.equal(ours, torch.bincount(labels[sources], minlength=len(counts)))
-        transformed, gaussians = tc.tukey(x, golden.scalar(f"{p}lam")), fitted(x, labels)
-        made = t(golden[f"{p}noise"])  # u -> m + L u
+        alpha, eps, topk = (golden.scalar(f"{p}{key}") for key in ("alpha", "eps", "K"))
+        gaussians, made = fitted(x, labels), t(golden[f"{p}noise"])  # u -> m + L u
+        x = tc.tukey(x, golden.scalar(f"{p}lam"))
         for source in sources.unique().tolist():
-            mean, spread = law(transformed, source, gaussians, topk, alpha, eps)
+            mean, spread = law(x, source, gaussians, topk, alpha, eps)
             own = sources == source
             made[own] = mean + made[own] @ torch.linalg.cholesky(spread).T
-        close(made, golden[f"{p}gen"], rtol=1e-7, atol=1e-9)
-        every = F.normalize(torch.cat([transformed, made]))
-        close(every, golden[f"{p}train_X"], rtol=1e-7, atol=1e-9)
-        assert np.array_equal(torch.cat([labels, labels[sources]]), golden[f"{p}train_y"])
+        every, names = F.normalize(torch.cat([x, made])), torch.cat([labels, labels[sources]])
+        check(golden, p, rtol=1e-7, atol=1e-9, gen=made, train_X=every, train_y=names)
+        check(golden, p, gen_y=labels[sources], k=torch.bincount(sources, minlength=len(x)))
 
 
 @pytest.mark.golden("tailcalibx_genstats")
@@ -154,14 +147,13 @@ def test_law_of_generated_features(golden):
 @pytest.mark.golden("tailcalibx_distill")
 def test_distillation_loss(golden):
     student, teacher = t(golden["student"]).requires_grad_(), t(golden["teacher"])
-    losses = tc.distillation(student, teacher, golden.scalar("beta"))
-    close(1 - losses.detach() / golden.scalar("beta"), golden["cos"])
-    close(losses.mean().detach(), golden["loss"])
+    beta = golden.scalar("beta")
+    losses = tc.distillation(student, teacher, beta)
     losses.mean().backward()
-    close(student.grad, golden["grad_student"])
-    empty = student.detach().clone()
-    empty[0] = 0
-    close(tc.distillation(empty, teacher, golden.scalar("beta")).mean(), golden["loss_zero"])
+    losses, grad, student = losses.detach(), student.grad, student.detach()
+    check(golden, cos=1 - losses / beta, loss=losses.mean(), grad_student=grad)
+    student[0] = 0
+    check(golden, loss_zero=tc.distillation(student, teacher, beta).mean())
 
 
 @pytest.mark.golden("tailcalibx_cbd")
@@ -181,10 +173,8 @@ def test_class_balanced_distillation(golden):
         student, target = net.inputs(raw), net.inputs(teacher[0])
         distance = tc.distillation(student, target, beta).mean()
         entropy = F.cross_entropy(net(student).detach(), labels)
-        both = alpha * distance + (1 - alpha) * entropy
-        ours = {"student_out": student, "teacher_out": target, "distill": distance}
-        for key, value in (ours | {"ce_cos": entropy, "loss_cos": both}).items():
-            close(value, golden[f"{p}{key}"])
+        check(golden, p, student_out=student, teacher_out=target, distill=distance, ce_cos=entropy)
+        check(golden, p, loss_cos=alpha * distance + (1 - alpha) * entropy)
 
 
 @pytest.mark.golden("tailcalibx_modals")
@@ -193,8 +183,8 @@ def test_modals_noise(golden):
     every = torch.arange(len(x))
     close(tc.modals(x, every, labels, torch.ones_like(x), 1) - x, golden["std"][labels])
     sources = every.repeat_interleave(draws)
-    assert np.array_equal(labels[sources], golden["gen_y"])
-    close(tc.modals(x, sources, labels, noise, golden.scalar("lam")), golden["gen"])
+    made = tc.modals(x, sources, labels, noise, golden.scalar("lam"))
+    check(golden, gen=made, gen_y=labels[sources])
 
 
 @pytest.mark.golden("tailcalibx_toy")
@@ -253,7 +243,7 @@ def test_a_calibrated_gaussian_against_loops(topk, alpha, power):
     assert len(gaussians.root(3)) == len(gaussians.root(4)) == 0, "one feature or none: no spread"
 
 
-def test_tukey_refuses_what_is_not_a_number():
+def test_edges_of_tukey_and_of_the_draws():
     negative, zero = torch.tensor([[0.5, -0.1]]), torch.tensor([[0.5, 0.0]])
     for x, power, said in ((negative, 0.5, "negative"), (negative, 0, "negative"), (zero, -1, "is 0")):
         with pytest.raises(ValueError, match=said):
@@ -261,11 +251,7 @@ def test_tukey_refuses_what_is_not_a_number():
     assert torch.equal(tc.tukey(negative, 1), negative)
     assert torch.equal(tc.tukey(negative, 2), negative**2)
     close(tc.tukey(zero, 0), [[math.log(0.5 + 1e-6), math.log(1e-6)]], rtol=1e-6)
-
-
-def test_draws_of_equal_single_and_empty_classes():
     rng, labels = torch.Generator().manual_seed(0), torch.tensor([1, 0, 0, 0, 0, 0])
-    assert tc.draw_counts(torch.arange(6) % 3, 3, rng).tolist() == [0] * 6
     for extra, expected in ((0, [4, 0, 0, 0, 0, 0]), (-9, [0] * 6), (5, [9, 1, 1, 1, 1, 1])):
         assert tc.draw_counts(labels, 3, rng, extra).tolist() == expected, "class 2 is empty"
 
@@ -333,9 +319,8 @@ def test_types_of_features_and_labels_are_kept():
     assert np.array_equal(tc.tailcalib().generate(X, index.numpy(), topk=2, seed=5)[0], expected[0])
     feat = tc.tailcalib("pytorch").generate(x.requires_grad_(), index, topk=2, seed=5)[0]
     assert np.array_equal(feat, expected[0]) and not feat.requires_grad
-    whole, half = (9 * X).astype(int), t(X).bfloat16()
+    whole = (9 * X).astype(int)
     assert tc.tailcalib().generate(whole, index.numpy(), tukey_value=1)[0].dtype == np.float64
-    assert tc.tailcalib("pytorch").generate(half, index)[0].dtype == torch.bfloat16
 
 
 def test_options_of_the_package():
@@ -403,13 +388,13 @@ def parsed(*flags, method="tailcalibx", stages=None):
     return args
 
 
-def call(*flags, out, **which):
-    """Run the script in this process; its folder."""
-    return commands.launch(tc, parsed(*flags, **which), out).get("folder")
+def call(*flags, out, **which) -> dict:
+    """Run the script in this process: its rows, its result, its folder."""
+    return commands.launch(tc, parsed(*flags, **which), out)
 
 
-def weights(path) -> dict[str, torch.Tensor]:
-    return torch.load(path, weights_only=True)["state"]["model"]
+def weights(run: dict, stage: str) -> dict[str, torch.Tensor]:
+    return common.load_checkpoint(run["folder"] / f"{stage}.pt")["state"]["model"]
 
 
 def part(state: dict, prefix: str) -> dict:
@@ -418,33 +403,35 @@ def part(state: dict, prefix: str) -> dict:
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    """Uninterrupted runs, each made once: straight("crt") is its output folder."""
+    """straight("crt"): its uninterrupted run, made once."""
     made, base = {}, tmp_path_factory.mktemp("straight")
 
-    def get(method: str):
+    def get(method: str) -> dict:
         if method not in made:
-            made[method] = base / method
-            call(method=method, out=made[method])
+            made[method] = call(method=method, out=base / method)
         return made[method]
 
     return get
 
 
-def stage_of(straight, method: str, stage: str):
-    return commands.folder(straight(method)) / f"{stage}.pt"
+def last_stage(method: str, run: dict, out, *flags) -> dict:
+    """The last stage of a method from what a run has trained before it."""
+    *before, last = tc.METHODS[method]
+    start = ["--init-from", run["folder"] / f"{before[-1]}.pt"] if before else []
+    return call(*start, *flags, method=method, stages=last, out=out)
 
 
 @pytest.mark.parametrize("method", tc.METHODS)
-def test_a_method_end_to_end(straight, method, capsys):
-    out, stages = straight(method), tc.METHODS[method]
-    found, rows, last = commands.result(out), commands.rows(out), stages[-1]
+def test_a_method_end_to_end(straight, method, tmp_path, capsys):
+    run, stages = straight(method), tc.METHODS[method]
+    found, rows, last = run["result"], run["rows"], stages[-1]
     assert found["method"] == method and found["counts"] == list(COUNTS)
     assert [row["stage"] for row in rows] == [stage for stage in stages for _ in range(2)]
     assert found["headline"]["overall"] == pytest.approx(rows[-1]["test"]["overall"], abs=1e-6)
     assert sum(map(sum, found["confusion"])) == 100
     alone = last in tc.HEADS
     if alone:
-        after, before = (weights(stage_of(straight, method, stage)) for stage in stages[:-3:-1])
+        after, before = weights(run, last), weights(run, stages[-2])
         assert same(part(after, "backbone."), part(before, "backbone.")), "frozen"
         assert not torch.equal(after["head.weight"], before["head.weight"])
     assert found["image_passes"] == 2 * 64 * (len(stages) - alone), "forward and backward"
@@ -454,7 +441,7 @@ def test_a_method_end_to_end(straight, method, capsys):
     rates = [0.2, 0.1] * (len(stages) - alone) + [head] * 2 * alone
     assert [row["lr"] for row in rows] == rates, "a cosine, lowered after an epoch; constant"
     capsys.readouterr()
-    call("--eval", stage_of(straight, method, last), method=method, out=out)
+    call("--eval", run["folder"] / f"{last}.pt", method=method, out=tmp_path)
     assert f"overall {100 * found['headline']['overall']:.2f}%" in capsys.readouterr().out
 
 
@@ -466,49 +453,44 @@ def test_the_head_goes_on_from_the_stage_before_but_for_crt(method):
     assert same(net.backbone.state_dict(), one.backbone.state_dict())
     for key, value in one.head.state_dict().items():
         assert torch.equal(net.head.state_dict()[key], value) == (name != "crt")
-    assert net.unit == (name in tc.CALIBRATED)
 
 
 def test_the_teacher_is_cosine_ce_of_its_own_seed_and_images(straight, tmp_path, capsys):
-    own = weights(stage_of(straight, "cbd", "teacher"))
     alike = call("--seed", 1000, method="cosine_ce", out=tmp_path / "a")
-    assert same(own, weights(alike / "cosine_ce.pt"))
+    assert same(weights(straight("cbd"), "teacher"), weights(alike, "cosine_ce"))
     balanced = commands.tiny_letters(tmp_path / "balanced.npz", [20] * 10)
     long = ["--dataset", balanced, "--imb-ratio", 5, "--epochs", 1]
     other = call(*long, "--teacher-data-seed", 7, "--seed", 2, method="cbd", out=tmp_path / "b")
     alike = call(*long, "--data-seed", 7, "--seed", 20, method="cosine_ce", out=tmp_path / "c")
-    assert same(weights(other / "teacher.pt"), weights(alike / "cosine_ce.pt"))
-    start = ["--init-from", alike / "cosine_ce.pt"]
-    on = call(*long, *start, "--seed", 2, method="cbd", stages="cbd", out=tmp_path / "d")
-    assert same(weights(on / "cbd.pt"), weights(other / "cbd.pt")), "other images are a teacher's"
-    last = {"stages": "tailcalibx", "out": tmp_path / "e"}
-    said = commands.refused(capsys, call, *long[:4], *start, **last)
-    assert "trained on other images" in said
+    assert same(weights(other, "teacher"), weights(alike, "cosine_ce"))
+    on = last_stage("cbd", other, tmp_path / "d", *long, "--seed", 2)
+    assert same(weights(on, "cbd"), weights(other, "cbd")), "other images are a teacher's"
+    flags = "tailcalibx", alike, tmp_path / "e", *long[:4]
+    assert "trained on other images" in commands.refused(capsys, last_stage, *flags)
 
 
 def test_a_part_of_the_chain_goes_on_from_a_checkpoint(straight, tmp_path, capsys):
     for method in ("tailcalibx", "crt", "ce_tailcalib", "cbd"):
-        first, last = tc.METHODS[method]
-        start = stage_of(straight, method, first)
-        folder = call("--init-from", start, method=method, stages=last, out=tmp_path / method)
-        assert same(weights(folder / f"{last}.pt"), weights(stage_of(straight, method, last)))
-        assert not (folder / f"{first}.pt").exists() and "init-from" in folder.parent.name
-    start = ["--init-from", stage_of(straight, "crt", "ce")]
-    said = commands.refused(capsys, call, *start, stages="tailcalibx", out=tmp_path / "head")
-    assert "head.scale" in said
+        (first, last), whole = tc.METHODS[method], straight(method)
+        run = last_stage(method, whole, tmp_path / method)
+        assert same(weights(run, last), weights(whole, last))
+        assert not (run["folder"] / f"{first}.pt").exists()
+        assert "init-from" in run["folder"].parent.name
+    start = ["--init-from", straight("crt")["folder"] / "ce.pt"]
+    refused = {"stages": "tailcalibx", "out": tmp_path / "head"}
+    assert "head.scale" in commands.refused(capsys, call, *start, **refused)
     call(*start, method="cbd", stages="cbd", out=tmp_path / "cbd_of_any")
-    whole = call(*start, method="cosine_ce", out=tmp_path / "whole")
-    scratch = weights(stage_of(straight, "cosine_ce", "cosine_ce"))
-    assert not same(weights(whole / "cosine_ce.pt"), scratch), "a backbone to begin with"
-    saved = torch.load(start[1], weights_only=True)
+    warm, scratch = call(*start, method="cosine_ce", out=tmp_path / "warm"), straight("cosine_ce")
+    assert not same(weights(warm, "cosine_ce"), weights(scratch, "cosine_ce")), "another backbone"
+    saved = common.load_checkpoint(start[1])
     saved["script"], saved["state"]["model"] = "tsc", part(saved["state"]["model"], "backbone.")
     start = ["--init-from", tmp_path / "foreign.pt"]
     torch.save(saved, start[1])
     crt = call(*start, method="crt", stages="crt", out=tmp_path / "f")
-    assert same(weights(crt / "crt.pt"), weights(stage_of(straight, "crt", "crt"))), "any backbone"
+    assert same(weights(crt, "crt"), weights(straight("crt"), "crt")), "any backbone"
     torch.save(saved | {"data": "images:1"}, start[1])  # others of this very set
-    said = commands.refused(capsys, call, *start, method="ce", out=tmp_path / "leak")
-    assert "trained on other images" in said
+    leak = {"method": "ce", "out": tmp_path / "leak"}
+    assert "trained on other images" in commands.refused(capsys, call, *start, **leak)
 
 
 STOPS = {
@@ -523,25 +505,23 @@ def test_continuing_equals_not_having_stopped(straight, tmp_path, method):
     for stop in STOPS[method]:
         with commands.stopped(*stop):
             call(method=method, out=tmp_path)
-    folder, whole = call(method=method, out=tmp_path), straight(method)
-    assert commands.rows(tmp_path) == commands.rows(whole)
-    assert commands.result(tmp_path) == commands.result(whole)
+    again, whole = call(method=method, out=tmp_path), straight(method)
+    assert again["rows"] == whole["rows"] and again["result"] == whole["result"]
     for name in tc.METHODS[method]:
-        assert same(weights(folder / f"{name}.pt"), weights(stage_of(straight, method, name)))
+        assert same(weights(again, name), weights(whole, name))
 
 
 def test_validation_chooses_the_epoch_and_the_next_stage_starts_from_it(tmp_path):
     balanced = commands.tiny_letters(tmp_path / "balanced.npz", [20] * 10)
     flags = ["--dataset", balanced, "--select", "val", "--save-features", "val", "--epochs", 3]
-    folder = call(*flags, out=tmp_path)
+    run = call(*flags, out=tmp_path)
     for name in tc.METHODS["tailcalibx"]:
-        rows = [row for row in commands.rows(tmp_path) if row["stage"] == name]
-        scores = [row["val"]["overall"] for row in rows]
-        best = torch.load(folder / f"{name}_best.pt", weights_only=True)
+        scores = [row["val"]["overall"] for row in run["rows"] if row["stage"] == name]
+        best = common.load_checkpoint(run["folder"] / f"{name}_best.pt")
         assert best["epoch"] - 1 == scores.index(max(scores)), "the first of equal ones"
-    best, last = (weights(folder / name) for name in ("cosine_ce_best.pt", "tailcalibx.pt"))
+    best, last = weights(run, "cosine_ce_best"), weights(run, "tailcalibx")
     assert same(part(best, "backbone."), part(last, "backbone."))
-    with np.load(folder / "features_val.npz") as saved:
+    with np.load(run["folder"] / "features_val.npz") as saved:
         assert saved["features"].shape == (20, 64)
 
 
@@ -553,7 +533,7 @@ def features(straight, *flags, method="tailcalibx") -> tc.Features:
     before, name = tc.METHODS[method]
     args = parsed(*flags, method=method)
     net = tc.build(args, before, 10)
-    net.load_state_dict(weights(stage_of(straight, method, before)))
+    net.load_state_dict(weights(straight(method), before))
     return tc.batches(args, name, data_lt.load(args), tc.build(args, name, 10, net))
 
 
@@ -605,11 +585,9 @@ CHANGES = [
 
 @pytest.mark.parametrize(("method", "flag"), CHANGES)
 def test_a_flag_changes_what_is_trained(straight, tmp_path, method, flag):
-    *before, last = tc.METHODS[method]
-    start = ["--init-from", stage_of(straight, method, before[0])] if before else []
-    folder = call(*start, *flag.split(), method=method, stages=last, out=tmp_path)
-    ours, plain = weights(folder / f"{last}.pt"), weights(stage_of(straight, method, last))
-    assert not same(part(ours, "head."), part(plain, "head."))
+    whole, last = straight(method), tc.METHODS[method][-1]
+    run = last_stage(method, whole, tmp_path, *flag.split())
+    assert not same(part(weights(run, last), "head."), part(weights(whole, last), "head."))
 
 
 # --- defaults, bad input, ranks, large images -----------------------------------------------------
@@ -657,23 +635,20 @@ def last_stages(folder: str, tiny: str, starts: dict) -> None:
     TINY[:] = [tiny]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.distributed, "destroy_process_group", lambda: None)  # as a run ends
-        for method, start in starts.items():
-            last = tc.METHODS[method][-1]
-            call("--init-from", start, method=method, stages=last, out=f"{folder}/{method}")
+        for method, run in starts.items():
+            last_stage(method, run, f"{folder}/{method}")
 
 
 def test_two_ranks_equal_one(straight, tmp_path):
     """Stages without batch norm in train mode: equal but for rounding."""
-    methods = ("tailcalibx", "ce_tailcalib", "crt")
-    starts = {method: stage_of(straight, method, tc.METHODS[method][0]) for method in methods}
-    on_ranks(last_stages, (str(tmp_path), TINY[0], starts), 2, tmp_path)
-    for method in methods:
-        last = tc.METHODS[method][-1]
-        one, two = commands.rows(straight(method))[-2:], commands.rows(tmp_path / method)
-        ours = weights(commands.folder(tmp_path / method) / f"{last}.pt")
-        for key, value in weights(stage_of(straight, method, last)).items():
+    runs = {method: straight(method) for method in ("tailcalibx", "ce_tailcalib", "crt")}
+    on_ranks(last_stages, (str(tmp_path), TINY[0], runs), 2, tmp_path)
+    for method, run in runs.items():
+        last, two = tc.METHODS[method][-1], {"folder": commands.folder(tmp_path / method)}
+        ours = weights(two, last)
+        for key, value in weights(run, last).items():
             torch.testing.assert_close(ours[key], value, rtol=1e-4, atol=1e-6)
-        for row, other in zip(one, two, strict=True):
+        for row, other in zip(run["rows"][-2:], commands.rows(tmp_path / method), strict=True):
             assert row["loss"] == pytest.approx(other["loss"], rel=1e-4)
             assert row["test"]["loss"] == pytest.approx(other["test"]["loss"], rel=1e-4)
 
@@ -683,7 +658,7 @@ def test_a_tree_of_jpegs(tmp_path):
     flags = ["--dataset", "imagenet_lt", "--data-root", tmp_path, "--backbone", "resnet10"]
     flags += "--image-size 64 --workers 0 --epochs 1 --batch-size 16 --select val".split()
     flags += ["--classifier-batch-size", 4]
-    call(*flags, method="cbd_tailcalibx", out=tmp_path / "runs")
-    found, rows = commands.result(tmp_path / "runs"), commands.rows(tmp_path / "runs")
+    run = call(*flags, method="cbd_tailcalibx", out=tmp_path)
+    found = run["result"]
     assert found["counts"] == [8, 5, 4, 2, 2] and sum(map(sum, found["confusion"])) == 10
-    assert [row["steps"] for row in rows] == [1, 1, 5, 5] and found["image_passes"] == 32
+    assert [row["steps"] for row in run["rows"]] == [1, 1, 5, 5] and found["image_passes"] == 32
