@@ -173,6 +173,7 @@ DISTANCES = f"{FEATURES} --distances {{}}/d.npy"
         (FEATURES, {"labels": np.full(60, 0.5)}, "no .npz of features and labels"),
         (FEATURES, {"labels": np.arange(61)}, "not [N, d] and [N]"),
         (FEATURES, {"features": np.full((60, 12), np.nan)}, "not finite"),
+        (FEATURES, {"labels": np.arange(60) - 1}, "labels below 0"),
         (FEATURES, {"labels": np.zeros(60, int)}, "fewer than two classes"),
         (f"{FEATURES} --distances {{}}/f.npz", {}, "f.npz is no .npy of numbers"),
         (DISTANCES, np.ones((2, 3)), "[2, 3], not a square"),
