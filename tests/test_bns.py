@@ -1,5 +1,6 @@
 """bns_ipdpp.py: loss and k-DPP against golden vectors, loops and enumeration; stages end to end."""
 
+import collections
 import itertools
 import math
 import warnings
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scipy import stats
+from scipy.special import logsumexp
 from test_ranks import on_ranks
 
 import bns_ipdpp as bns
@@ -20,6 +22,7 @@ import data_lt
 import models
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
+EXACT = {"rtol": 0, "atol": 1e-12}
 
 
 def t(array) -> torch.Tensor:
@@ -47,9 +50,8 @@ def test_bns_loss_of_the_released_code(golden):
         tau = golden.scalar(f"{case}_tau")
         loss = bns.bns_loss(unit(raw), y, tau).mean()
         np.testing.assert_allclose(loss.item(), golden.scalar(f"{case}_loss"), **CLOSE)
-        pos, neg = bns.bns_sums(unit(raw.detach()), y, tau)
-        np.testing.assert_allclose(pos, golden[f"{case}_pos"], **CLOSE)
-        np.testing.assert_allclose(neg, golden[f"{case}_neg"], **CLOSE)
+        for name, sums in zip(("pos", "neg"), bns.bns_sums(unit(raw.detach()), y, tau), strict=True):
+            np.testing.assert_allclose(sums, golden[f"{case}_{name}"], **CLOSE)
         single = bns.bns_loss(unit(raw.detach().float()), y, tau).mean()
         assert float(single) == pytest.approx(loss.item(), rel=1e-4)
         if f"{case}_grad_i" not in golden:
@@ -64,53 +66,44 @@ def test_bns_loss_of_the_released_code(golden):
 def test_the_loss_of_the_paper(golden):
     for case in case_names(golden, "labels"):
         q, v, y = (t(golden[f"{case}_{name}"]) for name in ("emb_q", "emb_v", "labels"))
-        tau = golden.scalar(f"{case}_tau")
         for reduction in ("sum", "mean"):
-            theirs = oracles.bns_loss_paper(q, v, y, tau, reduction)
-            np.testing.assert_allclose(theirs, golden.scalar(f"{case}_loss_{reduction}"), **CLOSE)
+            ours = oracles.bns_loss_paper(q, v, y, golden.scalar(f"{case}_tau"), reduction)
+            np.testing.assert_allclose(ours, golden.scalar(f"{case}_loss_{reduction}"), **CLOSE)
 
 
-def test_bns_loss_against_a_double_loop_and_known_values():
-    rng, tau = common.generator(3), 0.4
-    z = unit(torch.randn(14, 5, dtype=torch.float64, generator=rng))
-    y = torch.tensor([0, 0, 0, 1, 1, 2, 0]).repeat(2)
-    for a, loss in enumerate(bns.bns_loss(z, y, tau).tolist()):
-        e = [math.exp(float(z[a] @ z[b]) / tau) for b in range(14)]
-        positives = [e[b] for b in range(14) if b != a and y[b] == y[a]]
-        pos = sum(positives) / len(positives)
-        neg = sum(e[b] for b in range(14) if y[b] != y[a]) / 14
-        expected = math.log1p(math.exp(-pos)) + math.log1p(math.exp(neg))
-        assert loss == pytest.approx(expected, rel=1e-12)
-    collapsed, y = torch.ones(12, 1).double(), torch.tensor([0, 0, 0, 1, 1, 2] * 2)
-    share = torch.tensor([0.5, 0.5, 0.5, 2 / 3, 2 / 3, 5 / 6]).double().repeat(2) * math.exp(2)
-    expected = share.exp().log1p() + math.log1p(math.exp(-math.exp(2)))
-    torch.testing.assert_close(bns.bns_loss(collapsed, y, 0.5), expected)
-    assert (bns.bns_loss(z, torch.zeros(14), 0.5) > math.log(2)).all(), "N = 0 leaves ln 2"
-    alone = bns.bns_loss(torch.tensor([[1.0], [-1.0]]), torch.zeros(2), 0.5)  # P = exp(-2)
-    expected = math.log1p(math.exp(-math.exp(-2))) + math.log(2)
-    assert alone.tolist() == pytest.approx([expected] * 2)
+def test_bns_loss_against_a_double_loop():
+    """Embeddings at random, all in one point, of one label (N = 0), opposite ones."""
+    random = unit(torch.randn(14, 5, dtype=torch.float64, generator=common.generator(3)))
+    point, opposite = torch.ones(14, 1).double(), torch.tensor([[1.0], [-1.0]]).double()
+    several = [0, 0, 0, 1, 1, 2, 0] * 2
+    for z, y in ((random, several), (point, several), (random, [0] * 14), (opposite, [0, 0])):
+        for a, loss in enumerate(bns.bns_loss(z, torch.tensor(y), 0.4).tolist()):
+            e = [math.exp(float(z[a] @ row) / 0.4) for row in z]
+            positives = [e[b] for b in range(len(z)) if b != a and y[b] == y[a]]
+            pos = sum(positives) / len(positives)
+            neg = sum(e[b] for b in range(len(z)) if y[b] != y[a]) / len(z)
+            expected = math.log1p(math.exp(-pos)) + math.log1p(math.exp(neg))
+            assert loss == pytest.approx(expected, rel=1e-12)
 
 
 def test_views_pass_one_by_one_and_embeddings_are_unit_rows_in_float32():
-    torch.manual_seed(0)
     net = models.Net(models.backbone("resnet8"), models.ProjectionHead(64, 8, 4))
     args = common.argparse.Namespace(precision="bf16", device="cpu")
-    views, expected = torch.randn(2, 6, 3, 16, 16), torch.zeros(16)
+    views, mean = torch.randn(2, 6, 3, 16, 16, generator=common.generator(0)), torch.zeros(16)
     views[1] += 3
     z = bns.Encoder(net, args)(views)
     assert z.dtype == torch.float32
     torch.testing.assert_close(z.norm(dim=2), torch.ones(2, 6))
-    with torch.no_grad():
-        for view in views:
-            expected = 0.9 * expected + 0.1 * net.backbone.conv1(view).mean((0, 2, 3))
-    torch.testing.assert_close(net.backbone.bn1.running_mean, expected, rtol=0.02, atol=0.02)
+    for view in views:
+        mean = 0.9 * mean + 0.1 * net.backbone.conv1(view).detach().mean((0, 2, 3))
+    torch.testing.assert_close(net.backbone.bn1.running_mean, mean, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.golden("bns_ipdpp_probs")
 def test_true_label_probability(golden):
     ours = bns.true_log_p(t(golden["logits"]), t(golden["labels"]))
-    np.testing.assert_allclose(ours, golden["logp"], rtol=0, atol=1e-12)
-    np.testing.assert_allclose(ours.exp(), golden["p"], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(ours, golden["logp"], **EXACT)
+    np.testing.assert_allclose(ours.exp(), golden["p"], **EXACT)
     logits = torch.tensor([[0.0, 30.0], [200.0, 0.0], [0.0, 200.0]])
     saturated = bns.true_log_p(logits, torch.tensor([1, 0, 0]))
     assert saturated[0].item() == pytest.approx(-math.exp(-30), rel=1e-5), "not rounded to 0"
@@ -120,41 +113,29 @@ def test_true_label_probability(golden):
 # --- the k-DPP ------------------------------------------------------------------------------------
 
 
-def log_(p) -> np.ndarray:
-    with np.errstate(divide="ignore"):
-        return np.log(p)
-
-
-def many_draws(d: np.ndarray, u: np.ndarray, k: int, draws: int, tries: int = 4000) -> np.ndarray:
-    """The first `draws` subsets that the script's sampler accepts, positions [draws, k]."""
-    generator, found = common.generator(0, "many draws"), []
+def many_draws(log_p: torch.Tensor, k: int, scale: str, draws: int) -> torch.Tensor:
+    """Positions [draws, k] of the first subsets that the script's sampler accepts, 0 < k < N."""
+    parts, generator, found = bns.kernel_parts(log_p, scale), common.generator(0), []
     while sum(map(len, found)) < draws:
-        found.append(bns.kdpp_rows(t(d), t(u), k, tries, generator))
-    return torch.cat(found)[:draws].nonzero()[:, 1].reshape(draws, k).numpy()
+        found.append(bns.kdpp_rows(*parts, k, 4000, generator))
+    return torch.cat(found)[:draws].nonzero()[:, 1].reshape(draws, k)
 
 
-def counts_of(subsets: np.ndarray, drawn) -> np.ndarray:
-    """How often each of the subsets is among the drawn ones."""
-    place = {tuple(row): i for i, row in enumerate(np.sort(subsets, 1).tolist())}
-    seen = np.zeros(len(subsets))
-    for row in drawn:
-        seen[place[tuple(sorted(row.tolist()))]] += 1
-    return seen
-
-
-def p_value(seen: np.ndarray, probability: np.ndarray) -> float:
-    """Chi-square; cells of an expectation below 10 are put together."""
-    expected = probability / probability.sum() * seen.sum()
-    assert seen[expected == 0].sum() == 0
-    small = expected < 10
-    expected, seen = (np.append(x[~small], x[small].sum()) for x in (expected, seen))
+def check_subsets(drawn, subsets: np.ndarray, probability: np.ndarray) -> None:
+    """Chi-square of how often each was drawn; those expected less than ten times are one cell."""
+    often = collections.Counter(map(tuple, drawn.tolist()))
+    seen = np.array([often[tuple(subset)] for subset in np.sort(subsets, 1).tolist()])
+    expected = probability / probability.sum() * len(drawn)
+    assert seen.sum() == len(drawn) and not seen[expected == 0].any()
+    rare = expected < 10
+    expected, seen = (np.append(x[~rare], x[rare].sum()) for x in (expected, seen))
     keep = expected > 0
-    return stats.chisquare(seen[keep], expected[keep]).pvalue if keep.sum() > 1 else 1.0
+    assert keep.sum() == 1 or stats.chisquare(seen[keep], expected[keep]).pvalue > 1e-4
 
 
-def check_frequencies(drawn: np.ndarray, expected: np.ndarray) -> None:
+def check_images(drawn: torch.Tensor, expected: np.ndarray) -> None:
     """How often each image was drawn, against its inclusion probability: each, and together."""
-    draws, seen = len(drawn), np.bincount(drawn.ravel(), minlength=len(expected))
+    draws, seen = len(drawn), np.bincount(drawn.flatten(), minlength=len(expected))
     random = np.abs(expected - 0.5) < 0.5 - 1e-9
     assert np.array_equal(seen[~random], draws * expected[~random].round()), "certain"
     inner = expected[random]
@@ -165,71 +146,56 @@ def check_frequencies(drawn: np.ndarray, expected: np.ndarray) -> None:
 @pytest.mark.golden("bns_ipdpp_smatrix")
 def test_kernel_and_determinants(golden):
     for case, scale in itertools.product(case_names(golden, "p"), ("n", "n2")):
-        d, u = oracles.kernel_parts(log_(golden[f"{case}_p"]), scale)
+        d, u = oracles.kernel_parts(t(golden[f"{case}_p"]).log(), scale)
         dets = np.array([oracles.log_det(d, u, subset) for subset in golden[f"{case}_subsets"]])
         ours = {"S": oracles.kernel_matrix(d, u), "logdet": dets, "logratio": dets - dets[0]}
         for name, value in ours.items():
-            np.testing.assert_allclose(value, golden[f"{case}_{name}_{scale}"], rtol=0, atol=1e-12)
+            np.testing.assert_allclose(value, golden[f"{case}_{name}_{scale}"], **EXACT)
 
 
 @pytest.mark.golden("bns_ipdpp_kdpp_enum")
 def test_kdpp_against_enumeration_and_50000_draws(golden):
-    log_p, k, subsets = log_(golden["p"]), golden.scalar("k"), golden["subsets"]
-    exact = {"rtol": 0, "atol": 1e-12}
+    golden.waive("log_ek_d_.*", "the sampler has no such sums")
+    log_p, k, subsets = t(golden["p"]).log(), golden.scalar("k"), golden["subsets"]
+    member = np.zeros((len(subsets), len(log_p)))
+    np.put_along_axis(member, subsets, 1, 1)
     for scale in ("n", "n2"):
         d, u = oracles.kernel_parts(log_p, scale)
-        tables, probability = oracles.kdpp_tables(d, u, k), golden[f"prob_{scale}"]
-        ours = np.exp([oracles.log_prob(d, u, subset, tables) for subset in subsets])
-        np.testing.assert_allclose(ours, probability, **exact)
-        log_e, log_z = oracles.log_normalisers(tables)
-        np.testing.assert_allclose(log_e, golden[f"log_ek_d_{scale}"], **exact)
-        assert log_z[k] == pytest.approx(golden.scalar(f"logZ_{scale}"), abs=1e-12)
-        inclusion = oracles.inclusion_probabilities(tables)
-        np.testing.assert_allclose(inclusion, golden[f"inclusion_{scale}"], **exact)
-        member = np.zeros((len(subsets), len(log_p)))
-        np.put_along_axis(member, subsets, 1, 1)
-        pairs = member.T @ (ours[:, None] * member)
-        np.testing.assert_allclose(pairs, golden[f"pair_{scale}"], **exact)
+        dets = np.array([oracles.log_det(d, u, subset) for subset in subsets])
+        prob = np.exp(dets - logsumexp(dets))
+        ours = {"logZ": logsumexp(dets), "prob": prob, "inclusion": prob @ member}
+        ours["pair"] = member.T @ (prob[:, None] * member)
+        for name, value in ours.items():
+            np.testing.assert_allclose(value, golden[f"{name}_{scale}"], **EXACT)
         if 0 < k < len(d):
-            assert p_value(counts_of(subsets, many_draws(d, u, k, 50_000)), probability) > 1e-4
-        rng, generator = np.random.default_rng(7), common.generator(0, "one call a draw")
-        table = (oracles.sample_table(tables, rng) for _ in range(5000))
-        single = (bns.sample_kdpp(t(log_p), k, generator, scale) for _ in range(3000))
-        for drawn in (table, single):
-            assert p_value(counts_of(subsets, drawn), probability) > 1e-4, scale
+            check_subsets(many_draws(log_p, k, scale, 50_000), subsets, prob)
 
 
 @pytest.mark.golden("bns_ipdpp_kdpp_exact")
 def test_kdpp_against_long_arithmetic_and_inclusion_frequencies(golden):
-    tight = {"rtol": 1e-10, "atol": 1e-10}
+    golden.waive(".*_log(Z|_ek)_.*", "the sampler has no such sums")
     for case, scale in itertools.product(case_names(golden, "k"), ("n", "n2")):
         log_p, k = golden[f"{case}_logp"], golden.scalar(f"{case}_k")
         np.testing.assert_allclose(np.exp(log_p), golden[f"{case}_p"], rtol=1e-12)
         d, u = oracles.kernel_parts(log_p, scale)
         np.testing.assert_allclose(d, golden[f"{case}_d_{scale}"], rtol=1e-10)
         np.testing.assert_allclose(u, golden[f"{case}_u_{scale}"], rtol=1e-10)
-        tables = oracles.kdpp_tables(d, u, k)
-        log_e, log_z = oracles.log_normalisers(tables)
-        np.testing.assert_allclose(log_e, golden[f"{case}_log_ek_d_{scale}"], **tight)
-        np.testing.assert_allclose(log_z, golden[f"{case}_logZ_all_{scale}"], **tight)
-        assert log_z[-1] == pytest.approx(golden.scalar(f"{case}_logZ_{scale}"), rel=1e-10)
-        inclusion = oracles.inclusion_probabilities(tables)
-        np.testing.assert_allclose(inclusion, golden[f"{case}_inclusion_{scale}"], atol=1e-10)
+        inclusion = golden[f"{case}_inclusion_{scale}"]
         if 0 < k < len(d):
-            check_frequencies(many_draws(d, u, k, 20_000), inclusion)
+            check_images(many_draws(t(log_p), k, scale, 20_000), inclusion)
 
 
 def test_edges_of_the_sampler(monkeypatch):
     generator, log_p = common.generator(0), t(np.log([0.2, 0.5, 0.9, 0.7]))
     for k, expected in ((4, 4), (9, 4), (0, 0)):
         assert bns.sample_kdpp(log_p, k, generator).tolist() == list(range(expected))
-    seeds = [*range(20), *range(20)]
-    pairs = [bns.sample_kdpp(log_p.float(), 2, common.generator(s)).tolist() for s in seeds]
-    assert pairs[:20] == pairs[20:] and all(a < b for a, b in pairs)
-    assert len(set(map(tuple, pairs))) > 3
+    for scale in ("n", "n2"):
+        rows = bns.kdpp_rows(*bns.kernel_parts(log_p, scale), 2, 32, common.generator(1))
+        ours = bns.sample_kdpp(log_p, 2, common.generator(1), scale)
+        assert torch.equal(ours, rows[0].nonzero()[:, 0]), "the first that is accepted"
     with pytest.warns(UserWarning, match="all 40 images have p = 1"):
         every = [bns.sample_kdpp(torch.zeros(40), 10, generator) for _ in range(400)]
-    check_frequencies(torch.stack(every).numpy(), np.full(40, 0.25))
+    check_images(torch.stack(every), np.full(40, 0.25))
     for least, scale in ((0.0, "n2"), (-1e-45, "n")):  # the least number of float32 above 0
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -268,6 +234,7 @@ FAST = {
 }
 KDPP = "--num-samples 8 --resample-every 2".split()
 COUNTS = [20, 17, 14, 12, 10, 9, 7, 6, 5, 5]  # of the set below at ratio 4
+LABELS = np.repeat(np.arange(10), COUNTS)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -295,139 +262,108 @@ def call(*flags, out) -> dict:
     return commands.launch(bns, parsed(*flags), out)
 
 
-def assert_same_end(one: dict, other: dict, *stages: str) -> None:
-    for stage in stages:
-        ours, theirs = (commands.state(run["folder"], stage) for run in (one, other))
-        assert commands.same(ours, theirs) and len(ours) > 20
-
-
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory) -> list:
-    """Flags that start from a pre-trained encoder of the tiny set."""
-    run = call("--stages", "pretrain", out=tmp_path_factory.mktemp("encoder"))
-    return ["--init-from", run["folder"] / "pretrain.pt"]
+def encoder(tmp_path_factory) -> dict:
+    """A run of the first stage alone."""
+    out = tmp_path_factory.mktemp("encoder")
+    run = call("--stages", "pretrain", "--save-features", "test", out=out)
+    assert run["result"]["headline"] is None and (run["folder"] / "features_test.npz").exists()
+    return run
 
 
-@pytest.mark.parametrize("method", ["bns_ipdpp", "bns"])
+@pytest.mark.parametrize("method", bns.METHODS)
 def test_stages_end_to_end_and_begun_again_in_each(tmp_path, method):
     last = bns.METHODS[method][-1]
-    flags = ["--method", method, "--select", "val", *(KDPP if method == "bns_ipdpp" else [])]
+    flags = ["--method", method, "--select", "val", *(KDPP if last == "finetune" else [])]
     straight = call(*flags, out=tmp_path / "a")
     for stop in (("pretrain", 1, 1), (last, 0, 1), (last, 1, 0)):
         with commands.stopped(*stop):
             call(*flags, out=tmp_path / "b")
     again = call(*flags, out=tmp_path / "b")
-    assert again["rows"] == straight["rows"] and again["result"] == straight["result"]
-    assert_same_end(again, straight, "pretrain", last)
     rows, result = straight["rows"], straight["result"]
+    assert again["rows"] == rows and again["result"] == result
+    start = ["--stages", last, "--init-from", again["folder"] / "pretrain.pt"]
+    alone = call(*flags, *start, out=tmp_path / "c")
+    for run, stage in ((again, "pretrain"), (again, last), (alone, last)):
+        one, other = (commands.state(which["folder"], stage) for which in (run, straight))
+        assert commands.same(one, other) and len(one) > 20
     assert {"loss", "same_label", "other_label"} <= set(rows[0]) and rows[0]["stage"] == "pretrain"
     assert result["headline"]["overall"] == pytest.approx(np.mean(result["per_class"]))
     assert rows[1]["passes"] == 2 * 2 * 16 * rows[0]["steps"], "two epochs of two views"
-    assert (rows[-1]["passes"] == 0) == (last == "probe"), "frozen: nothing goes backward"
-    start = ["--stages", last, "--init-from", again["folder"] / "pretrain.pt"]
-    assert_same_end(call(*flags, *start, out=tmp_path / "c"), straight, last)
+    kept = sum(min(n, 8 if last == "finetune" else 6) for n in result["counts"])
+    assert kept == len(one["subset/positions"]) and rows[2]["steps"] == -(-kept // 16)
+    assert rows[2]["passes"] == kept * (last == "finetune"), "frozen: nothing goes backward"
+    drawn = [last == "finetune"] * 2 + [False]  # before e with e + 1 = 2, not before the last
+    assert ["p_kept" in row for row in rows[2:]] == drawn[: len(rows) - 2]
 
 
 FLAGS = {
-    "--stages pretrain": "--temperature 0.2, --projection-dim 4, --jitter 0.5, --grey 0.9, "
-    "--lr 0.02, --weight-decay 0, --batch-size 32, --seed 1, --flip 1",
-    "--method bns --stages probe": "--probe-epochs 3, --probe-batch-size 8, --probe-lr 0.02, "
-    "--probe-jitter 0.1, --probe-grey 0.9, --frozen-bn train, --seed 3",
-    "--stages finetune --num-samples 8": "--finetune-epochs 4, --finetune-batch-size 8, "
-    "--finetune-lr 0.01, --finetune-jitter 0.3, --finetune-grey 0.9, --weight-decay 0, "
-    "--subset-mode uniform, --subset-mode legacy, --num-samples 6",
+    "--stages pretrain --epochs 1": "--temperature 0.2, --projection-dim 4, --jitter 0.5, "
+    "--grey 0.9, --lr 0.02, --weight-decay 0, --batch-size 32, --seed 1, --flip 1",
+    "--method bns --stages probe --probe-epochs 1": "--probe-epochs 2, --probe-batch-size 8, "
+    "--probe-lr 0.02, --probe-jitter 0.1, --probe-grey 0.9, --frozen-bn train, --seed 3",
+    "--stages finetune --num-samples 8 --finetune-epochs 1": "--finetune-epochs 2, "
+    "--finetune-batch-size 8, --finetune-lr 0.01, --finetune-jitter 0.3, --finetune-grey 0.9, "
+    "--weight-decay 0, --subset-mode uniform, --subset-mode legacy, --num-samples 6",
 }
 
 
 @pytest.mark.parametrize("stage", FLAGS)
 def test_every_flag_changes_what_it_says(tmp_path, encoder, stage):
-    seen, start = set(), [] if "pretrain" in stage else encoder
-    for flags in ("", *FLAGS[stage].split(", ")):
-        run = call(*stage.split(), *flags.split(), *start, out=tmp_path / flags.replace(" ", ""))
+    start = [] if "pretrain" in stage else ["--init-from", encoder["folder"] / "pretrain.pt"]
+    seen = set()
+    for k, flags in enumerate(("", *FLAGS[stage].split(", "))):
+        run = call(*stage.split(), *flags.split(), *start, out=tmp_path / str(k))
         seen.add(tuple(row["loss"] for row in run["rows"]))
-        assert len(seen) == len(list(tmp_path.iterdir())), f"{flags}: losses as with other flags"
+        assert len(seen) == k + 1, f"{flags}: losses as with other flags"
 
 
-@pytest.fixture
-def draws(monkeypatch):
-    """What is drawn: (epoch, positions), and the calls of the k-DPP."""
-    found, calls, draw, sample = [], [], bns.Subset.draw, bns.sample_kdpp
-
-    def noted(subset, net, epoch):
-        logs = draw(subset, net, epoch)
-        found.append((epoch, subset.positions.clone()))
-        return logs
-
-    monkeypatch.setattr(bns.Subset, "draw", noted)
-    monkeypatch.setattr(bns, "sample_kdpp", lambda *rest: (calls.append(rest), sample(*rest))[1])
-    return found, calls
-
-
-@pytest.mark.parametrize("mode", ["kdpp n", "kdpp n2", "uniform", "legacy", "all"])
-def test_subsets_of_every_mode_from_one_encoder(tmp_path, encoder, draws, mode):
-    name, _, scale = mode.partition(" ")
-    flags = {"all": [], "legacy": KDPP[:2]}.get(name, KDPP) + ["--subset-mode", name]
-    flags += ["--dpp-scale", scale] if scale else []
-    run = call("--stages", "finetune", *flags, *encoder, out=tmp_path)
-    (epochs, subsets), calls = zip(*draws[0], strict=True), draws[1]
-    labels, most = np.repeat(np.arange(10), COUNTS), 99 if name == "all" else 8
-    for positions in subsets:
-        assert np.bincount(labels[positions]).tolist() == [min(n, most) for n in COUNTS]
-        assert len(set(positions.tolist())) == len(positions)
-    again = name in ("kdpp", "uniform")
-    assert epochs == ((0, 1) if again else (0,)), "before e with e + 1 = 2, not before the last"
-    assert not again or not torch.equal(*subsets), "fresh randomness at each draw"
-    if name == "legacy":
-        first, within = np.cumsum([0, *COUNTS]), bns.legacy_subset(COUNTS, [8] * 10)
-        assert subsets[0].tolist() == [first[c] + i for c in range(10) for i in within[c]]
-    assert [call[3] for call in calls] == [scale] * 20 * (name == "kdpp")
-    assert torch.equal(commands.state(run["folder"], "finetune")["subset/positions"], subsets[-1])
-    assert run["rows"][0]["passes"] == len(subsets[0]) and run["result"]["counts"] == COUNTS
-    logged = ["p_kept" in row for row in run["rows"]]
-    assert logged == ([True, True, False] if name == "kdpp" else [False] * 3)
-
-
-def test_the_kdpp_sees_p_of_the_network_and_logs_what_it_kept(draws):
-    args = parsed(*KDPP)
-    data = data_lt.load(args)
-    net = bns.build_classifier(args, "finetune", bns.build(args).backbone, 10)
-    subset = bns.Subset(args, "finetune", data)
-    logs = subset.draw(net.train(), 0)
-    views, labels, _ = next(iter(data_lt.evaluation_loader(args, data.train)))
-    with torch.no_grad():
-        p = net.eval()(views[0]).softmax(1).gather(1, labels[:, None])[:, 0]
-    ours = torch.cat([log_p for log_p, *_ in draws[1]]).exp()
-    torch.testing.assert_close(ours, p, rtol=1e-4, atol=1e-6)
-    uniform = sum(min(len(part), 8) * float(part.mean()) for part in p.split(COUNTS))
-    assert logs["p_uniform"] == pytest.approx(uniform / len(subset.positions), rel=1e-4)
-    assert logs["p_kept"] == pytest.approx(float(p[subset.positions].mean()), rel=1e-4)
+def test_subsets_of_every_mode(monkeypatch):
+    """Who is kept, when it is drawn; the k-DPP sees p(i) of the network and logs what it kept."""
+    calls, sample = [], bns.sample_kdpp
+    monkeypatch.setattr(bns, "sample_kdpp", lambda *rest: calls.append(rest) or sample(*rest))
+    data = data_lt.load(parsed())
+    views, labels, _ = next(iter(data_lt.evaluation_loader(parsed(), data.train)))
+    modes = {"kdpp": KDPP, "kdpp --dpp-scale n2": KDPP, "uniform": KDPP, "legacy": KDPP[:2], "all": []}
+    for words, flags in modes.items():
+        args = parsed("--subset-mode", *words.split(), *flags)
+        net = bns.build_classifier(args, "finetune", bns.build(args).backbone, 10).train()
+        subset, kept, logs = bns.Subset(args, "finetune", data), [], {}
+        for epoch in filter(subset.due, range(args.finetune_epochs)):
+            logs = subset.draw(net, epoch)
+            kept.append(subset.positions.clone())
+            most = 99 if words == "all" else 8
+            assert np.bincount(LABELS[kept[-1]]).tolist() == [min(n, most) for n in COUNTS]
+            assert len(kept[-1].unique()) == len(kept[-1])
+        again = words not in ("legacy", "all")
+        assert len(kept) == 1 + again and not (again and torch.equal(*kept)), "drawn anew"
+        if words == "legacy":
+            first, within = np.cumsum([0, *COUNTS]), bns.legacy_subset(COUNTS, [8] * 10)
+            assert kept[0].tolist() == [first[c] + i for c in range(10) for i in within[c]]
+        with torch.no_grad():
+            p = net.eval()(views[0]).softmax(1).gather(1, labels[:, None])[:, 0]
+        scales = [call[3] for call in calls]
+        assert scales == [args.dpp_scale] * 20 * ("kdpp" in words) and bool(logs) == bool(scales)
+        if scales:
+            seen = torch.cat([log_p for log_p, *_ in calls[10:]]).exp()
+            torch.testing.assert_close(seen, p, rtol=1e-4, atol=1e-6)
+            uniform = sum(min(len(part), 8) * float(part.mean()) for part in p.split(COUNTS))
+            assert logs["p_uniform"] == pytest.approx(uniform / len(kept[1]), rel=1e-4)
+            assert logs["p_kept"] == pytest.approx(float(p[kept[1]].mean()), rel=1e-4)
+        calls.clear()
 
 
 def test_periods_are_shares_and_epochs_of_draws_are_the_published_ones():
+    data = data_lt.load(parsed())
     for words, expected in (
         ("--dataset cifar10_lt", range(9, 99, 10)), ("--dataset cifar100_lt", (19, 39, 59, 79)),
         ("--finetune-epochs 30", range(2, 29, 3)), ("--resample-every 0", ()),
         ("--subset-mode all", ()), ("--dataset cifar10_lt --resample-every 40", (39, 79)),
     ):  # fmt: skip
         args = commands.parse("bns_ipdpp", words.split())
-        data = data_lt.load(commands.parse("bns_ipdpp", ["--dataset", TINY[0]]))
         subset = bns.Subset(args, "finetune", data)
         due = [epoch for epoch in range(args.finetune_epochs) if subset.due(epoch)]
         assert due == [0, *expected], words
-
-
-def test_the_probe_leaves_the_encoder_alone_and_takes_few_of_a_class(tmp_path, encoder):
-    start = common.load_checkpoint(encoder[1])["state"]["model"]
-    for mode in ("eval", "train"):
-        flags = ["--method", "bns", "--stages", "probe", "--frozen-bn", mode, *encoder]
-        run = call(*flags, out=tmp_path / mode)
-        state = commands.state(run["folder"], "probe")
-        for name in start.keys() - {key for key in start if key.startswith("head")}:
-            drifts = name.endswith(("mean", "var", "tracked")) and mode == "train"
-            assert torch.equal(state[f"model/{name}"], start[name]) != drifts, (mode, name)
-        kept = np.bincount(np.repeat(np.arange(10), COUNTS)[state["subset/positions"]])
-        assert kept.tolist() == [min(n, 6) for n in COUNTS]
-        assert run["rows"][0]["steps"] == -(-sum(kept) // 16)
 
 
 @pytest.mark.parametrize(("dataset", "probe"), [("cifar10_lt", 20), ("cifar100_lt", 5)])
@@ -437,13 +373,10 @@ def test_published_settings(dataset, probe):
         peak = 1e-3 * bns.setting(args, stage, "batch_size") / 256
         rates = [bns.rate(args, stage, epoch) for epoch in (0, rise / 2, rise)]
         assert rates == pytest.approx([0, peak / 2, peak], abs=0), stage
-    net = models.Net(models.backbone("resnet18"), models.ProjectionHead(512, 2048, 128))
-    assert models.count_parameters(net) == 12_481_728
-    decayed, plain = bns.adamw(args, net, "pretrain").param_groups
+    decayed, plain = bns.adamw(args, bns.build(parsed()), "pretrain").param_groups
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.05, 0)
     assert {p.ndim for p in plain["params"]} == {1} and min(p.ndim for p in decayed["params"]) == 2
-    data = data_lt.load(commands.parse("bns_ipdpp", ["--dataset", TINY[0]]))
-    chain = data_lt.Augment(32, None, None, **bns.views_of(args, "pretrain", data))
+    chain = data_lt.Augment(32, None, None, **bns.views_of(args, "pretrain", data_lt.load(parsed())))
     assert (chain.jitter, chain.jitter_p, chain.grey) == ((1.6, 1.6, 1.6, 0.4), 0.8, 0.2)
     assert (chain.blur_p, chain.blur_kernel, chain.blur_floor) == (1.0, 3, True)
 
@@ -452,23 +385,30 @@ def test_published_settings(dataset, probe):
     ("flags", "said"),
     [
         ("--temperature 0.01", "at least 0.0115"), ("--jitter 3", "at most 2.5"),
-        ("--init-from none.pt", "none.pt"), ("--eval none.pt", "none.pt"),
         ("--batch-size 200", "batch size 200"),
         ("--init-from ENCODER --data-seed 1", "--data-seed 0"),
         ("--init-from ENCODER --imb-ratio 2", "--imb-ratio 4.0"),
-        ("--init-from ENCODER --backbone resnet14", "--backbone resnet8"),
         ("--init-from ENCODER --select val", "other images"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, encoder, flags, said):
-    words = [encoder[1] if word == "ENCODER" else word for word in flags.split()]
+    words = flags.replace("ENCODER", str(encoder["folder"] / "pretrain.pt")).split()
     assert said in commands.refused(capsys, call, *words, out=tmp_path)
 
 
-def test_features_evaluation_own_groups_and_compile(tmp_path, capsys, monkeypatch, encoder):
+def test_a_probe_its_features_groups_evaluation_and_compilation(tmp_path, capsys, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda net: compiled.append(net) or net)
     monkeypatch.setattr(bns, "GROUPS", {TINY[0]: {"many": 12, "few": 7}})
-    flags = ["--method", "bns", "--stages", "probe", *encoder]
-    run = call(*flags, "--save-features", "test", out=tmp_path / "a")
+    flags = "--method bns --compile --frozen-bn train --save-features test".split()
+    run = call(*flags, out=tmp_path)
+    assert len(compiled) == 2
+    before, after = (commands.state(run["folder"], stage) for stage in ("pretrain", "probe"))
+    for name in (name for name in before if name.startswith("model/backbone.")):
+        drifts = name.endswith(("mean", "var", "tracked"))
+        assert torch.equal(after[name], before[name]) != drifts, name
+    kept = np.bincount(LABELS[after["subset/positions"]]).tolist()
+    assert kept == [min(n, 6) for n in COUNTS]
     with np.load(run["folder"] / "features_test.npz") as saved:
         assert saved["features"].shape == (100, 64) and saved["indices"][-1] == 99
     counts, recall = np.array(COUNTS), np.array(run["result"]["per_class"])
@@ -476,17 +416,10 @@ def test_features_evaluation_own_groups_and_compile(tmp_path, capsys, monkeypatc
     for name, inside in chosen.items():
         assert run["result"]["own_groups"][name] == pytest.approx(recall[inside].mean())
     capsys.readouterr()
-    shown = f"overall {100 * run['result']['headline']['overall']:.2f}%"
     words = "--eval", run["folder"] / "probe.pt"
     call("--method", "bns", *words, out=tmp_path)
-    assert shown in capsys.readouterr().out
+    assert f"overall {100 * run['result']['headline']['overall']:.2f}%" in capsys.readouterr().out
     assert "evaluates finetune.pt" in commands.refused(capsys, call, *words, out=tmp_path)
-    compiled = []
-    monkeypatch.setattr(torch, "compile", lambda net: compiled.append(net) or net)
-    call("--compile", *KDPP, "--save-features", "train", out=tmp_path / "c")
-    assert len(compiled) == 2
-    alone = call("--stages", "pretrain", "--save-features", "test", out=tmp_path / "d")
-    assert alone["result"]["headline"] is None and (alone["folder"] / "features_test.npz").exists()
 
 
 # --- ranks ----------------------------------------------------------------------------------------
@@ -511,17 +444,13 @@ def two_stages(folder: str) -> dict:
     net = bns.build_classifier(args, "finetune", net.backbone.float(), 10)
     if common.rank():
         net.backbone.bn1.running_mean.add_(1)  # those of rank 0 count
+        args.batch_size = 17
+        with pytest.raises(common.UserError, match="no multiple of 2 ranks"):
+            bns.check(args, data)
     subset = bns.Subset(args, "finetune", data)
     rows = [subset.draw(net, 0)]
     rows += [{key: row[key] for key in ("loss", "same_label", "other_label")} for row in run.rows]
     return {"rows": rows, "kept": kept, "positions": subset.positions}
-
-
-def on_a_rank(folder: str) -> dict:
-    found, odd = two_stages(folder), parsed("--dataset", f"{folder}/tiny.npz", "--batch-size", 17)
-    with pytest.raises(common.UserError, match="no multiple of 2 ranks"):
-        bns.check(odd, data_lt.load(odd))
-    return found
 
 
 def test_two_ranks_equal_one(tmp_path, monkeypatch):
@@ -529,7 +458,7 @@ def test_two_ranks_equal_one(tmp_path, monkeypatch):
     commands.tiny_letters(tmp_path / "tiny.npz")
     monkeypatch.setattr(bns, "Encoder", bns.Encoder)  # put back afterwards
     ours = two_stages(str(tmp_path))
-    for theirs in on_ranks(on_a_rank, (str(tmp_path),), 2, tmp_path):
+    for theirs in on_ranks(two_stages, (str(tmp_path),), 2, tmp_path):
         assert torch.equal(theirs["positions"], ours["positions"])
         for mine, row, close in zip(ours["rows"], theirs["rows"], (1e-5, 1e-7, 1e-7), strict=True):
             assert row == pytest.approx(mine, rel=close)
@@ -540,10 +469,7 @@ def test_two_ranks_equal_one(tmp_path, monkeypatch):
 def test_fake_imagenet_lt_on_two_ranks(tmp_path):
     fake_tree.make_imagenet_lt(tmp_path)
     flags = "--dataset imagenet_lt --gpus 2 --backbone resnet10 --image-size 64 --batch-size 8"
-    flags += " --epochs 1 --finetune-epochs 2 --finetune-batch-size 8 --num-samples 3 --workers 1"
+    flags += " --epochs 1 --finetune-epochs 1 --finetune-batch-size 8 --num-samples 3 --workers 1"
     commands.run("bns_ipdpp.py", *flags.split(), "--data-root", tmp_path, out=tmp_path / "runs")
-    result = commands.result(tmp_path / "runs")
-    assert sum(map(sum, result["confusion"])) == 10 and result["args"]["num_samples"] == 3
-    assert [row["stage"] for row in commands.rows(tmp_path / "runs")] == ["pretrain"] + [
-        "finetune"
-    ] * 2
+    assert sum(map(sum, commands.result(tmp_path / "runs")["confusion"])) == 10
+    assert [row["stage"] for row in commands.rows(tmp_path / "runs")] == ["pretrain", "finetune"]
