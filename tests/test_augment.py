@@ -116,11 +116,11 @@ def assert_uniform(values: torch.Tensor, cells: int) -> None:
 @pytest.mark.parametrize("scale", [(0.08, 1.0), (0.6, 1.0)])
 def test_law_of_resized_crop(height, width, scale):
     """Size and place against torchvision's own; the long images fall back to the central crop."""
-    ours = draws(3, N, height, width, crop="resized", scale=scale).table[:, :4].long().numpy()
+    ours = draws(3, 3000, height, width, crop="resized", scale=scale).table[:, :4].long().numpy()
     with torch.random.fork_rng():
         torch.manual_seed(4)
         blank, theirs = torch.zeros(3, height, width), transforms.RandomResizedCrop.get_params
-        theirs = np.array([theirs(blank, list(scale), [3 / 4, 4 / 3]) for _ in range(N)])
+        theirs = np.array([theirs(blank, list(scale), [3 / 4, 4 / 3]) for _ in range(3000)])
     pairs = [(ours[:, column], theirs[:, column]) for column in range(4)]
     pairs.append([w[:, 2] * w[:, 3] for w in (ours, theirs)])
     pairs.append([w[:, 3] / w[:, 2] for w in (ours, theirs)])
@@ -276,11 +276,7 @@ def test_cuda_equals_cpu_without_waiting(name):
 
 @pytest.mark.golden("bns_ipdpp_blur")
 def test_golden_blur(golden):
-    """3 x 3 blur floored to 8 bit, by the function and by the chain: the same levels but for one.
-
-    How many round the other way depends on image and sigma; rounding instead of flooring would
-    move half of them.
-    """
+    """Levels one apart where the last bit decides; rounding instead of flooring would move half."""
     image, sigma = torch.from_numpy(golden["image"]), torch.from_numpy(golden["sigma"]).float()
     expected = torch.from_numpy(golden["output"]).permute(0, 3, 1, 2)
     n, _, height, width = expected.shape
