@@ -18,8 +18,9 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 from test_augment import one_by_one
 
+import data_lt
 from common import RunError, UserError, generator
-from data_lt import Augment, Cache, Files, Loader, Set, crop_window, crop_windows, load_pool, uniforms
+from data_lt import Augment, Cache, Files, Loader, Set, crop_window, uniforms
 from tools import prepare
 from tools.prepare import build_cache
 
@@ -34,7 +35,7 @@ def make_tree(root: Path) -> Set:
     """22 JPEGs of four classes and many sizes, some smaller than the crop; a grey and a CMYK one."""
     sizes = ((130, 57), (24, 90), (64, 64), (100, 28), (77, 121))
     fake_tree.make_imagenet_lt(root, num_classes=4, n_max=9, ratio=3, sizes=sizes)
-    return load_pool("imagenet_lt", root, SIZE, files=True).train
+    return data_lt.load_pool("imagenet_lt", root, SIZE, files=True).train
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,7 @@ def test_windows_of_one_image_are_those_of_a_batch():
     for seed, size in enumerate(sizes):
         for scale in ((0.08, 1.0), (0.2, 1.0)):
             u = uniforms(500, generator(seed))[:22].numpy()
-            expected = crop_windows(u, *size, scale, ratio).T.astype(int).tolist()
+            expected = data_lt.crop_windows(u, *size, scale, ratio).T.astype(int).tolist()
             ours = [crop_window(numbers, *size, scale, ratio) for numbers in u.T.tolist()]
             assert ours == [tuple(row) for row in expected]
             fallbacks += len(set(ours)) < 400
