@@ -1,13 +1,16 @@
 """Profiles, subsets, sets, samplers, the loader; show, export and fetch of tools/prepare.py."""
 
+import shutil
 import urllib.error
 
 import numpy as np
 import pytest
 import torch
+import torchvision.transforms.functional as TF
 from commands import call, load, not_prepared
 from fake_tree import make_folder
 from PIL import Image
+from scipy import stats
 
 import data_lt as lt
 from common import UserError, generator
@@ -27,11 +30,15 @@ def check_profile(released: np.ndarray, classes, n_max, factor, kind="exp") -> N
     assert ours == released[released >= 0].tolist()
 
 
-def check_subset(labels, counts, seed: int, index, targets, order=None) -> None:
+def check_subset(golden, labels, counts, seed, index, targets, order=None) -> None:
+    """The keys of what is drawn from, and of what was drawn."""
+    labels, counts, seed = golden[labels], golden[counts], golden.scalar(seed)
+    if order is not None:
+        counts = counts[np.argsort(order)]
     chosen = lt.subset_common(labels, counts, np.random.RandomState(seed), order)
     assert chosen.dtype == np.int64
-    np.testing.assert_array_equal(chosen, index)
-    np.testing.assert_array_equal(labels[chosen], targets)
+    np.testing.assert_array_equal(chosen, golden[index])
+    np.testing.assert_array_equal(labels[chosen], golden[targets])
 
 
 @pytest.mark.golden("unified_perspective_toy_counts")
@@ -45,10 +52,8 @@ def test_toy_counts(golden):
 
 @pytest.mark.golden("unified_perspective_toy_subset")
 def test_toy_subset(golden):
-    counts, seed = golden["counts"], golden.scalar("rand_number")
-    np.testing.assert_array_equal(counts, golden["cls_num_list"])
-    index, targets = golden["selected_index"], golden["selected_targets"]
-    check_subset(golden["targets"], counts, seed, index, targets)
+    check_subset(golden, "targets", "counts", "rand_number", "selected_index", "selected_targets")
+    np.testing.assert_array_equal(golden["counts"], golden["cls_num_list"])
 
 
 @pytest.mark.golden("unified_perspective_ssp_profiles")
@@ -85,12 +90,11 @@ def test_tsc_longtail(golden):
             np.testing.assert_allclose(weights, golden[p + "effnum_weights"], rtol=1e-8)
         else:
             golden.waive(p + "effnum_weights", "released weights of an empty class are infinite")
-    labels, counts, seed = golden["sel_labels"], golden["sel_counts"], golden.scalar("sel_seed")
+    labels, counts = golden["sel_labels"], golden["sel_counts"]
     check_profile(counts, len(counts), len(labels) / len(counts), golden.scalar("sel_ratio"))
-    check_subset(labels, counts, seed, golden["sel_index"], golden["sel_targets"])
-    index, targets = golden["svhn_sel_index"], golden["svhn_sel_targets"]
-    order = [*range(1, len(counts)), 0]
-    check_subset(labels, np.roll(counts, 1), seed, index, targets, order)
+    sel = golden, "sel_labels", "sel_counts", "sel_seed"
+    check_subset(*sel, "sel_index", "sel_targets")
+    check_subset(*sel, "svhn_sel_index", "svhn_sel_targets", [*range(1, len(counts)), 0])
 
 
 @pytest.mark.golden("bns_ipdpp_lt_profile")
@@ -100,9 +104,9 @@ def test_bns_profile(golden):
         for ratio, counts in zip(golden["if"], tables, strict=True):
             ours = lt.long_tail_counts(int(found.group(1)), int(tables[:, 0].max()), float(ratio))
             assert ours == counts.tolist()
-    labels, counts, seed = golden["sel_targets_in"], golden["sel_counts"], golden.scalar("sel_seed")
+    labels, counts = golden["sel_targets_in"], golden["sel_counts"]
     check_profile(counts, len(counts), len(labels) / len(counts), 1 / golden.scalar("sel_if"))
-    check_subset(labels, counts, seed, golden["sel_index"], golden["sel_targets"])
+    check_subset(golden, "sel_targets_in", "sel_counts", "sel_seed", "sel_index", "sel_targets")
 
 
 @pytest.mark.golden("fsgl_profile")
@@ -111,8 +115,7 @@ def test_fsgl_profile(golden):
         check_profile(golden[f"counts_{j}"], *pair)
     labels, classes, counts = (golden[f"sel_{key}"] for key in ("labels", "num_classes", "counts"))
     check_profile(counts, classes, len(labels) // classes, golden.scalar("sel_rate"))
-    index, targets = golden["sel_indices"], golden["sel_targets"]
-    check_subset(labels, counts, golden.scalar("sel_seed"), index, targets)
+    check_subset(golden, "sel_labels", "sel_counts", "sel_seed", "sel_indices", "sel_targets")
 
 
 @pytest.mark.golden("tailcalibx_profile")
@@ -214,19 +217,12 @@ def test_validation_images_and_the_data_seed(glyphs, tmp_path):
 
 
 def test_real_cifar(real_data_root):
-    import torchvision
-
     data = load(dataset="cifar10_lt", data_root=real_data_root)
     assert data.counts == [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
-    assert data.mean == (0.4914, 0.4822, 0.4465) and data.test.counts() == [1000] * 10
+    assert data.mean == (0.4914, 0.4822, 0.4465)
     train, test = data.train.fingerprint(), data.test.fingerprint()
     assert train.startswith("images:489991fbd76aa126 labels:2c999976ad58e0fe classes:bb3914949ce")
     assert test.startswith("images:177777c33ba79825 labels:cbb7365de8ed11f0")
-    source = torchvision.datasets.CIFAR10(str(real_data_root), train=True)
-    for position in (0, 4999, 12405):
-        image, label = source[data.train.indices[position].item()]
-        assert label == data.train.labels[position]
-        np.testing.assert_array_equal(image, data.train.images[position].permute(1, 2, 0))
     data = load(dataset="cifar100_lt", data_root=real_data_root)
     assert len(data.train) == 10847 and "5a65ac328b4dfbe8" in data.train.fingerprint()
 
@@ -264,21 +260,12 @@ def test_folder(tmp_path, capsys):
     assert load(dataset=str(root), imb_ratio=4).counts == [12, 6, 3]
     assert load(dataset=str(root), imb_ratio=2, imb_type="step").counts == [6, 6, 3]
     assert lt.peek_image_size(str(root)) == 20 and lt.peek_image_size(str(root), image_size=8) == 8
+    resized = load(dataset=str(root), image_size=8).train.images[0]
+    with Image.open(root / "train" / "ant" / "00.png") as image:
+        assert resized.equal(TF.pil_to_tensor(TF.resize(image, 8, antialias=True)))
     said = call(capsys, "fetch", "--dataset", root)
     assert "every image read, 3 classes, 21 training and 6 test images" in said
     assert "nothing to fetch" in call(capsys, "fetch")
-
-
-def test_resizing_agrees_with_torchvision(tmp_path):
-    from torchvision.transforms import CenterCrop, Compose, Resize
-
-    root = make_folder(tmp_path, (2, 2), size=(90, 71))
-    Image.new("L", (30, 45), 9).save(root / "train" / "ant" / "00.png")
-    data, transform = load(dataset=str(root), image_size=24), Compose([Resize(24), CenterCrop(24)])
-    paths = sorted((root / "train").glob("*/*"))
-    for path, image in zip(paths, data.train.images, strict=True):
-        expected = np.asarray(transform(Image.open(path).convert("RGB")))
-        np.testing.assert_array_equal(image.permute(1, 2, 0), expected)
 
 
 def npz_arrays(channels=3) -> dict:
@@ -393,38 +380,29 @@ def test_class_aware_stream_needs_no_state():
         check_class_aware(whole, labels, samples)
         parts = [class_aware(labels, 6 * samples, samples, epoch=epoch) for epoch in range(5)]
         np.testing.assert_array_equal(np.concatenate(parts), whole)
-    far = class_aware(labels, 100, 4, epoch=10**6)
-    assert not (far == class_aware(labels, 100, 4, epoch=10**6 + 1)).all()
-    assert not (class_aware(labels, 100, 4, 1) == class_aware(labels, 100, 4)).all()
-    labels = np.repeat(np.arange(3), 4)
-    first, second = class_aware(labels, 12 * 3000, 4).reshape(-1, 3, 4)[:, :2, 0].T
-    hist = np.bincount(first, minlength=12)
-    assert abs(hist - 250).max() < 5 * np.sqrt(3000 / 12), "every image is first as often"
-    pairs = np.bincount(labels[first] * 3 + labels[second], minlength=9)[[1, 2, 3, 5, 6, 7]]
-    assert abs(pairs - 500).max() < 5 * np.sqrt(3000 / 6), "and every order of the classes"
+    far = [class_aware(labels, 100, 4, *at) for at in ((0, 10**6), (0, 10**6 + 1), (1, 10**6))]
+    assert len({order.tobytes() for order in far}) == 3
+    first, second = class_aware(np.repeat([0, 1, 2], 4), 12 * 3000, 4).reshape(-1, 3, 4)[:, :2, 0].T
+    assert stats.chisquare(np.bincount(first)).pvalue > 1e-4, "every image is first as often"
+    pairs = np.bincount(first // 4 * 3 + second // 4)[[1, 2, 3, 5, 6, 7]]
+    assert stats.chisquare(pairs).pvalue > 1e-4, "and every order of the classes"
 
 
 @pytest.mark.parametrize(
-    ("sampler", "options", "power"),
+    ("sampler", "options", "weight"),
     [
-        ("class_balanced", {}, 1.0),
-        ("power", {"q": 0.5}, 0.5),
-        ("power", {"q": 1.2}, 1.2),
-        ("effective", {"beta": 0.99}, None),
+        ("class_balanced", {}, lambda n: 1 / n),
+        ("power", {"q": 0.5}, lambda n: n**-0.5),
+        ("power", {"q": 1.2}, lambda n: n**-1.2),
+        ("effective", {"beta": 0.99}, lambda n: 0.01 / (1 - 0.99**n)),
     ],
 )
-def test_samplers_with_replacement(sampler, options, power):
+def test_samplers_with_replacement(sampler, options, weight):
     counts, draws = np.array([500, 0, 60, 9, 1]), 200_000
     labels = np.random.RandomState(0).permutation(np.repeat(np.arange(5), counts))
-    order = lt.sampler_order(sampler, labels, draws, 0, 0, **options)
-    full = counts[counts > 0].astype(float)
-    weight = full**-power if power is not None else (1 - 0.99) / (1 - 0.99**full)
-    share = full * weight / (full * weight).sum()
-    found = np.bincount(labels[order], minlength=5)[counts > 0] / draws
-    assert (abs(found - share) < 5 * np.sqrt(share * (1 - share) / draws)).all()
-    p = share[0] / 500  # every image of a class is as likely
-    hist = np.bincount(order, minlength=len(labels))[labels == 0]
-    assert abs(hist / draws - p).max() < 5.5 * np.sqrt(p / draws)
+    found = np.bincount(lt.sampler_order(sampler, labels, draws, 0, 0, **options))
+    share = weight(counts[labels].astype(float))
+    assert stats.chisquare(found, draws * share / share.sum()).pvalue > 1e-4
 
 
 # --- loader
@@ -441,16 +419,16 @@ def plain_set(n: int, side: int = 4) -> lt.Set:
     return lt.Set(torch.from_numpy(images), torch.arange(n) % 3, torch.arange(n), ["a", "b", "c"])
 
 
-def test_batches_belong_together(glyphs):
-    batches, seen = loader(glyphs.train, 100, views=2), []
-    for step, (views, labels, indices) in enumerate(batches):
-        size = 100 if step < 9 else 88
-        assert views.shape == (2, size, 3, 16, 16) and views.dtype == torch.float32
+def test_batches_belong_together():
+    dataset = plain_set(288)
+    batches, seen = loader(dataset, 100, views=2), []
+    for (views, labels, indices), size in zip(batches, (100, 100, 88), strict=True):
+        assert views.shape == (2, size, 3, 4, 4) and views.dtype == torch.float32
         assert views[1].is_contiguous(memory_format=torch.channels_last)
         assert labels.dtype == indices.dtype == torch.int64 and batches.global_batch == size
-        assert labels.equal(glyphs.train.labels[indices]) and not views[0].equal(views[1])
-        seen.append(indices)
-    assert len(batches) == 10 and sorted(torch.cat(seen).tolist()) == list(range(988))
+        assert labels.equal(dataset.labels[indices]) and not views[0].equal(views[1])
+        seen += indices.tolist()
+    assert sorted(seen) == list(range(288))
 
 
 @pytest.mark.parametrize("sampler", lt.SAMPLERS)
@@ -506,15 +484,15 @@ def test_lengths_of_epochs(n, batch, options, steps):
 
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_evaluation_counts_every_image_once(ranks):
-    dataset = plain_set(10_001, side=1)
+    dataset = plain_set(1001, side=1)
     options = {"evaluation": True, "sampler": "effective"}  # the sampler is not asked
-    shares = [list(loader(dataset, 1000, **options, shard=(r, ranks))) for r in range(ranks)]
+    shares = [list(loader(dataset, 100, **options, shard=(r, ranks))) for r in range(ranks)]
     seen = torch.cat([indices for share in shares for _, _, indices in share])
-    assert sorted(seen.tolist()) == list(range(10_001))
-    views, labels, indices = shares[0][0]
-    assert indices.equal(torch.arange(len(indices))) and labels.equal(dataset.labels[indices])
-    pixels = dataset.images[indices].float() / 127.5 - 1
-    torch.testing.assert_close(views[0], pixels)  # no flip, no jitter
+    assert sorted(seen.tolist()) == list(range(1001))
+    for views, labels, indices in shares[0]:
+        assert labels.equal(dataset.labels[indices])
+        pixels = dataset.images[indices].float() / 127.5 - 1
+        torch.testing.assert_close(views[0], pixels)  # no flip, no jitter
 
 
 def test_loader_refuses_what_cannot_be():
@@ -577,18 +555,15 @@ def test_bad_flags(tmp_path, capsys):
     for words, *texts in (
         ("show --dataset cifar", "unknown data set 'cifar'; known: glyphs_lt, cifar10_lt", "path"),
         (f"show --dataset {none}/a", "no/a: no such folder or .npz", "train/<class>/*"),
-        (f"show --dataset {none}.npz", "no.npz: no such folder or .npz"),
         ("show --imb-ratio nan", "must be a number, at least 1, got nan"),
         ("show --imb-ratio 500", "ratio 500 leaves class 'R' with 0 of its 400 images"),
         ("show --imb-type linear", "'linear'"),
-        ("show --select dev", "'dev'"),
         ("show --data-seed -1", "--data-seed: must be an integer, at least 0"),
         ("show --image-size 224", "image size 224", "at most 64 px"),
         (f"show --png {none}/x.png", f"cannot write {none}/x.png"),
         (f"show --png {tmp_path}", f"cannot write {tmp_path}"),
         (f"export --out {none}/x.npz", "cannot write", "No such file or directory"),
         (f"export --out {tmp_path}/x.zip", "must end in .npz"),
-        ("export", "--out"),
         ("draw", "invalid choice: 'draw'"),
         ("show --colour red", "unrecognized arguments: --colour red"),
     ):
@@ -622,6 +597,10 @@ def test_bad_folders(tmp_path, capsys):
     show(root, "test classes differ from train classes: 'bee' only in train, 'cow' only in test")
     (root / "train" / "cow").mkdir()
     show(root, "train/cow: class 'cow' holds no image")
+    for name in ("bee", "cow"):
+        shutil.rmtree(root / "train" / name)
+    shutil.rmtree(root / "test" / "cow")
+    show(root, "has one class, 'ant'")
     for split in ("train", "test"):
         (tmp_path / "bare" / split).mkdir(parents=True)
     show(tmp_path / "bare", "no class folders")
@@ -638,16 +617,12 @@ def test_bad_npz(tmp_path, capsys):
         ({"x_test": test[:, :6]}, "x_test: 8x6 px, not square"),
         ({"x_test": test[:, :6, :6]}, "x_test: 6x6 px, the others have 8"),
         ({"y_train": y[:9]}, "y_train is int64 [9]; expected integers [10]"),
-        ({"y_train": y.astype(float)}, "y_train is float64 [10]"),
         ({"x_val": test}, "y_val is missing"),
         ({"y_train": y * 2}, "y_train", "every label 0..C-1, not 3 kinds up to [4]"),
-        ({"y_train": y - 1}, "y_train", "every label 0..C-1"),
         ({"y_test": good["y_test"] + 1}, "test classes differ", "0 only in train, 3 only in test"),
         ({"classes": np.array(["a", "b"])}, "classes is ['a', 'b']; expected 3 different names"),
         ({"classes": np.array(["a", "b", "a"])}, "3 different names"),
-        ({"classes": np.array("cat")}, "3 different names"),
         ({"mean": np.array([0.5])}, "mean is [0.5]; expected 3 finite floats"),
-        ({"mean": np.array([0.2, np.nan, 0.2])}, "mean is", "finite"),
         ({"std": np.array([0.2, 0.0, 0.2])}, "std is", "above 0"),
         ({"y_train": np.array([object()] * 10)}, "y_train holds pickled Python objects"),
     ):

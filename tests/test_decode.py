@@ -91,19 +91,6 @@ def rgb(files, row: int) -> Image.Image:
 # --- batches
 
 
-def test_windows_of_one_image_are_those_of_a_batch():
-    fallbacks, ratio = 0, (3 / 4, 4 / 3)
-    sizes = [(375, 500), (500, 333), (30, 400), (400, 30), (1, 1), (224, 224)]
-    for seed, size in enumerate(sizes):
-        for scale in ((0.08, 1.0), (0.2, 1.0)):
-            u = uniforms(500, generator(seed))[:22].numpy()
-            expected = data_lt.crop_windows(u, *size, scale, ratio).T.astype(int).tolist()
-            ours = [crop_window(numbers, *size, scale, ratio) for numbers in u.T.tolist()]
-            assert ours == [tuple(row) for row in expected]
-            fallbacks += len(set(ours)) < 400
-    assert fallbacks  # the long strips need the central window
-
-
 def test_workers_change_nothing(files):
     options = {"views": 2, "sampler": "class_aware", "samples_per_class": 2}
     here, there = loader(files, **options), loader(files, workers=3, **options)
@@ -132,25 +119,25 @@ def test_views_are_those_of_torchvision_for_the_same_draws(files):
     assert difference.max() < 0.08 and difference.mean((1, 2, 3)).max() < 0.012  # a level: 0.018
 
 
+def central_squares(files: Set, rows: torch.Tensor) -> torch.Tensor:
+    short = [TF.resize(rgb(files, row), SIDE, antialias=True) for row in rows.tolist()]
+    return torch.stack([TF.pil_to_tensor(TF.center_crop(image, SIZE)) for image in short])
+
+
 def test_evaluation_takes_the_centre_and_every_image_once(files):
     options = {"evaluation": True, "workers": 1}
     shares = [batches(loader(files, 10, shard=(rank, 3), **options)) for rank in range(3)]
-    rows = torch.cat([rows for share in shares for *_, rows in share])
+    views, rows = (torch.cat([batch[k] for share in shares for batch in share], dim) for k, dim in ((0, 1), (2, 0)))
     assert sorted(rows.tolist()) == list(range(len(files)))
-    views = torch.cat([views[0] for share in shares for views, *_ in share])
-    for row, view in zip(rows.tolist(), views, strict=True):
-        x = TF.center_crop(TF.resize(rgb(files, row), SIDE, antialias=True), SIZE)
-        expected = TF.normalize(TF.to_tensor(x), MEAN, STD)
-        torch.testing.assert_close(view, expected, atol=1e-5, rtol=0)
+    expected = TF.normalize(central_squares(files, rows) / 255, MEAN, STD)
+    torch.testing.assert_close(views[0], expected, atol=1e-5, rtol=0)
 
 
 def test_pad_crop_works_on_central_squares(files):
     a, n = Augment(SIZE, None, None, crop="pad", pad=4, flip=0.5), len(files)
     ((views, _, rows),) = batches(loader(files, n, augment=a))
-    short = [TF.resize(rgb(files, row), SIDE, antialias=True) for row in rows.tolist()]
-    pixels = torch.stack([TF.pil_to_tensor(TF.center_crop(image, SIZE)) for image in short])
     draws = a.draw(n, generator(5, "augment", 0, 0), SIZE, SIZE)
-    torch.testing.assert_close(views[0], a(pixels, draws))
+    torch.testing.assert_close(views[0], a(central_squares(files, rows), draws))
 
 
 # --- what goes wrong
@@ -372,21 +359,19 @@ def test_a_second_writer_is_refused(files, tmp_path):
 
 
 def test_no_space(files, tmp_path, monkeypatch):
-    path, source = tmp_path / "train", files.images
-    sizes = [Image.open(source.path(row)).size for row in range(len(files))]
+    path, rows = tmp_path / "train", range(len(files))
+    sizes = [Image.open(files.images.path(row)).size for row in rows]
     exact = sum(3 * width * height for width, height in sizes)
-    assert prepare.bytes_needed(source, range(len(files)), 10**6) == exact
-    monkeypatch.setattr(prepare, "bytes_needed", lambda *_: 10**15)
-    with pytest.raises(UserError, match=r"needs about 1000000.0 GB more, \d+\.\d GB are free"):
-        build_cache(files, path, SIDE)
-    assert not parts(path)[0].exists()
-    monkeypatch.undo()
+    assert prepare.bytes_needed(files.images, rows, 10**6) == exact
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match="cannot write .*: No space left on device"):
-        build_cache(files, path, SIDE)
-    monkeypatch.undo()
+    for owner, name, replaced, said in (
+        (prepare, "bytes_needed", lambda *_: 10**15, r"needs about 1000000.0 GB more, \d+\.\d GB are free"),
+        (os, "fsync", full, "cannot write .*: No space left on device"),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(UserError, match=said):
+            patch.setattr(owner, name, replaced)
+            build_cache(files, path, SIDE)
     assert len(build_cache(files, path, SIDE)) == len(files)

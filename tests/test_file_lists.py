@@ -360,15 +360,6 @@ def test_mini_splits(tmp_path, capsys):
     fails(lambda: load_lists("mini_imagenet_lt", tmp_path), *said)
 
 
-def test_mini_profile_of_100_classes(tmp_path, monkeypatch):
-    files = {f"n{c:08}": [f"n{c:08}_{k}.JPEG" for k in range(700)] for c in range(100)}
-    monkeypatch.setattr(lt, "class_folders", lambda folder, beside: files)
-    for ratio, total, smallest in ((100, 10847, 5), (50, 12608, 10), (10, 19573, 50)):
-        assert f"train {total:,} (500 to {smallest} a class" in prepare.mini(tmp_path, ratio)
-        counts = read_list(tmp_path / f"train_ir{ratio}.txt", tmp_path).counts()
-        assert counts == lt.long_tail_counts(100, 500, ratio)
-
-
 def test_mini_from_the_600_image_download_and_what_it_refuses(tmp_path, capsys):
     root, mini = tmp_path / "mini_imagenet_lt", ["mini", "--data-root", tmp_path]
     fake_tree.make_class_folders(root, {"n01": 600, "n02": 599})
