@@ -149,15 +149,6 @@ def test_no_permission_is_said_as_that(tmp_path):
 # --- images
 
 
-def read_by_the_loader(root: Path, name: str, size: int) -> np.ndarray:
-    """The pixels [S, S, 3] of a square image, as large sets are read."""
-    zero = torch.zeros(1, dtype=torch.int64)
-    files = lt.Set(lt.Files(root, [name]), zero, zero, ["a"])
-    whole = lt.Augment(size, None, None, crop="resized", scale=(1, 1), ratio=(1, 1))
-    ((views, *_),) = lt.Loader(files, 1, whole)
-    return (255 * views[0, 0]).round().byte().permute(1, 2, 0).numpy()
-
-
 def test_sixteen_bits_and_modes_without_a_range(tmp_path):
     high = np.array([[0, 255, 256, 10_000], [50_000, 65_535, 32_768, 39]], np.uint16)
     for name in ("a.png", "b.tif", "c.pgm"):
@@ -190,7 +181,11 @@ def test_palettes_alpha_and_other_modes_are_as_pillow_shows_them(tmp_path):
             expected = np.asarray(stored.convert(mode))[..., :3]
         with Image.open(tmp_path / name) as stored:
             np.testing.assert_array_equal(lt.rgb(stored), expected, err_msg=image.mode)
-        found = read_by_the_loader(tmp_path, name, 70)
+        zero = torch.zeros(1, dtype=torch.int64)
+        large = lt.Set(lt.Files(tmp_path, [name]), zero, zero, ["a"])
+        whole = lt.Augment(70, None, None, crop="resized", scale=(1, 1), ratio=(1, 1))
+        ((views, *_),) = lt.Loader(large, 1, whole)  # the other loading path
+        found = (255 * views[0, 0]).round().byte().permute(1, 2, 0)
         np.testing.assert_array_equal(found, expected, err_msg=image.mode)
 
 
@@ -202,14 +197,12 @@ def test_what_imagefolder_counts_and_pillow_reads_is_there(tmp_path, capsys):
 
     root = make_folder(tmp_path / "set")
     ant, bee = root / "train" / "ant", root / "train" / "bee"
-    for k, name in enumerate(("images/5.png", "images/deep/6.PNG", "7.jpeg")):  # Tiny-ImageNet's
-        write_png(bee / name, 50 + k)
-    write_png(tmp_path / "store" / "8.png", 60)
+    for name in ("images/5.png", "images/deep/6.PNG", "7.jpeg"):  # Tiny-ImageNet's
+        write_png(bee / name)
+    write_png(tmp_path / "store" / "8.png")
     (bee / "linked").symlink_to(tmp_path / "store")
-    theirs = ImageFolder(root / "train")
-    assert load(dataset=str(root)).counts == [4, 6] == np.bincount(theirs.targets).tolist()
-    paths = {str(Path(path).relative_to(root)) for path, _ in theirs.samples}
-    assert paths == set(lt.folder_sets(root, lt.SetInfo())["train"].images.names)
+    theirs = {str(Path(path).relative_to(root)) for path, _ in ImageFolder(root / "train").samples}
+    assert theirs == set(lt.folder_sets(root, lt.SetInfo())["train"].images.names) and len(theirs) == 10
     for ending, kind in (("jfif", "jpeg"), ("jpe", "jpeg"), ("gif", "gif"), ("jp2", "jpeg2000")):
         Image.open(bee / "00.png").save(bee / f"9.{ending}", kind)
     for name in ("train/ant/._0.png", "train/ant/.trash/1.png", "train/.ipynb_checkpoints/2.png"):
