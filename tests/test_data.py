@@ -1,29 +1,28 @@
 """Profiles, subsets, sets, samplers, the loader; show, export and fetch of tools/prepare.py."""
 
-import os
-import subprocess
-import sys
+import shutil
 import urllib.error
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torchvision.transforms.functional as TF
 from commands import call, load, not_prepared
+from fake_tree import make_folder
 from PIL import Image
+from scipy import stats
 
 import data_lt as lt
 from common import UserError, generator
 from tools import prepare
 
-ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("exp", "step", "balanced")
 
 
 # --- profiles and subsets against the golden files
 
 
-def check_profile(released: np.ndarray, classes: int, n_max: float, factor, kind="exp") -> None:
+def check_profile(released: np.ndarray, classes, n_max, factor, kind="exp") -> None:
     """Equal, but for the middle class that released codes lose in a step of odd C (-1 pads)."""
     ours = lt.long_tail_counts(int(classes), float(n_max), kind=kind, factor=float(factor))
     if (released >= 0).sum() == len(ours) - 1:
@@ -31,38 +30,30 @@ def check_profile(released: np.ndarray, classes: int, n_max: float, factor, kind
     assert ours == released[released >= 0].tolist()
 
 
-def check_subset(labels, counts, seed: int, index, targets, order=None) -> None:
+def check_subset(golden, labels, counts, seed, index, targets, order=None) -> None:
+    """The keys of what is drawn from, and of what was drawn."""
+    labels, counts, seed = golden[labels], golden[counts], golden.scalar(seed)
+    if order is not None:
+        counts = counts[np.argsort(order)]
     chosen = lt.subset_common(labels, counts, np.random.RandomState(seed), order)
     assert chosen.dtype == np.int64
-    np.testing.assert_array_equal(chosen, index)
-    np.testing.assert_array_equal(labels[chosen], targets)
+    np.testing.assert_array_equal(chosen, golden[index])
+    np.testing.assert_array_equal(labels[chosen], golden[targets])
 
 
 @pytest.mark.golden("unified_perspective_toy_counts")
 def test_toy_counts(golden):
-    expected = golden["profile_counts"]
-    columns = golden["profile_n"], golden["profile_type"], golden["profile_factor"], expected
+    columns = (golden[f"profile_{key}"] for key in ("n", "type", "factor", "counts"))
     for total, kind, factor, counts in zip(*columns, strict=True):
         check_profile(counts, len(counts), total / len(counts), factor, KINDS[kind])
-    sweeps = np.concatenate([golden["case1_counts"], golden["case2_counts"]])
-    labels = np.repeat(np.arange(sweeps.shape[1]), sweeps.max(0))
-    labels = np.random.RandomState(1).permutation(labels)
-    whole, rng = lt.class_positions(labels, sweeps.shape[1]), np.random.RandomState(0)
-    for pool in whole:
-        rng.shuffle(pool)
-    for counts in sweeps:  # one shuffle a class serves all points: every subset is its head
-        chosen = lt.subset_common(labels, counts, np.random.RandomState(0))
-        heads = [pool[:n] for pool, n in zip(whole, counts, strict=True)]
-        assert (chosen == np.concatenate(heads)).all()
+    golden.waive(r"case\d_counts", "the sweeps are tested with toy_similarity.py")
     golden.waive(r"base_lr|lr_epochs|lr_toy", "learning rates are tested with the schedules")
 
 
 @pytest.mark.golden("unified_perspective_toy_subset")
 def test_toy_subset(golden):
-    targets, counts, seed = golden["targets"], golden["counts"], golden.scalar("rand_number")
-    check_subset(targets, counts, seed, golden["selected_index"], golden["selected_targets"])
-    there = np.bincount(golden["selected_targets"], minlength=len(counts))
-    np.testing.assert_array_equal(there, golden["cls_num_list"])
+    check_subset(golden, "targets", "counts", "rand_number", "selected_index", "selected_targets")
+    np.testing.assert_array_equal(golden["counts"], golden["cls_num_list"])
 
 
 @pytest.mark.golden("unified_perspective_ssp_profiles")
@@ -73,75 +64,68 @@ def test_ssp_profiles(golden):
         for kind, factor, counts in zip(*columns, strict=True):
             n_max = lt.DATASETS[f"{name}_lt"].n_max
             check_profile(counts, len(counts), n_max, factor, KINDS[kind])
-    by_label = np.zeros_like(golden["svhn_counts"][0])
-    by_label[list(lt.DATASETS["svhn_lt"].class_order)] = golden["svhn_counts"][0]
-    np.testing.assert_array_equal(by_label, golden["svhn_counts_by_label0"])
-    factors = list(zip(golden["unl_labeled_factor"], golden["unl_factor"], strict=True))
+    order = list(lt.DATASETS["svhn_lt"].class_order)
+    np.testing.assert_array_equal(golden["svhn_counts_by_label0"][order], golden["svhn_counts"][0])
+    factors = golden["unl_labeled_factor"], golden["unl_factor"]
     for found in golden.match(r"unl_(\w+)_labeled"):
         n_max = lt.DATASETS[f"{found.group(1)}_lt"].n_max
-        labeled, unlabeled = golden[found.group(0)], golden[f"unl_{found.group(1)}_unlabeled"]
-        for i, (lab, unl) in enumerate(factors):
-            counts = lt.long_tail_counts(labeled.shape[1], n_max, factor=float(lab))
-            assert counts == labeled[i].tolist()
-            assert lt.unlabeled_counts(counts, factor=float(unl)) == unlabeled[i].tolist()
+        tables = golden[found.group(0)], golden[f"unl_{found.group(1)}_unlabeled"]
+        for factor, extra_factor, counts, extra in zip(*factors, *tables, strict=True):
+            check_profile(counts, len(counts), n_max, factor)
+            ours = lt.unlabeled_counts(counts.tolist(), factor=float(extra_factor))
+            assert ours == extra.tolist()
 
 
 @pytest.mark.golden("tsc_longtail")
 def test_tsc_longtail(golden):
     beta = golden.scalar("effnum_beta")
-    for found in golden.match(r"p(\d+)_C"):
-        p = f"p{found.group(1)}_"
+    for found in golden.match(r"(p\d+_)C"):
+        p = found.group(1)
         classes, n_max, factor = (golden.scalar(p + key) for key in ("C", "nmax", "factor"))
-        counts = lt.long_tail_counts(classes, n_max, factor=factor)
         for kind in ("exp", "step"):
             check_profile(golden[p + kind], classes, n_max, factor, kind)
         check_profile(golden[p + "svhn_exp"], classes, lt.DATASETS["svhn_lt"].n_max, factor)
-        if min(counts) > 0:
+        if min(counts := golden[p + "exp"]) > 0:
             weights = lt.effective_number_weights(counts, beta)
             np.testing.assert_allclose(weights, golden[p + "effnum_weights"], rtol=1e-8)
         else:
             golden.waive(p + "effnum_weights", "released weights of an empty class are infinite")
-    labels, counts, seed = golden["sel_labels"], golden["sel_counts"], golden.scalar("sel_seed")
+    labels, counts = golden["sel_labels"], golden["sel_counts"]
     check_profile(counts, len(counts), len(labels) / len(counts), golden.scalar("sel_ratio"))
-    check_subset(labels, counts, seed, golden["sel_index"], golden["sel_targets"])
-    index, targets = golden["svhn_sel_index"], golden["svhn_sel_targets"]
-    order = [*range(1, len(counts)), 0]
-    check_subset(labels, np.roll(counts, 1), seed, index, targets, order)
+    sel = golden, "sel_labels", "sel_counts", "sel_seed"
+    check_subset(*sel, "sel_index", "sel_targets")
+    check_subset(*sel, "svhn_sel_index", "svhn_sel_targets", [*range(1, len(counts)), 0])
 
 
 @pytest.mark.golden("bns_ipdpp_lt_profile")
 def test_bns_profile(golden):
     for found in golden.match(r"n_c(\d+)"):
-        expected = golden[found.group(0)]
-        for ratio, counts in zip(golden["if"], expected, strict=True):
-            ours = lt.long_tail_counts(int(found.group(1)), int(expected[:, 0].max()), float(ratio))
+        tables = golden[found.group(0)]
+        for ratio, counts in zip(golden["if"], tables, strict=True):
+            ours = lt.long_tail_counts(int(found.group(1)), int(tables[:, 0].max()), float(ratio))
             assert ours == counts.tolist()
-    targets, expected = golden["sel_targets_in"], golden["sel_counts"]
-    n_max = len(targets) / len(expected)
-    counts = lt.long_tail_counts(len(expected), n_max, float(golden["sel_if"]))
-    assert counts == expected.tolist()
-    seed = golden.scalar("sel_seed")
-    check_subset(targets, counts, seed, golden["sel_index"], golden["sel_targets"])
+    labels, counts = golden["sel_targets_in"], golden["sel_counts"]
+    check_profile(counts, len(counts), len(labels) / len(counts), 1 / golden.scalar("sel_if"))
+    check_subset(golden, "sel_targets_in", "sel_counts", "sel_seed", "sel_index", "sel_targets")
 
 
 @pytest.mark.golden("fsgl_profile")
 def test_fsgl_profile(golden):
-    for j, (num_classes, n_max, factor) in enumerate(golden["pairs"].tolist()):
-        ours = lt.long_tail_counts(int(num_classes), n_max, factor=factor)
-        assert ours == golden[f"counts_{j}"].tolist()
+    for j, pair in enumerate(golden["pairs"]):
+        check_profile(golden[f"counts_{j}"], *pair)
     labels, classes, counts = (golden[f"sel_{key}"] for key in ("labels", "num_classes", "counts"))
     check_profile(counts, classes, len(labels) // classes, golden.scalar("sel_rate"))
-    index, targets = golden["sel_indices"], golden["sel_targets"]
-    check_subset(labels, counts, golden.scalar("sel_seed"), index, targets)
+    check_subset(golden, "sel_labels", "sel_counts", "sel_seed", "sel_indices", "sel_targets")
 
 
 @pytest.mark.golden("tailcalibx_profile")
 def test_tailcalibx_profile(golden):
-    rows = zip(golden["total"], golden["cls"], golden["factor"], golden["sum_exp"], strict=True)
-    for i, (total, classes, factor, exp_sum) in enumerate(rows):
+    for i, row in enumerate(zip(golden["total"], golden["cls"], golden["factor"], strict=True)):
+        total, classes, factor = row
         for kind in ("exp", "step"):
             check_profile(golden[f"counts_{kind}"][i], classes, total / classes, factor, kind)
-        assert sum(lt.long_tail_counts(int(classes), total / classes, factor=factor)) == exp_sum
+        counts = golden["counts_exp"][i]
+        assert counts[counts >= 0].sum() == golden["sum_exp"][i]
 
 
 # --- profiles and subsets, own tests
@@ -166,115 +150,61 @@ def test_a_class_with_too_few_images_is_refused():
         lt.subset_common(labels, [0, 0, 4], np.random.RandomState(0))
     with pytest.raises(UserError, match="class R: 401 images asked for, 400 there"):
         lt.check_counts(lt.load_pool("glyphs_lt").train, [1] * 9 + [401])
+    with pytest.warns(UserWarning, match="1 hidden classes have too few images .2: 3 of 9"):
+        rng = np.random.RandomState(0)
+        _, extra = lt.subset_semi_supervised(labels, [1, 0, 1], labels, [1, 0, 9], rng)
+    assert np.bincount(labels[extra]).tolist() == [1, 0, 3]
 
 
-def test_semi_supervised_subsets_share_one_generator():
-    rng = np.random.RandomState(3)
-    labels, hidden = rng.randint(4, size=200), rng.randint(4, size=900)
-    counts, unlabeled = [20, 10, 5, 2], [100, 60, 30, 10]
-
-    def both(unlabeled):
-        rng = np.random.RandomState(7)
-        return lt.subset_semi_supervised(labels, counts, hidden, unlabeled, rng)
-
-    chosen, extra = both(unlabeled)
-    rng = np.random.RandomState(7)
-    np.testing.assert_array_equal(chosen, lt.subset_common(labels, counts, rng))
-    np.testing.assert_array_equal(extra, lt.subset_common(hidden, unlabeled, rng))
-    with pytest.warns(UserWarning, match="1 hidden classes have too few images .0: "):
-        _, extra = both([10**6, 0, 1, 1])
-    assert np.bincount(hidden[extra], minlength=4).tolist() == [(hidden == 0).sum(), 0, 1, 1]
-
-
-def test_class_weights_and_margins():
-    torch.testing.assert_close(lt.ldam_margins([16, 1, 81]), torch.tensor([0.25, 0.5, 0.5 / 3]))
+def test_weights_and_margins_of_empty_and_single_classes():
     torch.testing.assert_close(lt.ldam_margins([16, 0, 1], 0.4), torch.tensor([0.2, 0.4, 0.4]))
-    naive = np.array([(1 - 0.9999) / (1 - 0.9999**n) for n in (5000, 70, 3, 1)])
-    ours = lt.effective_number_weights([5000, 70, 3, 1])
-    np.testing.assert_allclose(ours, naive * 4 / naive.sum(), rtol=1e-10)
-    assert lt.effective_number_weights([4, 0, 9], 0.0).tolist() == [1, 0, 1]
     steep = lt.effective_number_weights([1, 10, 0], 1 - 1e-12)  # 1 - beta**n would lose all digits
     np.testing.assert_allclose(steep, np.array([10, 1, 0]) * 2 / 11, rtol=1e-9)
     with pytest.raises(UserError, match="beta 1"):
         lt.effective_number_weights([1], 1.0)
 
 
-def test_largest_head_is_the_largest():
-    rng = np.random.RandomState(0)
-    for _ in range(50):
-        sizes = rng.randint(1, 60, size=rng.randint(1, 8)).tolist()
-        ratio = float(rng.choice([1, 2, 7.5, 100]))
-        for kind in ("exp", "step"):
-            profiles = [lt.long_tail_counts(len(sizes), n, ratio, kind) for n in range(62)]
-            fits = [n for n, counts in enumerate(profiles) if (np.array(counts) <= sizes).all()]
-            assert lt.largest_head(sizes, ratio, kind) == max(fits)
-
-
 # --- sets
 
 
-@pytest.fixture(scope="module")
-def glyphs():
-    return load()
-
-
-def test_glyphs(glyphs):
-    assert glyphs.counts == [400, 239, 143, 86, 51, 30, 18, 11, 6, 4]
-    assert glyphs.train.images.shape == (988, 3, 16, 16)
-    assert glyphs.train.images.dtype == torch.uint8 and glyphs.val is None
-    assert glyphs.test.counts() == [250] * 10 and "".join(glyphs.train.classes) == "PECVDBYGFR"
-    assert glyphs.num_classes == 10 and glyphs.image_size == 16
-    assert len(glyphs.leftover) == 4000 - 988
-    assert not set(glyphs.leftover) & set(glyphs.train.indices.tolist())
-    assert load().train.fingerprint() == glyphs.train.fingerprint()
-    pool = lt.load_pool("glyphs_lt").train
+def test_letters():
+    letters, pool = load(), lt.load_pool("glyphs_lt").train
+    assert letters.counts == [400, 239, 143, 86, 51, 30, 18, 11, 6, 4]
+    assert letters.train.images.shape == (988, 3, 16, 16) and letters.image_size == 16
+    assert letters.train.images.dtype == torch.uint8 and letters.val is None
+    assert letters.test.counts() == [250] * 10 and "".join(letters.classes) == "PECVDBYGFR"
     assert len(torch.unique(pool.images.flatten(1), dim=0)) == 4000
-    assert pool.images[glyphs.train.indices].equal(glyphs.train.images)
-
-
-def test_which_images_is_the_data_seed_alone(glyphs):
-    other = load(data_seed=1)
-    assert other.counts == glyphs.counts
-    assert other.train.fingerprint() != glyphs.train.fingerprint()
-    assert other.test.fingerprint() == glyphs.test.fingerprint()
-    part = glyphs.train.select(np.array([3, 1]))
-    assert part.indices.equal(glyphs.train.indices[[3, 1]]) and part.counts() == [2] + [0] * 9
+    chosen = letters.train.indices
+    assert pool.images[chosen].equal(letters.train.images), "drawn the same again"
+    assert sorted([*chosen.tolist(), *letters.leftover]) == list(range(4000))
+    part = letters.train.select(np.array([3, 1]))
+    assert part.indices.equal(chosen[[3, 1]]) and part.counts() == [2] + [0] * 9
     part.images.zero_()
-    assert glyphs.train.images[[3, 1]].any(), "a selection is a copy"
+    assert letters.train.images[[3, 1]].any(), "a selection is a copy"
 
 
-def test_validation_images(glyphs, tmp_path):
-    carved = load(select="val")
-    assert carved.val.counts() == [40, 23, 14, 8, 5, 3, 1, 1, 1, 1]
-    sums = [a + b for a, b in zip(carved.counts, carved.val.counts(), strict=True)]
-    assert sums == glyphs.counts and (carved.leftover == glyphs.leftover).all()
+def test_validation_images_and_the_data_seed(tmp_path):
+    carved, other, tested = load(select="val"), load(select="val", data_seed=1), load(select="test")
+    assert carved.val.counts() == other.val.counts() == [40, 23, 14, 8, 5, 3, 1, 1, 1, 1]
     both = torch.cat([carved.train.indices, carved.val.indices]).sort().values
-    assert both.equal(glyphs.train.indices.sort().values)
-    assert load(select="val", data_seed=1).val.fingerprint() != carved.val.fingerprint()
-    tested = load(select="test")
-    assert tested.val is tested.test and load(select="last").val is None
+    assert both.equal(tested.train.indices.sort().values) and tested.val is tested.test
+    for split in ("train", "val", "test"):
+        same = getattr(carved, split).fingerprint() == getattr(other, split).fingerprint()
+        assert same == (split == "test"), "which images is the data seed alone"
     own = load(dataset=str(make_folder(tmp_path, val=1)), select="val")
-    assert own.val.counts() == [1, 1, 1] and own.counts == [12, 6, 3]
+    assert own.val.counts() == [1, 1] and own.counts == [4, 2]
     labels = np.repeat(np.arange(5), [100, 19, 2, 1, 0])
     held = np.bincount(labels[lt.holdout(labels, 5, generator(0, "x"))], minlength=5)
     assert held.tolist() == [10, 1, 1, 0, 0], "a tenth, and no class loses its only image"
 
 
 def test_real_cifar(real_data_root):
-    import torchvision
-
     data = load(dataset="cifar10_lt", data_root=real_data_root)
     assert data.counts == [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
-    assert data.mean == (0.4914, 0.4822, 0.4465) and data.test.counts() == [1000] * 10
-    assert data.classes[0] == "airplane" and len(data.leftover) == 50000 - 12406
+    assert data.mean == (0.4914, 0.4822, 0.4465)
     train, test = data.train.fingerprint(), data.test.fingerprint()
     assert train.startswith("images:489991fbd76aa126 labels:2c999976ad58e0fe classes:bb3914949ce")
     assert test.startswith("images:177777c33ba79825 labels:cbb7365de8ed11f0")
-    source = torchvision.datasets.CIFAR10(str(real_data_root), train=True)
-    for position in (0, 4999, 12405):
-        image, label = source[data.train.indices[position].item()]
-        assert label == data.train.labels[position]
-        np.testing.assert_array_equal(image, data.train.images[position].permute(1, 2, 0))
     data = load(dataset="cifar100_lt", data_root=real_data_root)
     assert len(data.train) == 10847 and "5a65ac328b4dfbe8" in data.train.fingerprint()
 
@@ -283,15 +213,14 @@ def test_svhn_class_order(tmp_path, monkeypatch):
     import scipy.io
     import torchvision
 
-    rng = np.random.RandomState(0)
     sizes = {"train": [1002, 600, 400, 300, 200, 100, 60, 40, 20, 12], "test": [2] * 10}
     for split, counts in sizes.items():  # labels 1..9 and then 10, for 0
-        y, name = rng.permutation(np.repeat(np.arange(1, 11), counts)), f"{split}_32x32.mat"
-        pixels = rng.randint(256, size=(32, 32, 3, len(y))).astype(np.uint8)
+        y, path = np.repeat(np.arange(1, 11), counts)[::-1], tmp_path / f"{split}_32x32.mat"
+        pixels = np.zeros((32, 32, 3, len(y)), np.uint8)
         pixels[0, 0, 0] = y % 10
-        scipy.io.savemat(tmp_path / name, {"X": pixels, "y": y[:, None]})
-        digest = torchvision.datasets.utils.calculate_md5(str(tmp_path / name))
-        monkeypatch.setitem(torchvision.datasets.SVHN.split_list, split, ["", name, digest])
+        scipy.io.savemat(path, {"X": pixels, "y": y[:, None]})
+        digest = torchvision.datasets.utils.calculate_md5(str(path))
+        monkeypatch.setitem(torchvision.datasets.SVHN.split_list, split, ["", path.name, digest])
     found = prepare.fetch("svhn_lt", tmp_path)
     assert "md5 verified, 2734 training and 20 test images" in found
     data = load(dataset="svhn_lt", data_root=tmp_path)
@@ -300,50 +229,32 @@ def test_svhn_class_order(tmp_path, monkeypatch):
     assert data.train.images[:, 0, 0, 0].long().equal(data.train.labels)
 
 
-def make_folder(root: Path, counts=(12, 6, 3), val=0, size=(20, 20)) -> Path:
-    """train/, test/ and perhaps val/ of ant, cat, dog; the first pixel is (class, number, 0)."""
-    for split, per_class in (("train", counts), ("test", [2] * len(counts)), ("val", [val] * 3)):
-        for c, (name, n) in enumerate(zip(("ant", "cat", "dog"), per_class, strict=False)):
-            for k in range(n):
-                rng = np.random.RandomState([c, k, n])
-                pixels = rng.randint(256, size=(size[1], size[0], 3)).astype(np.uint8)
-                pixels[0, 0] = (c, k, 0)
-                (root / split / name).mkdir(parents=True, exist_ok=True)
-                Image.fromarray(pixels).save(root / split / name / f"{k:03}.png")
-    return root
-
-
-def test_folder(tmp_path):
-    root = make_folder(tmp_path / "set.v1", val=1)
+def test_folder(tmp_path, capsys):
+    root = make_folder(tmp_path / "set.v1", (12, 6, 3), val=1)
     (root / "train" / "ant" / "notes.txt").write_text("no image")
-    (root / "train" / ".hidden").mkdir()
     data = load(dataset=str(root))
     assert data.name == "set.v1" and data.counts == [12, 6, 3] and data.image_size == 20
-    assert data.classes == ["ant", "cat", "dog"] and data.val.counts() == [1, 1, 1]
-    assert data.train.images[:, 0, 0, 0].long().equal(data.train.labels)
-    assert data.train.images[:12, 1, 0, 0].tolist() == list(range(12)) and not len(data.leftover)
+    assert data.classes == ["ant", "bee", "cat"] and data.val.counts() == [1, 1, 1]
+    corner = data.train.images[:, :, 0, 0].long()
+    assert corner[:, 0].equal(data.train.labels) and corner[:12, 1].tolist() == list(range(12))
+    assert not len(data.leftover)
     assert load(dataset=str(root), imb_ratio=4).counts == [12, 6, 3]
     assert load(dataset=str(root), imb_ratio=2, imb_type="step").counts == [6, 6, 3]
     assert lt.peek_image_size(str(root)) == 20 and lt.peek_image_size(str(root), image_size=8) == 8
+    resized = load(dataset=str(root), image_size=8).train.images[0]
+    with Image.open(root / "train" / "ant" / "00.png") as image:
+        assert resized.equal(TF.pil_to_tensor(TF.resize(image, 8, antialias=True)))
+    said = call(capsys, "fetch", "--dataset", root)
+    assert "every image read, 3 classes, 21 training and 6 test images" in said
+    assert "nothing to fetch" in call(capsys, "fetch")
 
 
-def test_resizing_agrees_with_torchvision(tmp_path):
-    from torchvision.transforms import CenterCrop, Compose, Resize
-
-    root = make_folder(tmp_path, counts=(2, 2), size=(90, 71))
-    Image.new("L", (30, 45), 9).save(root / "train" / "ant" / "000.png")
-    data, transform = load(dataset=str(root), image_size=24), Compose([Resize(24), CenterCrop(24)])
-    paths = sorted((root / "train").glob("*/*"))
-    for path, image in zip(paths, data.train.images, strict=True):
-        expected = np.asarray(transform(Image.open(path).convert("RGB")))
-        np.testing.assert_array_equal(image.permute(1, 2, 0), expected)
-
-
-def npz_arrays(sizes=(5, 3, 2), side=8, channels=3) -> dict:
+def npz_arrays(channels=3) -> dict:
+    """10 and 8 images of three classes, 8 x 8 px."""
     rng = np.random.RandomState(0)
-    y = rng.permutation(np.repeat(np.arange(len(sizes)), sizes))
-    x = rng.randint(256, size=(len(y), side, side, channels)).astype(np.uint8)
-    test = {"x_test": x[:4].repeat(2, 0)[:, ::-1], "y_test": np.arange(8) % len(sizes)}
+    y = rng.permutation(np.repeat([0, 1, 2], [5, 3, 2]))
+    x = rng.randint(256, size=(10, 8, 8, channels)).astype(np.uint8)
+    test = {"x_test": x[:4].repeat(2, 0)[:, ::-1], "y_test": np.arange(8) % 3}
     return {"x_train": x, "y_train": y} | test
 
 
@@ -369,51 +280,47 @@ def check_class_aware(order: np.ndarray, labels: np.ndarray, each: int) -> None:
     present, classes = np.unique(labels), labels[order]
     visits = classes[: len(order) // each * each].reshape(-1, each)
     assert (visits == visits[:, :1]).all()
-    for start in range(0, len(visits), len(present)):
-        cycle = visits[start : start + len(present), 0]
-        assert len(set(cycle)) == len(cycle)
-    for c in present:
-        items, size = order[classes == c], (labels == c).sum()
-        for start in range(0, len(items), size):
-            assert len(set(items[start : start + size])) == len(items[start : start + size])
+    streams = [(visits[:, 0], len(present))]
+    streams += [(order[classes == c], (labels == c).sum()) for c in present]
+    for stream, size in streams:
+        for start in range(0, len(stream), size):
+            part = stream[start : start + size]
+            assert len(set(part)) == len(part)
 
 
 def class_aware(labels: np.ndarray, length: int, each: int, seed=0, epoch=0) -> np.ndarray:
     return lt.sampler_order("class_aware", labels, length, seed, epoch, samples_per_class=each)
 
 
-def check_length(labels: np.ndarray, length: int) -> None:
-    """Epochs of released codes are as long as the largest class asks for."""
-    assert length == np.bincount(labels).max() * len(np.bincount(labels))
+def check_even(labels: np.ndarray, *draws_per_image: np.ndarray) -> None:
+    """Images of one class come equally often, but for one."""
+    for hist in draws_per_image:
+        assert max(np.ptp(hist[labels == c]) for c in np.unique(labels)) <= 1
 
 
 @pytest.mark.golden("tsc_sampler")
 def test_tsc_sampler(golden):
     labels, samples = golden["labels"], golden.scalar("num_samples_cls")
     length, draws = golden.scalar("epoch_length"), golden.scalar("n_draws")
-    check_length(labels, length)
     order, example = class_aware(labels, draws, samples), golden["example_indices"]
-    check_class_aware(order, labels, samples)
-    whole = length % samples == 0
-    check_class_aware(example if whole else example[:length], labels, samples)
+    for stream in (order, example if length % samples == 0 else example[:length]):
+        check_class_aware(stream, labels, samples)
     ours, released = np.bincount(labels[order]), golden["class_draws"]
     if draws % (samples * len(np.unique(labels))) == 0:  # whole cycles
         assert sorted(ours[ours > 0]) == sorted(released[released > 0])
-    assert np.ptp(ours[ours > 0]) <= samples and released.sum() == ours.sum() == draws
-    for hist in (np.bincount(order, minlength=len(labels)), golden["sample_draws"]):
-        assert max(np.ptp(hist[labels == c]) for c in np.unique(labels)) <= 1
+    assert np.ptp(ours[ours > 0]) <= samples and released.sum() == draws
+    check_even(labels, np.bincount(order, minlength=len(labels)), golden["sample_draws"])
 
 
 @pytest.mark.golden("tailcalibx_sampler")
 def test_tailcalibx_sampler(golden):
     labels, samples = golden["labels"], golden.scalar("num_samples_cls")
     length = golden.scalar("epoch_len")
-    check_length(labels, length)
-    order = class_aware(labels, length, samples)
-    for stream in (order, golden["seq"]):
+    order, released = class_aware(labels, length, samples), golden["seq"]
+    for stream in (order, released):
         check_class_aware(stream, labels, samples)
     blocks = golden["block_class"]
-    np.testing.assert_array_equal(labels[golden["seq"]][::samples][: len(blocks)], blocks)
+    np.testing.assert_array_equal(labels[released][::samples][: len(blocks)], blocks)
     assert sorted(np.bincount(labels[order])) == sorted(golden["class_counts"])
 
 
@@ -422,7 +329,6 @@ def test_ssp_sampler(golden):
     labels = golden["labels"]
     for found in golden.match(r"n(\d+)_len"):
         samples, length = int(found.group(1)), golden.scalar(found.group(0))
-        check_length(labels, length)
         ours = [class_aware(labels, length, samples, epoch=epoch) for epoch in (0, 1)]
         released = [golden[f"n{samples}_epoch{epoch}"] for epoch in (1, 2)]
         for first, second in (ours, released):
@@ -432,105 +338,82 @@ def test_ssp_sampler(golden):
     golden.waive("seed", "the order of the standard library's random is not reproduced")
     counts, length = golden["big_counts"], golden.scalar("big_len")
     labels = np.repeat(np.arange(len(counts)), counts)
-    check_length(labels, length)
     order = class_aware(labels, length, 4)
     assert sorted(np.bincount(labels[order])) == sorted(golden["big_class_hist"])
-    for hist in (np.bincount(order, minlength=len(labels)), golden["big_sample_hist"]):
-        assert max(np.ptp(hist[labels == c]) for c in range(len(counts))) <= 1
+    check_even(labels, np.bincount(order, minlength=len(labels)), golden["big_sample_hist"])
 
 
 def test_class_aware_stream_needs_no_state():
     labels = np.repeat([0, 1, 3, 4], [50, 7, 2, 1])  # class 2 is absent
     labels = np.random.RandomState(0).permutation(labels)
     for samples in (1, 3, 60):
-        whole = class_aware(labels, 30 * samples, samples)
-        check_class_aware(whole, labels, samples)
         parts = [class_aware(labels, 6 * samples, samples, epoch=epoch) for epoch in range(5)]
-        np.testing.assert_array_equal(np.concatenate(parts), whole)
-    far = class_aware(labels, 100, 4, epoch=10**6)
-    assert not (far == class_aware(labels, 100, 4, epoch=10**6 + 1)).all()
-    assert not (class_aware(labels, 100, 4, 1) == class_aware(labels, 100, 4)).all()
-    labels = np.repeat(np.arange(3), 4)
-    firsts = np.array([class_aware(labels, 12, 4, seed)[[0, 4]] for seed in range(3000)])
-    hist = np.bincount(firsts[:, 0], minlength=12)
-    assert abs(hist - 250).max() < 5 * np.sqrt(3000 / 12), "every image is first as often"
-    pairs = np.bincount(labels[firsts[:, 0]] * 3 + labels[firsts[:, 1]], minlength=9)
-    assert (pairs[[0, 4, 8]] == 0).all()
-    assert abs(pairs[[1, 2, 3, 5, 6, 7]] - 500).max() < 5 * np.sqrt(3000 / 6)
+        check_class_aware(np.concatenate(parts), labels, samples)
+    far = [class_aware(labels, 100, 4, *at) for at in ((0, 10**6), (0, 10**6 + 1), (1, 10**6))]
+    assert len({order.tobytes() for order in far}) == 3
+    first, second = class_aware(np.repeat([0, 1, 2], 4), 12 * 3000, 4).reshape(-1, 3, 4)[:, :2, 0].T
+    assert stats.chisquare(np.bincount(first)).pvalue > 1e-4, "every image is first as often"
+    pairs = np.bincount(first // 4 * 3 + second // 4)[[1, 2, 3, 5, 6, 7]]
+    assert stats.chisquare(pairs).pvalue > 1e-4, "and every order of the classes"
 
 
 @pytest.mark.parametrize(
-    ("sampler", "options", "power"),
+    ("sampler", "options", "weight"),
     [
-        ("class_balanced", {}, 1.0),
-        ("power", {"q": 0.5}, 0.5),
-        ("power", {"q": 1.2}, 1.2),
-        ("effective", {"beta": 0.99}, None),
+        ("class_balanced", {}, lambda n: 1 / n),
+        ("power", {"q": 0.5}, lambda n: n**-0.5),
+        ("power", {"q": 1.2}, lambda n: n**-1.2),
+        ("effective", {"beta": 0.99}, lambda n: 0.01 / (1 - 0.99**n)),
     ],
 )
-def test_samplers_with_replacement(sampler, options, power):
+def test_samplers_with_replacement(sampler, options, weight):
     counts, draws = np.array([500, 0, 60, 9, 1]), 200_000
     labels = np.random.RandomState(0).permutation(np.repeat(np.arange(5), counts))
-    order = lt.sampler_order(sampler, labels, draws, 0, 0, **options)
-    full = counts[counts > 0].astype(float)
-    weight = full**-power if power is not None else (1 - 0.99) / (1 - 0.99**full)
-    share = full * weight / (full * weight).sum()
-    found = np.bincount(labels[order], minlength=5)[counts > 0] / draws
-    assert (abs(found - share) < 5 * np.sqrt(share * (1 - share) / draws)).all()
-    p = share[0] / 500  # every image of a class is as likely
-    hist = np.bincount(order, minlength=len(labels))[labels == 0]
-    assert abs(hist / draws - p).max() < 5.5 * np.sqrt(p / draws)
+    found = np.bincount(lt.sampler_order(sampler, labels, draws, 0, 0, **options))
+    share = weight(counts[labels].astype(float))
+    assert stats.chisquare(found, draws * share / share.sum()).pvalue > 1e-4
 
 
 # --- loader
 
 
-def loader(dataset, batch_size, **options) -> lt.Loader:
+def loader(dataset, batch_size: int, **options) -> lt.Loader:
     half, jitter = (0.5,) * 3, (0.4, 0.0, 0.0, 0.0)
-    augment = lt.Augment(dataset.images.shape[-1], half, half, flip=0.5, jitter=jitter)
-    return lt.Loader(dataset, batch_size, augment=augment, **options)
+    augment = lt.Augment(dataset.size, half, half, flip=0.5, jitter=jitter)
+    return lt.Loader(dataset, batch_size, augment, **options)
 
 
-def plain_set(n: int, side: int = 4, classes: int = 3) -> lt.Set:
-    rng = np.random.RandomState(n)
-    images = torch.from_numpy(rng.randint(256, size=(n, 3, side, side)).astype(np.uint8))
-    names = [str(c) for c in range(classes)]
-    return lt.Set(images, torch.arange(n) % classes, torch.arange(n), names)
-
-
-def same_batches(ours, expected) -> bool:
-    pairs = list(zip(ours, expected, strict=True))
-    return all(a.equal(b) for pair in pairs for a, b in zip(*pair, strict=True))
-
-
-def test_batches_belong_together(glyphs):
-    batches, seen = loader(glyphs.train, 100, views=2), []
-    for step, (views, labels, indices) in enumerate(batches):
-        size = 100 if step < 9 else 88
-        assert views.shape == (2, size, 3, 16, 16) and views.dtype == torch.float32
-        assert views[1].is_contiguous(memory_format=torch.channels_last)
-        assert labels.dtype == indices.dtype == torch.int64 and batches.global_batch == size
-        assert labels.equal(glyphs.train.labels[indices]) and not views[0].equal(views[1])
-        seen.append(indices)
-    assert len(batches) == 10 and sorted(torch.cat(seen).tolist()) == list(range(988))
+def plain_set(n: int, side: int = 4) -> lt.Set:
+    images = np.random.RandomState(n).randint(256, size=(n, 3, side, side)).astype(np.uint8)
+    return lt.Set(torch.from_numpy(images), torch.arange(n) % 3, torch.arange(n), ["a", "b", "c"])
 
 
 @pytest.mark.parametrize("sampler", lt.SAMPLERS)
-def test_batches_are_functions_of_seed_and_epoch(glyphs, sampler):
-    def batches(seed, epoch):
-        made = loader(glyphs.train, 128, sampler=sampler, views=2, seed=seed)
+def test_batches_are_functions_of_seed_and_epoch(sampler):
+    dataset = plain_set(288)
+
+    def epoch_of(seed, epoch):
+        made, found = loader(dataset, 100, sampler=sampler, views=2, seed=seed), []
         made.set_epoch(epoch)
-        return list(made)
+        for (views, labels, rows), size in zip(made, (100, 100, 88), strict=True):
+            assert views.shape == (2, size, 3, 4, 4) and views.dtype == torch.float32
+            assert views[1].is_contiguous(memory_format=torch.channels_last)
+            assert labels.dtype == rows.dtype == torch.int64 and made.global_batch == size
+            assert labels.equal(dataset.labels[rows]) and not views[0].equal(views[1])
+            found.append((views, rows))
+        views, rows = zip(*found, strict=True)
+        return torch.cat(views, 1), torch.cat(rows)
 
-    first = batches(3, 2)
-    assert same_batches(batches(3, 2), first)
-    for seed, epoch in ((3, 1), (4, 2)):
-        (views, _, rows), (others, _, other_rows) = batches(seed, epoch)[0], first[0]
-        assert not views.equal(others) and (sampler == "sequential") == rows.equal(other_rows)
+    views, rows = epoch_of(3, 2)
+    if sampler in ("instance", "sequential"):
+        assert sorted(rows.tolist()) == list(range(288))
+    again = epoch_of(3, 2)
+    assert again[0].equal(views) and again[1].equal(rows)
+    for other_views, other_rows in (epoch_of(3, 1), epoch_of(4, 2)):
+        assert not other_views.equal(views) and (sampler == "sequential") == other_rows.equal(rows)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize(("ranks", "views"), [(2, 1), (3, 2)])
 def test_ranks_share_the_batches_of_one(ranks, views):
     dataset = plain_set(107)
     single = list(loader(dataset, 20, views=views))
@@ -545,28 +428,37 @@ def test_ranks_share_the_batches_of_one(ranks, views):
             assert torch.cat([part[k] for part in parts]).equal(batch[k][:kept])
 
 
-def test_lengths_of_epochs():
-    dataset = plain_set(102)
-    for rank in range(3):  # a tail with less than two items a rank: dropped in training only
-        batches = loader(dataset, 20, shard=(rank, 3))
-        assert len(batches) == len(list(batches)) == 5
-        assert len(loader(dataset, 20, shard=(rank, 3), evaluation=True)) == 6
-    long = loader(dataset, 20, epoch_length=205)
-    assert len(loader(dataset, 20, drop_last=True)) == 5 and len(long) == 11
-    assert sum(len(labels) for _, labels, _ in long) == 205
+@pytest.mark.parametrize(
+    ("n", "batch", "options", "steps"),
+    [
+        (9, 4, {}, 2),  # batch norm cannot train on a lone image
+        (10, 4, {}, 3),
+        (10, 4, {"drop_last": True}, 2),
+        (9, 4, {"evaluation": True}, 3),
+        (9, 4, {"sampler": "sequential"}, 3),
+        (3, 1, {}, 3),  # as it was asked for
+        (11, 4, {"shard": (0, 2)}, 2),
+        (12, 4, {"shard": (1, 2)}, 3),
+        (102, 20, {"shard": (2, 3), "evaluation": True}, 6),
+        (102, 20, {"epoch_length": 205}, 11),
+    ],
+)
+def test_lengths_of_epochs(n, batch, options, steps):
+    batches = loader(plain_set(n), batch, **options)
+    assert len(batches) == len(found := list(batches)) == steps
+    assert "epoch_length" not in options or sum(len(labels) for _, labels, _ in found) == 205
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_evaluation_counts_every_image_once(ranks):
-    dataset = plain_set(10_001, side=1)
+def test_evaluation_counts_every_image_once():
+    dataset, seen = plain_set(1001, side=1), []
     options = {"evaluation": True, "sampler": "effective"}  # the sampler is not asked
-    shares = [list(loader(dataset, 1000, **options, shard=(r, ranks))) for r in range(ranks)]
-    seen = torch.cat([indices for share in shares for _, _, indices in share])
-    assert len(seen) == 10_001 and seen.unique().numel() == 10_001
-    views, labels, indices = shares[0][0]
-    assert indices.equal(torch.arange(len(indices))) and labels.equal(dataset.labels[indices])
-    pixels = dataset.images[indices].float() / 127.5 - 1
-    torch.testing.assert_close(views[0], pixels)  # no flip, no jitter
+    for rank in range(3):
+        for views, labels, rows in loader(dataset, 100, **options, shard=(rank, 3)):
+            assert labels.equal(dataset.labels[rows])
+            pixels = dataset.images[rows].float() / 127.5 - 1
+            torch.testing.assert_close(views[0], pixels)  # no flip, no jitter
+            seen += rows.tolist()
+    assert sorted(seen) == list(range(1001))
 
 
 def test_loader_refuses_what_cannot_be():
@@ -597,62 +489,29 @@ def test_show_and_export_and_read_back(tmp_path, capsys):
     assert "val 205" in call(capsys, "export", *flags, "--out", out)
     expected = load(imb_ratio=50, data_seed=3, select="val", imb_type="step")
     found = load(dataset=str(out))
-    assert found.train.images.equal(expected.train.images)
     for split in ("train", "test", "val"):
         assert getattr(found, split).fingerprint() == getattr(expected, split).fingerprint()
-    assert (found.classes, found.mean) == (expected.classes, expected.mean)
     with np.load(out) as file:
         assert (file["index_train"] == expected.train.indices.numpy()).all()
     not_prepared(capsys, ["export", "--out", out], f"{out} exists; give --force to overwrite")
-    assert "wrote" in call(capsys, "export", "--out", out, "--force")
-    assert load(dataset=str(out)).counts[-1] == 4
+    expected.mean, expected.std, expected.val = (0.1, 0.2, 0.3), (1.0, 2.0, 3.0), expected.test
+    prepare.export(expected, out, force=True)
+    found = load(dataset=str(out))
+    assert (found.mean, found.std, found.val) == (expected.mean, expected.std, None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["grid.png", "subset.npz"]
 
 
-def test_export_keeps_the_constants_of_the_set(tmp_path):
-    pool = lt.load_pool("glyphs_lt")
-    pool.mean, pool.std, pool.val = (0.1, 0.2, 0.3), (1.0, 2.0, 3.0), pool.test
-    prepare.export(pool, tmp_path / "x.npz")
-    found = load(dataset=str(tmp_path / "x.npz"))
-    assert (found.mean, found.std, found.val) == (pool.mean, pool.std, None)
-
-
-def test_class_folders_hold_the_same_images(tmp_path, capsys, glyphs):
-    assert "wrote" in call(capsys, "export", "--out", tmp_path / "letters")
-    found = load(dataset=str(tmp_path / "letters"))
-    assert found.classes == sorted(glyphs.classes) and len(found.test) == len(glyphs.test)
-    for c, name in enumerate(found.classes):
-        ours = glyphs.train.images[glyphs.train.labels == glyphs.classes.index(name)]
-        theirs = found.train.images[found.train.labels == c]
-        assert len(ours) == len(theirs)
-        assert {bytes(x.numpy()) for x in ours} == {bytes(x.numpy()) for x in theirs}
-    not_prepared(capsys, ["export", "--out", tmp_path / "letters"], "exists")
-
-
-def test_fetch(tmp_path, capsys):
-    assert "nothing to fetch" in call(capsys, "fetch")
-    said = call(capsys, "fetch", "--dataset", make_folder(tmp_path))
-    assert "3 classes, 21 training and 6 test images" in said
-
-
-def test_missing_sets_show_the_layout(tmp_path, monkeypatch, capsys):
-    command = [sys.executable, "-m", "tools.prepare", "show", "--dataset", "cifar10_lt"]
-    nothing = {key: "http://127.0.0.1:9" for key in ("http_proxy", "https_proxy")}
-    offline = {"capture_output": True, "text": True, "env": os.environ | nothing, "cwd": ROOT}
-    done = subprocess.run([*command, "--data-root", str(tmp_path)], **offline)
-    *_, last = done.stderr.splitlines()
-    assert done.returncode == 2 and last.startswith("tools.prepare: error: cifar10_lt: missing or damaged")
-    layout = "cifar-10-batches-py/{data_batch_1..5,test_batch,batches.meta}"
-    assert f"expected {tmp_path}/{layout}" in last and "Traceback" not in done.stderr
-
+@pytest.mark.parametrize("dataset", ["cifar10_lt", "svhn_lt"])
+def test_missing_sets_show_the_layout(tmp_path, monkeypatch, capsys, dataset):
     def refuse(*args, **keywords):
         raise urllib.error.URLError("no network")
 
     monkeypatch.setattr("urllib.request.urlopen", refuse)
-    argv = ["fetch", "--dataset", "svhn_lt", "--data-root", tmp_path]
-    not_prepared(capsys, argv, "svhn_lt", "no network", "/{train,test}_32x32.mat")
+    expected = f"expected {tmp_path}/{lt.DATASETS[dataset].layout}"
+    said = f"{dataset}: missing or damaged", "no network", expected
+    not_prepared(capsys, ["fetch", "--dataset", dataset, "--data-root", tmp_path], *said)
     nowhere = tmp_path / "typo"
-    argv = ["show", "--dataset", "cifar10_lt", "--data-root", nowhere]
+    argv = ["show", "--dataset", dataset, "--data-root", nowhere]
     not_prepared(capsys, argv, f"no folder {nowhere}", "expected")
     assert not nowhere.exists()
 
@@ -662,20 +521,15 @@ def test_bad_flags(tmp_path, capsys):
     for words, *texts in (
         ("show --dataset cifar", "unknown data set 'cifar'; known: glyphs_lt, cifar10_lt", "path"),
         (f"show --dataset {none}/a", "no/a: no such folder or .npz", "train/<class>/*"),
-        (f"show --dataset {none}.npz", "no.npz: no such folder or .npz"),
-        ("show --imb-ratio 0.5", "at least 1, got 0.5"),
-        ("show --imb-ratio nan", "got nan"),
-        ("show --imb-ratio many", "must be a number, at least 1, got many"),
+        ("show --imb-ratio nan", "must be a number, at least 1, got nan"),
         ("show --imb-ratio 500", "ratio 500 leaves class 'R' with 0 of its 400 images"),
         ("show --imb-type linear", "'linear'"),
-        ("show --select dev", "'dev'"),
         ("show --data-seed -1", "--data-seed: must be an integer, at least 0"),
         ("show --image-size 224", "image size 224", "at most 64 px"),
         (f"show --png {none}/x.png", f"cannot write {none}/x.png"),
         (f"show --png {tmp_path}", f"cannot write {tmp_path}"),
         (f"export --out {none}/x.npz", "cannot write", "No such file or directory"),
         (f"export --out {tmp_path}/x.zip", "must end in .npz"),
-        ("export", "--out"),
         ("draw", "invalid choice: 'draw'"),
         ("show --colour red", "unrecognized arguments: --colour red"),
     ):
@@ -688,27 +542,31 @@ def test_bad_folders(tmp_path, capsys):
 
     (tmp_path / "empty").mkdir()
     show(tmp_path / "empty", "no train/ and test/ in it", "train/<class>/*")
-    root = make_folder(tmp_path / "set")
+    root = make_folder(tmp_path / "set", (6, 3))
     show(root, "needs --imb-ratio", flags=["--imb-type", "step"])
-    show(root, "leaves class 'dog' with 0 of its 3 images", flags=["--imb-ratio", "100"])
-    picture = root / "train" / "cat" / "004.png"
+    show(root, "leaves class 'bee' with 0 of its 3 images", flags=["--imb-ratio", "100"])
+    picture = root / "train" / "bee" / "01.png"
     whole = picture.read_bytes()
     for content in (whole[: len(whole) // 2], b"", b"no picture at all"):
         picture.write_bytes(content)
-        show(root, f"{picture}: unreadable image of class 'cat'")
-    Image.new("RGB", (20, 16)).save(picture)
-    show(root, f"{picture}: 20x16 px, not square; give --image-size")
-    Image.new("RGB", (16, 16)).save(picture)
-    show(root, f"{picture}: 16x16 px, the others have 20; give --image-size")
-    Image.new("RGB", (80, 80)).save(picture)
-    show(root, f"{picture}: 80x80 px, above 64 px; give --image-size S, up to 64 or")
+        show(root, f"{picture}: unreadable image of class 'bee'")
+    for size, said in (
+        ((20, 16), "20x16 px, not square; give --image-size"),
+        ((16, 16), "16x16 px, the others have 20; give --image-size"),
+        ((80, 80), "80x80 px, above 64 px; give --image-size S, up to 64 or"),
+    ):
+        Image.new("RGB", size).save(picture)
+        show(root, f"{picture}: {said}")
     call(capsys, "show", "--dataset", root, "--image-size", 16)
     picture.write_bytes(whole)
-    (root / "test" / "cat").rename(root / "test" / "cow")
-    differ = "test classes differ from train classes: 'cat' only in train, 'cow' only in test"
-    show(root, differ)
+    (root / "test" / "bee").rename(root / "test" / "cow")
+    show(root, "test classes differ from train classes: 'bee' only in train, 'cow' only in test")
     (root / "train" / "cow").mkdir()
     show(root, "train/cow: class 'cow' holds no image")
+    for name in ("bee", "cow"):
+        shutil.rmtree(root / "train" / name)
+    shutil.rmtree(root / "test" / "cow")
+    show(root, "has one class, 'ant'")
     for split in ("train", "test"):
         (tmp_path / "bare" / split).mkdir(parents=True)
     show(tmp_path / "bare", "no class folders")
@@ -719,23 +577,18 @@ def test_bad_npz(tmp_path, capsys):
     x, y, test = good["x_train"], good["y_train"], good["x_test"]
     for changes, *texts in (
         ({"x_test": None, "y_test": None}, "lacks x_test, y_test"),
-        ({"y_test": None}, "lacks y_test"),
         ({"x_train": x / 255}, "x_train is float64 [10, 8, 8, 3]; expected uint8"),
         ({"x_train": x.transpose(0, 3, 1, 2)}, "x_train is uint8 [10, 3, 8, 8]"),
         ({"x_test": test[..., 0]}, "x_test is uint8 [8, 8, 8]"),
         ({"x_test": test[:, :6]}, "x_test: 8x6 px, not square"),
         ({"x_test": test[:, :6, :6]}, "x_test: 6x6 px, the others have 8"),
         ({"y_train": y[:9]}, "y_train is int64 [9]; expected integers [10]"),
-        ({"y_train": y.astype(float)}, "y_train is float64 [10]"),
         ({"x_val": test}, "y_val is missing"),
         ({"y_train": y * 2}, "y_train", "every label 0..C-1, not 3 kinds up to [4]"),
-        ({"y_train": y - 1}, "y_train", "every label 0..C-1"),
         ({"y_test": good["y_test"] + 1}, "test classes differ", "0 only in train, 3 only in test"),
         ({"classes": np.array(["a", "b"])}, "classes is ['a', 'b']; expected 3 different names"),
         ({"classes": np.array(["a", "b", "a"])}, "3 different names"),
-        ({"classes": np.array("cat")}, "3 different names"),
         ({"mean": np.array([0.5])}, "mean is [0.5]; expected 3 finite floats"),
-        ({"mean": np.array([0.2, np.nan, 0.2])}, "mean is", "finite"),
         ({"std": np.array([0.2, 0.0, 0.2])}, "std is", "above 0"),
         ({"y_train": np.array([object()] * 10)}, "y_train holds pickled Python objects"),
     ):

@@ -5,47 +5,34 @@ import fcntl
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import fake_tree
 import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as TF
 from PIL import Image
+from test_augment import one_by_one
 
+import data_lt
 from common import RunError, UserError, generator
-from data_lt import Augment, Cache, Files, Loader, Set, crop_window, crop_windows, uniforms
+from data_lt import Augment, Cache, Files, Loader, Set, crop_window, uniforms
 from tools import prepare
 from tools.prepare import build_cache
 
-ROOT = Path(__file__).resolve().parent.parent
 SIZE, MEAN, STD = 32, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIDE = round(SIZE * 256 / 224)
 JITTER = dict(jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, grey=0.2)
 TRAIN = Augment(SIZE, MEAN, STD, crop="resized", flip=0.5, **JITTER)
 
 
-def make_tree(root: Path, counts=(9, 6, 5, 3)) -> Set:
-    """Photo-like JPEGs of many sizes, some smaller than the crop; a grey, a CMYK, a palette one."""
-    rng, paths, labels = np.random.RandomState(0), [], []
-    modes = {(0, 1): "L", (1, 0): "CMYK", (2, 0): "P"}
-    for label, count in enumerate(counts):
-        (root / f"n{label:04d}").mkdir(parents=True)
-        for item in range(count):
-            width, height = rng.randint(24, 130, 2).tolist()
-            shape = max(height // 8, 2), max(width // 8, 2), 3
-            coarse = Image.fromarray(rng.randint(0, 256, shape, dtype=np.uint8))
-            image = coarse.resize((width, height), Image.Resampling.BICUBIC)
-            image = image.convert(modes.get((label, item), "RGB"))
-            name = f"n{label:04d}/{item:02d}." + ("png" if image.mode == "P" else "jpg")
-            image.save(root / name)
-            paths.append(name)
-            labels.append(label)
-    indices, classes = torch.arange(len(paths)) * 10, [f"n{c:04d}" for c in range(len(counts))]
-    return Set(Files(root, paths), torch.tensor(labels), indices, classes)
+def make_tree(root: Path) -> Set:
+    """22 JPEGs of four classes and many sizes, some smaller than the crop; a grey and a CMYK one."""
+    sizes = ((130, 57), (24, 90), (64, 64), (100, 28), (77, 121))
+    fake_tree.make_imagenet_lt(root, num_classes=4, n_max=9, ratio=3, sizes=sizes)
+    return data_lt.load_pool("imagenet_lt", root, SIZE, files=True).train
 
 
 @pytest.fixture(scope="module")
@@ -98,32 +85,12 @@ def rgb(files, row: int) -> Image.Image:
     return Image.open(files.images.path(row)).convert("RGB")
 
 
-def break_file(files: Set, row: int) -> Path:
-    path = files.images.path(row)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    return path
-
-
 # --- batches
 
 
-def test_windows_of_one_image_are_those_of_a_batch():
-    fallbacks, ratio = 0, (3 / 4, 4 / 3)
-    sizes = [(375, 500), (500, 333), (30, 400), (400, 30), (1, 1), (224, 224)]
-    for seed, size in enumerate(sizes):
-        for scale in ((0.08, 1.0), (0.2, 1.0)):
-            u = uniforms(500, generator(seed))[:22].numpy()
-            expected = crop_windows(u, *size, scale, ratio).T.astype(int).tolist()
-            ours = [crop_window(numbers, *size, scale, ratio) for numbers in u.T.tolist()]
-            assert ours == [tuple(row) for row in expected]
-            fallbacks += len(set(ours)) < 400
-    assert fallbacks  # the long strips need the central window
-
-
-@pytest.mark.parametrize("workers", [1, 3])
-def test_workers_change_nothing(files, workers):
+def test_workers_change_nothing(files):
     options = {"views": 2, "sampler": "class_aware"}
-    here, there = loader(files, **options), loader(files, workers=workers, **options)
+    here, there = loader(files, **options), loader(files, workers=3, **options)
     expected = [batches(here, epoch) for epoch in range(2)]
     assert len(expected[0]) == len(here) == 4 and not same(expected[0], expected[1])
     torch.manual_seed(1)
@@ -137,55 +104,51 @@ def test_workers_change_nothing(files, workers):
 
 
 def test_views_are_those_of_torchvision_for_the_same_draws(files):
-    n = len(files)
-    ((views, _, rows),) = batches(loader(files, n, views=2), 2)
-    u = uniforms(2 * n, generator(5, "augment", 2, 0)).numpy()
-    draws = TRAIN.draw(2 * n, generator(5, "augment", 2, 0), 64, 64)  # the size: for windows alone
-    adjust = TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation
-    for at in range(2 * n):
-        image = rgb(files, int(rows[at % n]))
-        size = image.height, image.width
-        window = crop_window(u[:22, at].tolist(), *size, TRAIN.scale, TRAIN.ratio)
-        x = TF.to_tensor(TF.resized_crop(image, *window, [SIZE, SIZE], antialias=True))
-        x = TF.hflip(x) if draws["flip"][at] else x
-        for blend in range(4 * (draws["hue_place"][at] < 4)):
-            if blend == draws["hue_place"][at]:
-                x = TF.adjust_hue(x, draws["hue"][at].item())
-            if blend < 3:
-                factor = draws["factor"][at, blend].item()
-                x = adjust[int(draws["operation"][at, blend])](x, factor)
-        x = TF.rgb_to_grayscale(x, 3) if draws["grey"][at] else x
-        difference = (views.flatten(0, 1)[at] - TF.normalize(x, MEAN, STD)).abs()
-        assert difference.max() < 0.08 and difference.mean() < 5e-3  # a level is 0.018 before that
+    n = 2 * len(files)
+    ((views, _, rows),) = batches(loader(files, len(files), views=2), 2)
+    u = uniforms(n, generator(5, "augment", 2, 0)).numpy()
+    draws = TRAIN.draw(n, generator(5, "augment", 2, 0), 64, 64)  # the size: for windows alone
+    images = [TF.pil_to_tensor(rgb(files, row)) for row in rows.tolist()] * 2
+    for at, image in enumerate(images):
+        window = crop_window(u[:22, at].tolist(), *image.shape[1:], TRAIN.scale, TRAIN.ratio)
+        draws.table[at, :4] = torch.tensor(window)
+    difference = (views.flatten(0, 1) - one_by_one(images, draws, TRAIN)).abs()
+    assert difference.max() < 0.08 and difference.mean((1, 2, 3)).max() < 0.012  # a level: 0.018
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
-def test_evaluation_takes_the_centre_and_every_image_once(files, ranks):
-    options = {"evaluation": True, "workers": ranks // 2}
-    shares = [batches(loader(files, 11, shard=(rank, ranks), **options)) for rank in range(ranks)]
+def central_squares(files: Set, rows: torch.Tensor) -> torch.Tensor:
+    short = [TF.resize(rgb(files, row), SIDE, antialias=True) for row in rows.tolist()]
+    return torch.stack([TF.pil_to_tensor(TF.center_crop(image, SIZE)) for image in short])
+
+
+def test_evaluation_takes_the_centre_and_every_image_once(files):
+    options = {"evaluation": True, "workers": 1}
+    shares = [batches(loader(files, 10, shard=(rank, 3), **options)) for rank in range(3)]
     rows = torch.cat([rows for share in shares for *_, rows in share])
-    assert sorted(rows.tolist()) == list(range(len(files)))
     views = torch.cat([views[0] for share in shares for views, *_ in share])
-    for row, view in zip(rows.tolist(), views, strict=True):
-        x = TF.center_crop(TF.resize(rgb(files, row), SIDE, antialias=True), SIZE)
-        expected = TF.normalize(TF.to_tensor(x), MEAN, STD)
-        torch.testing.assert_close(view, expected, atol=1e-5, rtol=0)
+    assert sorted(rows.tolist()) == list(range(len(files)))
+    expected = TF.normalize(central_squares(files, rows) / 255, MEAN, STD)
+    torch.testing.assert_close(views, expected, atol=1e-5, rtol=0)
 
 
 def test_pad_crop_works_on_central_squares(files):
     a, n = Augment(SIZE, None, None, crop="pad", pad=4, flip=0.5), len(files)
     ((views, _, rows),) = batches(loader(files, n, augment=a))
-    short = [TF.resize(rgb(files, row), SIDE, antialias=True) for row in rows.tolist()]
-    pixels = torch.stack([TF.pil_to_tensor(TF.center_crop(image, SIZE)) for image in short])
     draws = a.draw(n, generator(5, "augment", 0, 0), SIZE, SIZE)
-    torch.testing.assert_close(views[0], a(pixels, draws))
+    torch.testing.assert_close(views[0], a(central_squares(files, rows), draws))
 
 
 # --- what goes wrong
 
 
-def test_a_killed_worker_is_one_clear_line(files):
-    ours = loader(files, 2, workers=2)
+def test_workers_leave_ctrl_c_to_the_main_process_and_a_killed_one_is_one_line(files):
+    ours, expected = loader(files, 2, workers=2), batches(loader(files, 2))
+    iterator = iter(ours)
+    first = next(iterator)
+    for pid in children():
+        os.kill(pid, signal.SIGINT)
+    assert same([first, *iterator], expected) and not children()
+    assert signal.getsignal(signal.SIGINT) is not signal.SIG_IGN  # and the main process hears it
     iterator = iter(ours)
     next(iterator)
     victim = sorted(children())[0]
@@ -193,37 +156,30 @@ def test_a_killed_worker_is_one_clear_line(files):
     time.sleep(0.2)  # nothing is raised here, in the middle of a training step
     with pytest.raises(RunError, match=rf"^a decoding worker failed \(.*{victim}.*\); out of mem"):
         list(iterator)
-    assert not children()
-    assert same(batches(ours), batches(loader(files, 2)))  # and the next iteration starts new ones
+    assert not children() and same(batches(ours), expected)  # the next iteration starts new ones
 
 
-def test_workers_leave_ctrl_c_to_the_main_process(files):
-    ours = loader(files, 2, workers=2)
-    expected, found = batches(loader(files, 2)), []
-    for batch in ours:
-        if not found:
-            for pid in children():
-                os.kill(pid, signal.SIGINT)
-        found.append(batch)
-    assert same(found, expected) and not children()
-    assert signal.getsignal(signal.SIGINT) is not signal.SIG_IGN  # and the main process hears it
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_an_unreadable_image_is_named(tmp_path, workers):
+def test_an_unreadable_image_is_named(tmp_path):
     files = make_tree(tmp_path)
-    path = break_file(files, 10)
-    named = rf"^{path}: unreadable image of class 'n0001' \(.*"
-    with pytest.raises(UserError, match=named + r"[Tt]runcated.*\); .*tools.prepare check"):
-        batches(loader(files, workers=workers))
-    assert not children()
+    path, name = files.images.path(10), files.classes[files.labels[10]]
+    whole, named = path.read_bytes(), rf"^{path}: unreadable image of class '{name}' \(.*"
+    path.write_bytes(whole[: len(whole) // 2])
+    for workers in (0, 2):
+        with pytest.raises(UserError, match=named + r"[Tt]runcated.*\); .*tools.prepare check"):
+            batches(loader(files, workers=workers))
+        assert not children()
+    with pytest.raises(UserError, match=named):
+        build_cache(files, tmp_path / "train", SIDE)
+    Image.new("RGB", (9000, 3)).save(path)
+    with pytest.raises(UserError, match=named + "9000x3 px is more than 100 times as long as wide"):
+        batches(loader(files, evaluation=True))
     path.unlink()
     with pytest.raises(UserError, match=named + "No such file"):
-        batches(loader(files, workers=workers, evaluation=True))
+        batches(loader(files, evaluation=True, workers=2))
 
 
 def test_leaving_early_leaves_no_process(files):
-    ours = loader(files, 2, workers=2)
+    ours, expected = loader(files, 2, workers=2), batches(loader(files, 2))
     for _ in ours:
         assert len(children()) == 2
         break
@@ -233,75 +189,59 @@ def test_leaving_early_leaves_no_process(files):
             1 / 0  # noqa: B018
     assert not children()
     old = iter(ours)
-    first, expected = next(old), batches(loader(files, 2))
+    first = next(old)
     assert same(list(ours), expected) and same([first, *old], expected), "two at a time"
 
 
-def ends_within(pids: list[int], seconds: float) -> bool:
-    end = time.monotonic() + seconds
-    while any(map(alive, pids)) and time.monotonic() < end:
+def leave(files: Set, pids) -> None:
+    """Start to read a set and die."""
+    iterator = iter(loader(files, 2, workers=2))
+    next(iterator), next(iterator)  # both workers stand: one that has just begun misses our end
+    pids.send([child.pid for child in multiprocessing.active_children()])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_workers_end_with_a_killed_process(files):
+    theirs, ours = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=leave, args=(files, ours))
+    process.start()
+    pids, end = theirs.recv(), time.monotonic() + 100
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and len(pids) == 2
+    while any(map(alive, pids)):
+        assert time.monotonic() < end
         time.sleep(0.05)
-    return not any(map(alive, pids))
-
-
-LEAVE = """
-import multiprocessing, os, sys, time
-import torch
-from data_lt import Augment, Files, Loader, Set
-
-labels = torch.zeros(9, dtype=torch.int64)
-files = Set(Files(sys.argv[1], os.listdir(sys.argv[1])), labels, labels, ["a"])
-loader = Loader(files, 2, Augment(32, None, None), workers=2)
-iterator = iter(loader)
-next(iterator), next(iterator)  # both workers stand: one that has just begun misses our end
-print(*[child.pid for child in multiprocessing.active_children()], flush=True)
-"""
-
-
-@pytest.mark.parametrize("end, code", [("sys.exit(3)", 3), ("os.kill(os.getpid(), 9)", -9)])
-def test_workers_end_with_the_process(files, end, code):
-    command = [sys.executable, "-c", LEAVE + end, files.images.root / "n0000"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT)
-    assert done.returncode == code and (code < 0 or done.stderr == ""), done.stderr
-    pids = [int(word) for word in done.stdout.split()]
-    assert len(pids) == 2 and ends_within(pids, 100)
 
 
 # --- cache
 
 
 def test_a_cache_holds_the_resized_images(files, cache):
-    stored, small = Cache(cache), 0
     names = sorted(path.name for path in cache.parent.iterdir())
     assert names == ["train.lock", "train.npz", "train.u8"]
-    assert stored.paths == files.images.names and stored.fingerprint == files.fingerprint()
-    assert (stored.labels == files.labels.numpy()).all()
+    small = 0
     for row in range(len(files)):
         image = rgb(files, row)
         small += min(image.size) < SIDE
-        large = min(image.size) > SIDE
-        expected = TF.resize(image, SIDE, antialias=True) if large else image
-        np.testing.assert_array_equal(stored.read(row), np.asarray(expected))
+        expected = TF.resize(image, min(SIDE, *image.size), antialias=True)
+        np.testing.assert_array_equal(Cache(cache).read(row), np.asarray(expected))
     assert small > 0
+    said = f"has a short side of {SIDE} px, 48 px images need 55: .*cache --side 55"
+    with pytest.raises(UserError, match=said):
+        loader(files, cache=cache, augment=Augment(48, None, None))
 
 
 def test_batches_from_a_cache(files, cache):
-    options = {"evaluation": True}  # the side itself: the very same pixels
-    stored = batches(loader(files, cache=cache, workers=1, **options))
-    assert same(stored, batches(loader(files, **options)))
-    small = options | {"augment": Augment(28, None, None)}
-    pairs = []
-    for source in (cache, None):
-        found = batches(loader(files, cache=source, **small))
-        pairs.append(torch.cat([views for views, *_ in found], 1))
-    assert (pairs[0] - pairs[1]).abs().mean() * 255 < 5, "grey levels"
-    ours, here = (batches(loader(files, 23, cache=cache, views=2, workers=w)) for w in (2, 0))
-    assert same(ours, here)
-    plain = Augment(SIZE, None, None, crop="resized", scale=(0.5, 1))
-    ((x, *_),), ((y, *_),) = (
-        batches(loader(files, 23, augment=plain, cache=c)) for c in (cache, None)
-    )
-    assert 0 < (x - y).abs().mean() * 255 < 8  # the same windows of images of another size
+    def views(source, **options) -> torch.Tensor:
+        return torch.cat([views for views, *_ in batches(loader(files, cache=source, **options))], 1)
+
+    assert views(cache, workers=1, evaluation=True).equal(views(None, evaluation=True))  # its own side
+    assert views(cache, views=2).equal(views(cache, views=2, workers=2))
+    plain, windows = {"evaluation": True}, {"crop": "resized", "scale": (0.5, 1)}
+    for crop, options in (({}, plain), (windows, {})):  # the same windows of images of another size
+        options = options | {"augment": Augment(28, None, None, **crop)}
+        apart = (views(cache, **options) - views(None, **options)).abs().mean()
+        assert 0 < apart * 255 < 8, "grey levels"
 
 
 def test_a_part_of_the_list_reads_the_same_cache(files, cache):
@@ -309,14 +249,14 @@ def test_a_part_of_the_list_reads_the_same_cache(files, cache):
     assert Cache(cache).match(part).labels.tolist() == part.labels.tolist()
     ours = batches(loader(part, 3, cache=cache, evaluation=True))
     assert same(ours, batches(loader(part, 3, evaluation=True)))
-    root, label = files.images.root, files.labels[:1]
-    other = Set(Files(root, ["n0000/99.jpg"]), label, label, files.classes)
-    said = "is of another list: n0000/99.jpg with label 0 has no such image in it"
-    with pytest.raises(UserError, match=said):
-        loader(other, 1, cache=cache)
-    other = Set(Files(root, files.images.names[:1]), label + 2, label, files.classes)
-    with pytest.raises(UserError, match="n0000/00.jpg with label 2 has label 0 in it"):
-        loader(other, 1, cache=cache)
+    one, name = files.labels[:1], files.images.names[0]
+    for path, label, said in (
+        ("n/99.jpg", one, f"is of another list: n/99.jpg with label {one.item()} has no such image in it"),
+        (name, 3 - one, f"{name} with label {3 - one.item()} has label {one.item()} in it"),
+    ):
+        other = Set(Files(files.images.root, [path]), label, one, files.classes)
+        with pytest.raises(UserError, match=said):
+            loader(other, 1, cache=cache)
 
 
 def parts(path: Path) -> list[Path]:
@@ -324,60 +264,40 @@ def parts(path: Path) -> list[Path]:
     return [Path(f"{path}.{kind}") for kind in ("u8", "npz", "part")]
 
 
-class Cut(Exception):
-    pass
-
-
-def stop_after(chunks: int):
-    """A `say` that ends the writing after so many chunks, as a kill would."""
-    seen = []
+def kill_the_writer(files: Set, path: Path, chunks: int) -> None:
+    """kill -9 of a process that writes the cache, after so many chunks."""
+    before = iter(range(1, chunks))
 
     def say(line: str) -> None:
-        seen.append(line)
-        if len(seen) == chunks:
-            raise Cut
+        if next(before, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    return say
+    fork = multiprocessing.get_context("fork")
+    child = fork.Process(target=build_cache, args=(files, path, SIDE, say))
+    child.start()
+    child.join()
+    assert child.exitcode == -9 and parts(path)[2].exists()
 
 
 def test_a_cut_cache_goes_on(files, cache, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "CHUNK", 4)
     path = tmp_path / "train"
     pixels, index, log = parts(path)
-    with pytest.raises(Cut):
-        build_cache(files, path, SIDE, say=stop_after(3))
+    kill_the_writer(files, path, 3)
     with pytest.raises(UserError, match="train is unfinished: make it with"):
         Cache(path)
     with open(log, "ab") as file:
         file.write(b"half a rec")
+    os.truncate(pixels, pixels.stat().st_size - 1)  # the disk lost the end of the last image
     decoded, read = [], Files.read
     monkeypatch.setattr(Files, "read", lambda self, row: decoded.append(row) or read(self, row))
-    monkeypatch.setattr(prepare, "bytes_needed", lambda *_: 0)
-    with pytest.raises(Cut):
-        build_cache(files, path, SIDE, say=stop_after(1))
-    assert sorted(decoded) == [12, 13, 14, 15]  # the twelve that were complete are not read again
-    os.truncate(pixels, pixels.stat().st_size - 1)  # the disk lost the end of the last image
-    decoded.clear()
     finished = build_cache(files, path, SIDE)
-    assert sorted(decoded) == list(range(15, len(files))) and index.exists() and not log.exists()
+    assert sorted(decoded) == list(range(11, len(files))), "what was complete is not read again"
+    assert index.exists() and not log.exists()
     assert pixels.read_bytes() == parts(cache)[0].read_bytes()
     assert (finished.records == Cache(cache).records).all()
     decoded.clear()
     assert build_cache(files, path, SIDE).fingerprint == files.fingerprint() and not decoded
-
-
-def test_a_killed_writer_goes_on(files, tmp_path, monkeypatch):
-    """kill -9 between two chunks, in a process of its own."""
-    path = tmp_path / "train"
-    monkeypatch.setattr(prepare, "CHUNK", 5)
-    child = multiprocessing.get_context("fork").Process(
-        target=build_cache,
-        args=(files, path, SIDE, lambda line: os.kill(os.getpid(), signal.SIGKILL)),
-    )
-    child.start()
-    child.join()
-    assert child.exitcode == -9 and parts(path)[2].exists()
-    assert len(build_cache(files, path, SIDE)) == len(files)
 
 
 def test_foreign_and_damaged_caches(files, tmp_path, monkeypatch):
@@ -394,8 +314,7 @@ def test_foreign_and_damaged_caches(files, tmp_path, monkeypatch):
     assert pixels.read_bytes() == b"a file of the user"
     pixels.unlink()
     monkeypatch.setattr(prepare, "CHUNK", 4)
-    with pytest.raises(Cut):
-        build_cache(files, path, SIDE, say=stop_after(2))
+    kill_the_writer(files, path, 2)
     for other, side in ((files, 48), (files.select(range(20)), SIDE)):
         said = "start of a cache of another list or side"
         refused(lambda o=other, s=side: build_cache(o, path, s), said)
@@ -405,11 +324,10 @@ def test_foreign_and_damaged_caches(files, tmp_path, monkeypatch):
     for read in (lambda: build_cache(files, path, SIDE), lambda: loader(files, cache=path)):
         refused(read, r"train.u8 has 1000 bytes, its index says \d+; delete both")
     whole = index.read_bytes()
-    for content in (b"", b"nothing", whole[: len(whole) // 2]):
+    np.savez(index, x=np.arange(3))
+    for content in (index.read_bytes(), b"", b"nothing", whole[: len(whole) // 2]):
         index.write_bytes(content)
         refused(lambda: Cache(path), "train.npz is no index of a cache")
-    np.savez(index, x=np.arange(3))
-    refused(lambda: Cache(path), "train.npz is no index of a cache")
 
 
 def test_a_second_writer_is_refused(files, tmp_path):
@@ -423,35 +341,19 @@ def test_a_second_writer_is_refused(files, tmp_path):
 
 
 def test_no_space(files, tmp_path, monkeypatch):
-    path, source = tmp_path / "train", files.images
-    sizes = [Image.open(source.path(row)).size for row in range(len(files))]
+    path, rows = tmp_path / "train", range(len(files))
+    sizes = [Image.open(files.images.path(row)).size for row in rows]
     exact = sum(3 * width * height for width, height in sizes)
-    assert prepare.bytes_needed(source, range(len(files)), 10**6) == exact
-    monkeypatch.setattr(prepare, "bytes_needed", lambda *_: 10**15)
-    with pytest.raises(UserError, match=r"needs about 1000000.0 GB more, \d+\.\d GB are free"):
-        build_cache(files, path, SIDE)
-    assert not parts(path)[0].exists()
-    monkeypatch.undo()
+    assert prepare.bytes_needed(files.images, rows, 10**6) == exact
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match="cannot write .*: No space left on device"):
-        build_cache(files, path, SIDE)
-    monkeypatch.undo()
+    for owner, name, replaced, said in (
+        (prepare, "bytes_needed", lambda *_: 10**15, r"needs about 1000000.0 GB more, \d+\.\d GB are free"),
+        (os, "fsync", full, "cannot write .*: No space left on device"),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(UserError, match=said):
+            patch.setattr(owner, name, replaced)
+            build_cache(files, path, SIDE)
     assert len(build_cache(files, path, SIDE)) == len(files)
-
-
-def test_an_unreadable_image_stops_the_making_of_a_cache(tmp_path):
-    files = make_tree(tmp_path / "tree")
-    path = break_file(files, 12)
-    with pytest.raises(UserError, match=f"^{path}: unreadable image of class 'n0001' "):
-        build_cache(files, tmp_path / "train", SIDE)
-
-
-def test_a_cache_of_too_small_images_is_refused(files, cache):
-    large = Augment(48, None, None)
-    said = f"has a short side of {SIDE} px, 48 px images need 55: .*cache --side 55"
-    with pytest.raises(UserError, match=said):
-        loader(files, cache=cache, augment=large)
