@@ -27,7 +27,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "golden(stem): the golden file a test reads")
+    config.addinivalue_line("markers", "golden(*stems): the golden files a test reads")
 
 
 def pytest_collection_modifyitems(items):
@@ -38,8 +38,8 @@ def pytest_collection_modifyitems(items):
 
 def pytest_generate_tests(metafunc):
     if "golden" in metafunc.fixturenames:
-        (stem,) = metafunc.definition.get_closest_marker("golden").args
-        metafunc.parametrize("golden", [stem], indirect=True, ids=[f"golden-{stem}"])
+        stems = metafunc.definition.get_closest_marker("golden").args
+        metafunc.parametrize("golden", stems, indirect=True, ids=[f"golden-{stem}" for stem in stems])
 
 
 class Golden:
@@ -47,7 +47,7 @@ class Golden:
 
     def __init__(self, path: Path):
         with np.load(path, allow_pickle=False) as file:
-            self.arrays = dict(file)
+            self.arrays, self.stem = dict(file), path.stem
         self.unread = set(self.arrays) - {"_desc", "desc"}
 
     def __getitem__(self, key: str) -> np.ndarray:
