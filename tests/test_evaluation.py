@@ -168,17 +168,19 @@ def test_report_equals_loops_over_classes_in_any_order(seed):
     json.dumps(figures)
 
 
-def test_empty_groups_and_absent_classes_are_none_not_zero():
+def test_what_is_not_there_is_none_not_zero():
     figures = common.report([0, 0, 1], [0, 1, 1], [500, 400, 300, 5])
     assert figures["medium"] is None, "no class"
     assert figures["few"] is None, "a class, but no test image of it"
     nothing = common.report([], [], [5, 5])
-    names = ("overall", *ORDER, "macro_f1", "worst_class")
-    assert [nothing[name] for name in names] == [None] * 6
+    assert {nothing[name] for name in ("overall", *ORDER, "macro_f1", "worst_class")} == {None}
     never = common.report([0, 1], [0, 0], [5, 5])
     assert never["harmonic_mean"] == 0.0 and never["worst_class"] == 0.0
     odd = common.report([0], [0], [5], nll=[math.nan], confidence=[math.nan])
     assert odd["loss"] is None and odd["ece"] is None
+    many = np.arange(8142)
+    figures = common.report(many, many, many, nll=np.ones(8142), topk_hits=[True] * 8142)
+    assert "confusion" not in figures and figures["loss"] == 1.0 and figures["top5"] == 1.0
 
 
 def test_the_mean_over_classes_does_not_follow_the_largest_class():
@@ -198,12 +200,6 @@ def test_a_prediction_of_no_class_is_wrong_and_labels_outside_are_refused():
     for labels, predictions in ([0, 2], [0, 0]), ([0, -1], [0, 0]), ([0, 0], [0, 2]), ([0, 0], [0]):
         with pytest.raises((ValueError, IndexError)):
             common.report(np.array(labels), np.array(predictions), [5, 5])
-
-
-def test_many_classes_have_no_confusion():
-    many = np.arange(8142)
-    figures = common.report(many, many, many, nll=np.ones(8142), topk_hits=[True] * 8142)
-    assert "confusion" not in figures and figures["loss"] == 1.0 and figures["top5"] == 1.0
 
 
 def test_top_k_ties_and_nan():

@@ -1,7 +1,6 @@
 """What goes wrong outside, for every script alike: kills, full disks, damaged files, numbers.
 
-Each run is a process forked from a server that has torch and the scripts loaded. `--slow` kills ten
-times instead of once and breaks image files and decoding workers of every script.
+Each run is a process forked from a server that has torch and the scripts loaded.
 """
 
 import atexit
@@ -10,9 +9,7 @@ import importlib
 import io
 import multiprocessing
 import os
-import random
 import resource
-import shutil
 import signal
 import sys
 import time
@@ -84,7 +81,7 @@ def no_space() -> None:
 
 
 def stopped_late(number: int = signal.SIGTERM) -> None:
-    """A stop signal in the last step of the second epoch that this process trains."""
+    """A signal that ends it in the last step of the second epoch that this process trains."""
     guard, epochs = common.Stage.guard, []
 
     def guarded(self, loss):
@@ -214,54 +211,32 @@ def same_end(desk: Desk, whole: Desk) -> bool:
 
 @pytest.fixture(scope="module")
 def whole(tiny, tmp_path_factory):
-    """whole(script): its run from start to end without any fault, and the seconds that took."""
+    """whole(script): its run from start to end without any fault."""
 
     @functools.cache
-    def run(script: str) -> tuple[Desk, float]:
-        desk, began = on_letters(script, tiny, tmp_path_factory.mktemp(script)), time.monotonic()
+    def run(script: str) -> Desk:
+        desk = on_letters(script, tiny, tmp_path_factory.mktemp(script))
         desk.run()
-        return desk, time.monotonic() - began
+        return desk
 
     return run
 
 
 @pytest.mark.parametrize("script", SMALL)
-def test_killed_wherever_it_is_a_run_ends_as_if_nothing_had_been(
-    script, whole, tiny, tmp_path, pytestconfig
-):
-    undisturbed, seconds = whole(script)
-    slow = pytestconfig.getoption("--slow")
-    desk, dice, kills, saved = on_letters(script, tiny, tmp_path), random.Random(script), 0, 0
-    while kills < (10 if slow else 1):
-        process = desk.start()
-        process.join(dice.uniform(0.1, 0.7) * seconds)
-        process.kill()
-        process.join()
-        kills += process.exitcode == -signal.SIGKILL
-        saved += desk.rows()
-        if process.exitcode == 0:  # it was through: from the start again, for the kills that are left
-            assert same_end(desk, undisturbed)
-            shutil.rmtree(desk.folder)
-    desk.run()
-    assert same_end(desk, undisturbed)
-    assert saved or not slow, "no kill met a run that had saved anything"
-
-
-@pytest.mark.parametrize("script", SMALL)
-def test_stopped_late_in_every_second_epoch_it_ends_the_same(script, whole, tiny, tmp_path):
+def test_stopped_or_killed_late_in_every_second_epoch_it_ends_the_same(script, whole, tiny, tmp_path):
     desk, ends = on_letters(script, tiny, tmp_path), []
+    codes, turn = {signal.SIGTERM: 143, signal.SIGKILL: -9, signal.SIGINT: 130}, list(SMALL).index(script)
     while 0 not in ends:
-        number = (signal.SIGTERM, signal.SIGINT)[len(ends) % 2]
+        number = list(codes)[(turn + len(ends)) % 3]
         process = desk.start(prepare=functools.partial(stopped_late, number))
         process.join(200)
         ends.append(process.exitcode)
-        assert ends[-1] in (0, 128 + number) and len(ends) < 20, process.said.read_text()
-    assert ends[0] == 143 and same_end(desk, whole(script)[0])
-    assert 130 in ends or script != "toy_similarity", "of six epochs"
+        assert ends[-1] in (0, codes[number]) and len(ends) < 20, process.said.read_text()
+    assert len(ends) > 2 and same_end(desk, whole(script))
 
 
 def test_a_finished_run_does_nothing(whole):
-    desk, _ = whole("tsc")
+    desk = whole("tsc")
     before = {path: path.stat().st_mtime_ns for path in desk.folder.glob("*.*")}
     assert desk.run().splitlines()[-1].startswith("result: ")
     assert {path: path.stat().st_mtime_ns for path in desk.folder.glob("*.*")} == before
@@ -287,7 +262,7 @@ def test_a_second_process_a_full_disk_and_a_damaged_checkpoint_cost_nothing(scri
     assert "last.pt is damaged" in said and "delete it" in said
     last.unlink()
     desk.run()
-    assert same_end(desk, whole(script)[0])
+    assert same_end(desk, whole(script))
 
 
 @pytest.mark.parametrize("script", SMALL)
@@ -299,32 +274,8 @@ def test_a_number_that_is_none_ends_the_run_and_reaches_no_checkpoint(script, ti
         assert all(torch.isfinite(value).all() for value in commands.state(desk.folder, path.stem).values())
 
 
-# --- image files ----------------------------------------------------------------------------------
-
-
-@pytest.fixture(params=LARGE)
-def large(request, pytestconfig) -> str:
-    """One script stands for all; --slow takes every one."""
-    if request.param != "fsgl" and not pytestconfig.getoption("--slow"):
-        pytest.skip("with --slow")
-    return request.param
-
-
-def test_a_truncated_jpeg_and_a_folder_that_is_gone_are_named(large, tree, tmp_path):
-    shutil.copytree(tree, tmp_path / "data")
-    root = tmp_path / "data" / "imagenet_lt"
-    name = (root / "ImageNet_LT_train.txt").read_text().split()[0]
-    (root / name).write_bytes((root / name).read_bytes()[:900])
-    desk = on_tree(large, tmp_path / "data", tmp_path / "out", "--workers", 0)
-    said = desk.run(code=2)
-    assert name in said and "unreadable image of class" in said and "tools.prepare check" in said
-    shutil.move((root / name).parent, root / "elsewhere")
-    said = desk.run("--fresh", code=2)
-    assert f"train/{name.split('/')[1]}/" in said and "No such file" in said
-
-
-def test_a_killed_decoding_worker_is_one_line(large, tree, tmp_path):
-    desk = on_tree(large, tree, tmp_path, "--workers", 1)
+def test_a_killed_decoding_worker_is_one_line(tree, tmp_path):
+    desk = on_tree("fsgl", tree, tmp_path, "--workers", 1)
     assert "a decoding worker failed" in desk.run(code=1, prepare=workers_killed)
     assert desk.rows() == 1
     common.load_checkpoint(desk.folder / "last.pt")

@@ -9,9 +9,9 @@ import re
 import commands
 import pretend_gpu
 import pytest
+import test_faults as faults
 import torch
 from test_choices import SCRIPTS, choices, line, rows_of
-from test_faults import LARGE, SMALL, Desk, on_letters, on_tree, same_end, stopped_late
 from test_faults import tiny, tree  # noqa: F401 (fixtures)
 from test_run import FakeLoader, Opened
 
@@ -44,7 +44,7 @@ def with_a_gpu() -> None:
 
 def stopped_with_a_gpu() -> None:
     with_a_gpu()
-    stopped_late()
+    faults.stopped_late()
 
 
 def cases() -> list[tuple]:
@@ -69,7 +69,7 @@ def test_a_gpu_gives_the_rows_of_the_cpu_and_no_step_waits_for_it(
 ):
     skip_unless(slow, pytestconfig)
     words = line(script, flag, value, tiny)
-    gpu, cpu = (Desk(script, tmp_path / name, *words) for name in ("gpu", "cpu"))
+    gpu, cpu = (faults.Desk(script, tmp_path / name, *words) for name in ("gpu", "cpu"))
     said = gpu.run("--device", "cuda", "--precision", "fp32", prepare=with_a_gpu)
     cpu.run("--precision", "fp32")
     ours, theirs = commands.rows(gpu.out), commands.rows(cpu.out)
@@ -87,11 +87,11 @@ def test_a_gpu_gives_the_rows_of_the_cpu_and_no_step_waits_for_it(
         assert count <= AT_ENDS.get(place.rpartition(": ")[0], count) * len(ours) + 2, place
 
 
-@pytest.mark.parametrize("script", SMALL)
+@pytest.mark.parametrize("script", faults.SMALL)
 def test_stopped_on_a_gpu_it_continues_to_the_same(script, tiny, tmp_path, pytestconfig):  # noqa: F811
     """In bfloat16, what a GPU that has it takes."""
     skip_unless(True, pytestconfig)
-    whole, desk = (on_letters(script, tiny, tmp_path / name) for name in ("whole", "desk"))
+    whole, desk = (faults.on_letters(script, tiny, tmp_path / name) for name in ("whole", "desk"))
     whole.run("--device", "cuda", prepare=with_a_gpu)
     assert json.loads((whole.folder / "args.json").read_text())["precision"] == "bf16"
     ends = []
@@ -100,13 +100,13 @@ def test_stopped_on_a_gpu_it_continues_to_the_same(script, tiny, tmp_path, pytes
         process.join(200)
         ends.append(process.exitcode)
         assert ends[-1] in (0, 143) and len(ends) < 20, process.said.read_text()
-    assert 143 in ends and same_end(desk, whole)
+    assert 143 in ends and faults.same_end(desk, whole)
 
 
-@pytest.mark.parametrize("script", LARGE)
+@pytest.mark.parametrize("script", faults.LARGE)
 def test_a_tree_of_jpegs_on_a_gpu(script, tree, tmp_path, pytestconfig):  # noqa: F811
     skip_unless(True, pytestconfig)
-    desk = on_tree(script, tree, tmp_path, "--workers", 0)
+    desk = faults.on_tree(script, tree, tmp_path, "--workers", 0)
     desk.run("--device", "cuda", prepare=with_a_gpu)
     assert commands.result(desk.out)["headline"] or script == "bns_ipdpp"
 

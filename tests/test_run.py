@@ -136,100 +136,80 @@ def test_a_malicious_pickle_is_refused_and_not_run(tmp_path):
     assert not (tmp_path / "owned").exists()
 
 
+HERE = "images:1a labels:2b classes:3c"
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         ({"lr": 0.2}, "--lr 0.1, this has 0.2"),
         ({"backbone": "other"}, "--backbone"),
         ({"precision": "bf16"}, "--precision"),
-        ({"data": "changed"}, "other images than"),
+        ({"data": "images:1a labels:2b classes:ff"}, "other classes than --dataset .*moved/mine.npz"),
+        ({"data": "images:00 labels:ff classes:3c"}, "other images and labels than"),
+        ({"data": "0123abcd"}, "other images than"),  # of a checkpoint from before there were names
     ],
 )
-def test_other_arguments_or_data_than_the_saved_ones_are_refused_by_name(tmp_path, change, said):
+def test_a_moved_set_is_the_same_and_other_arguments_or_content_are_refused_by_name(tmp_path, change, said):
+    first = {"data": HERE, "dataset": str(tmp_path / "mine.npz")}
+    moved = first | {"dataset": str(tmp_path / "moved" / "mine.npz")}
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path, stop_at=(2, 3))
+        train(tmp_path, stop_at=(2, 3), **first)
     with pytest.raises(common.UserError, match=said):
-        train(tmp_path, **change)
-    train(tmp_path)
+        train(tmp_path, **moved | change)
+    train(tmp_path, **moved)
+    assert len(commands.rows(tmp_path)) == 3
     with pytest.raises(common.UserError, match=said):
-        Opened(tmp_path, **change)
-
-
-def test_a_moved_copied_or_linked_set_is_the_same_and_other_content_is_named(tmp_path):
-    for name in ("a", "b"):
-        (tmp_path / name / "pictures.v2").mkdir(parents=True)
-        (tmp_path / name / "mine.v2.npz").touch()
-    (tmp_path / "link").symlink_to(tmp_path / "a" / "pictures.v2")
-    names = [common.dataset_name(str(path)) for path in sorted(tmp_path.glob("[ab]/*"))]
-    assert names == ["mine.v2", "pictures.v2"] * 2
-    assert common.dataset_name(str(tmp_path / "link")) == "pictures.v2"
-    here, there = (str(tmp_path / name / "mine.v2.npz") for name in ("a", "b"))
-    data = "images:1a labels:2b classes:3c"
-    common.check_data("x.pt", "1a", data, here)  # of a checkpoint from before there were names
-    folder = train(tmp_path, dataset=here, data=data)
-    with Opened(tmp_path, data, dataset=there) as run:
-        assert run.folder == folder and run.result
-    for other, named in (
-        ("images:1a labels:2b classes:ff", "other classes than"),
-        ("images:00 labels:ff classes:3c", "other images and labels than"),
-        ("0123abcd", "other images than"),
-    ):
-        with pytest.raises(common.UserError, match=f"{named} --dataset {there}"):
-            Opened(tmp_path, other, dataset=there)
+        Opened(tmp_path, **moved | change)
 
 
 def test_a_finished_run_from_another_checkpoint_of_that_name_is_not_shown(tmp_path, capsys):
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "kcl.pt").write_bytes(b"same")
-    start, moved = (str(tmp_path / name / "kcl.pt") for name in ("a", "b"))
-    changed = {"init_from": start}
-    train(tmp_path, init_from=start, changed=changed)
-    with Opened(tmp_path, init_from=moved, changed=changed) as run:
-        assert run.result
-    Path(moved).write_bytes(b"trained once more")
+    start = tmp_path / "kcl.pt"
+    start.write_bytes(b"same")
+    options = {"init_from": str(start), "changed": {"init_from": str(start)}}
+    train(tmp_path, **options)
+    start.write_bytes(b"trained once more")
     common.file_identity.cache_clear()  # as in another process
     with pytest.raises(common.UserError, match="--init-from kcl-.*this has kcl-"):
-        Opened(tmp_path, init_from=moved, changed=changed)
+        Opened(tmp_path, **options)
+    start.unlink()
     for name in ("init_from", "eval"):
-        args = make_args(tmp_path, **{name: str(tmp_path / "gone.pt")})
-        said = commands.refused(capsys, common.launch, pytest.fail, args)
-        assert "gone.pt does not exist" in said
+        args = make_args(tmp_path, **{name: str(start)})
+        assert "kcl.pt does not exist" in commands.refused(capsys, common.launch, pytest.fail, args)
 
 
 def test_a_backbone_comes_from_torchvision_or_another_data_set(tmp_path):
-    def load(net, name, **more):
-        args = make_args(tmp_path, **{key: more.pop(key) for key in ["dataset"] if key in more})
-        return common.load_backbone(net, tmp_path / name, args, **more)
+    def load(net, path, dataset="glyphs_lt", **more):
+        return common.load_backbone(net, path, make_args(tmp_path, dataset=dataset), **more)
 
-    theirs = torchvision.models.resnet18().state_dict()
+    theirs, path = torchvision.models.resnet18().state_dict(), tmp_path / "theirs.pth"
+    bare = {key: value for key, value in theirs.items() if not key.startswith("fc.")}
     old = {key: value for key, value in theirs.items() if "batches_tracked" not in key}
-    bare = {key: value for key, value in old.items() if not key.startswith("fc.")}
-    for name, state in (("new.pth", theirs), ("old.pth", old), ("bare.pth", bare)):
-        torch.save(state, tmp_path / name)
+    for state in (theirs, old, bare):
+        torch.save(state, path)
         net = models.backbone("resnet18", stem="imagenet")
-        found = load(net, name)
-        assert {*found["state"]["model"]} == {f"backbone.{key}" for key in net.state_dict()}
-        assert all(torch.equal(value, net.state_dict()[key]) for key, value in bare.items())
-    bare.pop("layer1.0.conv1.weight")
-    torch.save(bare, tmp_path / "cut.pth")
-    with pytest.raises(common.UserError, match="Missing.*layer1.0.conv1.weight"):
-        load(net, "cut.pth")
+        found = load(net, path)["state"]["model"]
+        assert found.keys() == {f"backbone.{key}" for key in net.state_dict()}
+        assert all(torch.equal(value, found[f"backbone.{key}"]) for key, value in bare.items())
     with pytest.raises(common.UserError, match="conv1.weight: .*7, 7.*3, 3"):
-        load(models.backbone("resnet18"), "new.pth")
+        load(models.backbone("resnet18"), path)
+    bare.pop("layer1.0.conv1.weight")
+    torch.save(bare, path)
+    with pytest.raises(common.UserError, match="Missing.*layer1.0.conv1.weight"):
+        load(net, path)
 
     net = models.Net(models.backbone("resnet8"), models.linear_head(64, 10))
     with Opened(tmp_path, dataset="cifar10_lt") as run:
         stage = run.stage("fit", 1, model=net)
         for _ in stage.epochs():
             stage.end_epoch()
-    name, other = run.folder / "fit.pt", models.backbone("resnet8")
-    assert load(other, name)["stage"] == "fit"
+    path, other = run.folder / "fit.pt", models.backbone("resnet8")
+    assert load(other, path)["stage"] == "fit"
     assert torch.equal(other.conv1.weight, net.backbone.conv1.weight)
     with pytest.raises(common.UserError, match="layer1.1.conv1.weight"):
-        load(models.backbone("resnet14"), name)
+        load(models.backbone("resnet14"), path)
     with pytest.raises(common.UserError, match="other images than"):
-        load(other, name, dataset="cifar10_lt", data="of another subset")
+        load(other, path, dataset="cifar10_lt", data="of another subset")
 
 
 def cosines(tmp_path, pairs: list[tuple[float, float]], capsys) -> list[str]:
