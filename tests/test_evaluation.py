@@ -219,6 +219,8 @@ def test_top_k_ties_and_nan():
 class Lookup(nn.Module):
     """A network whose logits are stored: the 'image' of item i holds i in its first pixel."""
 
+    products = torch.float32  # type of matrix products where it is called
+
     def __init__(self, logits):
         super().__init__()
         self.logits, self.frozen = nn.Parameter(logits), nn.BatchNorm2d(3)
@@ -228,6 +230,7 @@ class Lookup(nn.Module):
 
     def forward(self, x):
         assert not self.training and not self.frozen.training and not torch.is_grad_enabled()
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == self.products
         return self.logits[x[:, 0, 0, 0].long()]
 
 
@@ -255,11 +258,13 @@ def check_scores(scores, logits, labels) -> None:
 
 
 def test_evaluate_restores_every_mode_and_agrees_with_the_logits():
+    """Under autocast, too: scores are float32."""
     logits, labels = problem(101)
-    model = Lookup(logits).train()
+    model, parts = Lookup(logits).train(), torch.arange(101).flip(0).split(16)
     model.frozen.eval()
-    parts = torch.arange(101).flip(0).split(16)
-    scores = common.evaluate(model, batches(labels, *parts), 101, features=model.features)
+    model.products, options = torch.bfloat16, {"features": model.features}
+    options["autocast"] = lambda: torch.autocast("cpu", dtype=torch.bfloat16)
+    scores = common.evaluate(model, batches(labels, *parts), 101, **options)
     check_scores(scores, logits, labels)
     assert model.training and not model.frozen.training
     figures = scores.report([500, 300, 100, 50, 20, 10, 5])
@@ -270,23 +275,8 @@ def test_evaluate_restores_every_mode_and_agrees_with_the_logits():
     (scores.features @ weight).sum().backward()  # they can be trained on
     model.logits = nn.Parameter(logits[:2])
     with pytest.raises(IndexError):
-        common.evaluate(model, batches(labels, *parts), 101)
+        common.evaluate(model, batches(labels, *parts), 101, **options)
     assert model.training and not model.frozen.training, "also where a forward pass fails"
-
-
-def test_evaluate_under_autocast_scores_in_float32():
-    logits, labels = problem(40)
-
-    class Mixed(Lookup):
-        def forward(self, x):
-            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
-            return super().forward(x)
-
-    def cast():
-        return torch.autocast("cpu", dtype=torch.bfloat16)
-
-    scores = common.evaluate(Mixed(logits), batches(labels, range(16), range(16, 40)), 40, cast)
-    check_scores(scores, logits, labels)
 
 
 def test_logits_that_are_not_finite_classify_nothing():
