@@ -116,8 +116,8 @@ def test_a_fault_at_any_moment_of_a_save_costs_nothing(tmp_path, name, fault, ki
             train(out, epochs=2)
         (folder,) = out.glob("*/*/*/seed0")
         assert not list(folder.glob(".*.tmp"))
-        for last in folder.glob("last.pt"):
-            assert common.load_checkpoint(last)["epoch"] == (1 if nth < 7 else 2)
+        if nth > 3:  # the third write is the first last.pt
+            assert common.load_checkpoint(folder / "last.pt")["epoch"] == (1 if nth < 7 else 2)
         assert train(out, epochs=2) == folder and commands.rows(out) == expected
 
 
@@ -273,17 +273,17 @@ def test_without_locks_a_run_goes_on_with_one_warning(tmp_path, monkeypatch, cap
     assert capsys.readouterr().err.count("warning") == 1
 
 
-@pytest.mark.parametrize(("select", "best"), [("last", 3), ("test", 1), ("val", 3)])
-def test_the_judge_evaluates_every_second_epoch_and_the_last_and_chooses_as_told(
+@pytest.mark.parametrize(("select", "best"), [("last", 3), ("test", 2), ("val", 3)])
+def test_the_judge_evaluates_every_third_epoch_and_the_last_and_chooses_as_told(
     tmp_path, monkeypatch, select, best
 ):
     """Figures are told in advance; the weight is the epoch."""
     net, val = torch.nn.Linear(1, 1), "val" if select == "val" else None
     figures = {"per_class": [], "confusion": []}
-    test, mean_class = [0.9, 0.8, 0.9, 0.5], [0.9, 0.3, 0.9, 0.4]
+    test, mean_class = [0.9, 0.9, 0.8, 0.5], [0.9, 0.9, 0.3, 0.4]
     told = {"overall": lambda: test[stage.epoch], "mean_class": lambda: mean_class[stage.epoch]}
     monkeypatch.setattr(common, "figures", lambda *_: figures | {key: f() for key, f in told.items()})
-    with Opened(tmp_path, select=select, eval_every=2) as run:
+    with Opened(tmp_path, select=select, eval_every=3) as run:
         stage = run.stage("fit", 4, model=net)
         judge = common.Judge(run.args, net, [1], "test", val)
         for epoch in stage.epochs():
@@ -292,9 +292,9 @@ def test_the_judge_evaluates_every_second_epoch_and_the_last_and_chooses_as_told
     judge.chosen(stage)
     lines = commands.rows(tmp_path)
     assert net.weight.item() == best
-    assert ["test" in line for line in lines] == [False, True] * 2
-    assert ["val" in line for line in lines] == [False, select == "val"] * 2
-    assert "confusion" not in lines[1]["test"]
+    assert ["test" in line for line in lines] == [False, False, True, True]
+    assert ["val" in line for line in lines] == [False, False] + [select == "val"] * 2
+    assert "confusion" not in lines[3]["test"]
     assert (run.folder / "fit_best.pt").exists() == (select != "last")
 
 
