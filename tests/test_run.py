@@ -5,7 +5,6 @@ input is one line.
 """
 
 import errno
-import json
 import os
 import pickle
 import shlex
@@ -23,37 +22,8 @@ import torchvision
 
 import common
 import models
+import tsc
 from tools import prepare, report
-
-ROOT = Path(common.__file__).resolve().parent
-SMALL = (
-    "--method kcl --epochs 2 --batch-size 20 --projection-dim 8 --classifier-epochs 2"
-    " --classifier-batch-size 20 --device cpu --logger none"
-).split()
-TINY = []
-
-
-@pytest.fixture(scope="module", autouse=True)
-def tiny_set(tmp_path_factory):
-    """Twenty letters of each kind to train on and ten to test: a whole run takes seconds."""
-    TINY.append(commands.tiny_letters(tmp_path_factory.mktemp("tiny") / "tiny.npz"))
-
-
-def command(*flags, out, base=SMALL):
-    dataset = [] if "--dataset" in flags else ["--dataset", TINY[0]]
-    return [sys.executable, str(ROOT / "tsc.py"), *base, *dataset, "--out", str(out), *flags]
-
-
-def call(*flags, out, base=SMALL, **options):
-    options |= {"capture_output": True, "text": True, "env": commands.environment(), "timeout": 300}
-    return subprocess.run(command(*flags, out=out, base=base), **options)
-
-
-def rows(folder: Path) -> list[dict]:
-    """metrics.jsonl without what is clocked."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "timing"} for line in lines]
-
 
 # --- a tiny run in this process -------------------------------------------------------------------
 
@@ -61,17 +31,16 @@ def rows(folder: Path) -> list[dict]:
 class FakeLoader:
     """Six batches of eight rows; a function of (epoch, step) like the real loader."""
 
-    def __init__(self, steps=6):
-        self.steps, self.global_batch = steps, 8
+    global_batch = 8
 
     def __len__(self):
-        return self.steps
+        return 6
 
     def set_epoch(self, epoch):
         self.epoch = epoch
 
     def __iter__(self):
-        for step in range(self.steps):
+        for step in range(6):
             draw = common.generator(5, "batch", self.epoch, step)
             x = torch.randn(8, 4, generator=draw, dtype=torch.float64)
             yield x, (x.sum(1) > 0).long(), torch.arange(8)
@@ -81,138 +50,75 @@ def make_args(out, **extra):
     words = ["--out", str(out), "--quiet", "--logger", "none", "--device", "cpu"]
     table = (("backbone", "resnet8", "network"), ("lr", 0.1, "rate"))
     args = common.parse("A test.", table, {"fit": ("fit",)}, {}, lambda *_: 16, words)
-    args.precision = "fp32"
-    vars(args).update(extra)
+    vars(args).update({"precision": "fp32"} | extra)
     return args
 
 
-def train(out, stop_at=None, epochs=3, args=None, data="data"):
-    """Train a linear layer; `stop_at` = (epoch, step) raises there as a crash would."""
-    run = common.Run(args or make_args(out), "unit", data)
-    try:
-        return run, fit(run, stop_at, epochs)
-    finally:
-        run.lock.close()  # as the end of the process would
+class Opened:
+    """A run whose lock is left at the end, as at that of a process."""
+
+    def __init__(self, out, data="data", **extra):
+        self.run = common.Run(make_args(out, **extra), "unit", data)
+
+    def __enter__(self):
+        return self.run
+
+    def __exit__(self, *_):
+        self.run.lock.close()
 
 
-def fit(run, stop_at, epochs):
-    model = torch.nn.Sequential(
-        torch.nn.Linear(4, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 2)
-    ).double()
-    optimizer = common.sgd(model.parameters(), 0.1)
-    stage = run.stage("fit", epochs, model=model, optimizer=optimizer)
-    for epoch in stage.epochs():
-        for x, y, _ in stage.batches(FakeLoader()):
-            loss = F.cross_entropy(model(x), y)
-            optimizer.zero_grad()
-            loss.backward()
-            if stop_at == (epoch, stage.step):
-                raise KeyboardInterrupt
-            stage.guard(loss)
-            optimizer.step()
-            stage.add(len(y), loss=loss)
-        stage.end_epoch()
-    run.finish(headline={"overall": 0.5})
-    return model
-
-
-@pytest.mark.parametrize("bad", [[2], [5], [3, 4, 5]])
-def test_a_gpu_is_asked_at_the_end_of_the_epoch_and_nothing_is_kept(tmp_path, monkeypatch, bad):
-    """The device of the loss decides; `look` is what reads a number from it."""
-    looked, look = [], common.Stage.look
-    monkeypatch.setattr(
-        common.Stage, "look", lambda stage: looked.append(stage.step) or look(stage)
-    )
-    run = common.Run(make_args(tmp_path), "unit", "data")
-    weight = torch.nn.Parameter(torch.zeros(3))
-    stage = run.stage("fit", 2, optimizer=common.sgd([weight], 0.1))
-
-    class OnGpu(torch.Tensor):
-        device = torch.device("cuda")
-
-        @classmethod
-        def __torch_function__(cls, function, types, args=(), kwargs=None):
-            found = super().__torch_function__(function, types, args, kwargs or {})
-            return found.as_subclass(cls) if isinstance(found, torch.Tensor) else found
-
-    with pytest.raises(
-        common.RunError, match=f"epoch 2 of 2, step {bad[0] + 1}, lr 0.1; what was saved"
-    ):
+def train(out, stop_at=None, epochs=3, **options) -> Path:
+    """Train a linear layer; `stop_at` = (epoch, step) raises there as a crash would. The folder."""
+    with Opened(out, **options) as run:
+        layers = torch.nn.Linear(4, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 2)
+        model = torch.nn.Sequential(*layers).double()
+        optimizer = common.sgd(model.parameters(), 0.1)
+        stage = run.stage("fit", epochs, model=model, optimizer=optimizer)
         for epoch in stage.epochs():
-            for _ in stage.batches(FakeLoader()):
-                wrong = epoch == 1 and stage.step in bad
-                stage.guard(torch.tensor(float("inf") if wrong else 1.0).as_subclass(OnGpu))
-            stage.end_epoch()
-    run.lock.close()
-    assert looked == [6, 6], "once an epoch"
-    assert common.load_checkpoint(run.folder / "last.pt")["epoch"] == 1
-    assert not (run.folder / "fit.pt").exists() and len(rows(run.folder)) == 1
-
-
-@pytest.mark.parametrize("nth", [1, 2, 5])
-def test_a_full_disk_is_named_with_what_is_free_and_what_was_saved_is_intact(
-    tmp_path, monkeypatch, nth
-):
-    """Whichever write it is: args.json, then metrics.jsonl and last.pt of each epoch."""
-    straight, _ = train(tmp_path / "a")
-    real, calls = os.fsync, []
-
-    def full(number):
-        calls.append(1)
-        if len(calls) == nth:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(number)
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(
-        common.RunError,
-        match=r"cannot write .*seed0.*: the disk is full \([\d,.]+ MB free\).*intact",
-    ):
-        train(tmp_path / "b")
-    monkeypatch.setattr(os, "fsync", real)
-    (folder,) = (tmp_path / "b").glob("*/*/*/seed0")
-    if nth == 5:
-        assert common.load_checkpoint(folder / "last.pt")["epoch"] == 1
-    assert not list(folder.glob(".*.tmp"))
-    again, _ = train(tmp_path / "b")
-    assert rows(again.folder) == rows(straight.folder)
-
-
-def test_last_is_there_at_every_moment_of_a_save(tmp_path, monkeypatch):
-    """A crash at any system call of a save leaves a loadable last.pt, and the run ends the same."""
-    straight, _ = train(tmp_path / "a", epochs=2)
-    for name in ("fsync", "replace"):
-        for nth in range(1, 7):
-            out, count, real = tmp_path / f"{name}{nth}", [0], getattr(os, name)
-
-            def crash(*args, count=count, nth=nth, real=real, **kwargs):
-                count[0] += 1
-                if count[0] == nth:
+            for x, y, _ in stage.batches(FakeLoader()):
+                loss = F.cross_entropy(model(x), y)
+                optimizer.zero_grad()
+                loss.backward()
+                if stop_at == (epoch, stage.step):
                     raise KeyboardInterrupt
-                return real(*args, **kwargs)
-
-            monkeypatch.setattr(os, name, crash)
-            try:
-                train(out, epochs=2)
-            except KeyboardInterrupt:
-                pass
-            monkeypatch.setattr(os, name, real)
-            for last in out.glob("**/last.pt"):
-                common.load_checkpoint(last)
-            again, _ = train(out, epochs=2)
-            assert rows(again.folder) == rows(straight.folder)
+                stage.guard(loss)
+                optimizer.step()
+                stage.add(len(y), loss=loss)
+            stage.end_epoch()
+        run.finish(headline={"overall": 0.5})
+        return run.folder
 
 
-def test_a_checkpoint_is_renamed_and_never_linked(tmp_path, monkeypatch):
-    """Some file systems have no hard links."""
+FULL = r"cannot write .*seed0.*: the disk is full \([\d,.]+ MB free\).*intact"
+FAULTS = {
+    "crash": (KeyboardInterrupt, KeyboardInterrupt, None),
+    "full disk": (lambda: OSError(errno.ENOSPC, "No space left"), common.RunError, FULL),
+}
 
-    def refuse(*_, **__):
-        raise OSError(errno.EPERM, "no links here")
 
-    monkeypatch.setattr(os, "link", refuse)
-    monkeypatch.setattr(os, "symlink", refuse)
-    run, _ = train(tmp_path)
-    assert sorted(path.name for path in run.folder.glob("*.pt")) == ["fit.pt", "last.pt"]
+@pytest.mark.parametrize("name", ["fsync", "replace"])
+@pytest.mark.parametrize(("fault", "kind", "said"), FAULTS.values(), ids=FAULTS)
+def test_a_fault_at_any_moment_of_a_save_costs_nothing(tmp_path, name, fault, kind, said):
+    """Of args.json, metrics.jsonl and last.pt of each epoch, fit.pt, result.json."""
+    train(tmp_path / "straight", epochs=2)
+    expected, real = commands.rows(tmp_path / "straight"), getattr(os, name)
+    for nth in range(1, 8):
+        out, calls = tmp_path / str(nth), []
+
+        def broken(*args, nth=nth, calls=calls):
+            calls.append(args)
+            if len(calls) == nth:
+                raise fault()
+            return real(*args)
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(kind, match=said):
+            patch.setattr(os, name, broken)
+            train(out, epochs=2)
+        (folder,) = out.glob("*/*/*/seed0")
+        assert not list(folder.glob(".*.tmp"))
+        if nth > 3:  # the third write is the first last.pt
+            assert common.load_checkpoint(folder / "last.pt")["epoch"] == (1 if nth < 7 else 2)
+        assert train(out, epochs=2) == folder and commands.rows(out) == expected
 
 
 def test_a_malicious_pickle_is_refused_and_not_run(tmp_path):
@@ -230,116 +136,93 @@ def test_a_malicious_pickle_is_refused_and_not_run(tmp_path):
     assert not (tmp_path / "owned").exists()
 
 
-@pytest.mark.parametrize("change", [{"lr": 0.2}, {"backbone": "other"}, {"precision": "bf16"}])
-def test_other_arguments_than_the_saved_ones_are_refused_by_name(tmp_path, change):
+HERE = "images:1a labels:2b classes:3c"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"lr": 0.2}, "--lr 0.1, this has 0.2"),
+        ({"backbone": "other"}, "--backbone"),
+        ({"precision": "bf16"}, "--precision"),
+        ({"data": "images:1a labels:2b classes:ff"}, "other classes than --dataset .*moved/mine.npz"),
+        ({"data": "images:00 labels:ff classes:3c"}, "other images and labels than"),
+        ({"data": "0123abcd"}, "other images than"),  # of a checkpoint from before there were names
+    ],
+)
+def test_a_moved_set_is_the_same_and_other_arguments_or_content_are_refused_by_name(tmp_path, change, said):
+    first = {"data": HERE, "dataset": str(tmp_path / "mine.npz")}
+    moved = first | {"dataset": str(tmp_path / "moved" / "mine.npz")}
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path, stop_at=(2, 3))
-    (name,) = change
-    with pytest.raises(common.UserError, match=f"--{name}"):
-        train(tmp_path, args=make_args(tmp_path, **change))
-
-
-def test_other_data_are_refused(tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        train(tmp_path, stop_at=(2, 3))
-    with pytest.raises(common.UserError, match="other images than"):
-        train(tmp_path, data="changed")
-
-
-def test_a_moved_copied_or_linked_set_is_the_same_and_other_content_is_named(tmp_path):
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "mine.v2.npz").touch()
-        (tmp_path / name / "pictures.v2").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "a" / "pictures.v2")
-    names = [common.dataset_name(str(path)) for path in sorted(tmp_path.glob("[ab]/*"))]
-    assert names == ["mine.v2", "pictures.v2"] * 2
-    assert common.dataset_name(str(tmp_path / "link")) == "pictures.v2"
-    here, there = (str(tmp_path / name / "mine.v2.npz") for name in ("a", "b"))
-    data = "images:1a labels:2b classes:3c"
-    common.check_data("x.pt", "1a", data, here)  # of a checkpoint from before there were names
-    run, _ = train(tmp_path, args=make_args(tmp_path, dataset=here), data=data)
-    again = common.Run(make_args(tmp_path, dataset=there), "unit", data)
-    assert again.folder == run.folder and again.result
-    again.lock.close()
-    for other, named in (
-        ("images:1a labels:2b classes:ff", "other classes than"),
-        ("images:00 labels:ff classes:3c", "other images and labels than"),
-        ("0123abcd", "other images than"),
-    ):
-        with pytest.raises(common.UserError, match=f"{named} --dataset {there}"):
-            common.Run(make_args(tmp_path, dataset=there), "unit", other)
+        train(tmp_path, stop_at=(2, 3), **first)
+    with pytest.raises(common.UserError, match=said):
+        train(tmp_path, **moved | change)
+    train(tmp_path, **moved)
+    assert len(commands.rows(tmp_path)) == 3
+    with pytest.raises(common.UserError, match=said):
+        Opened(tmp_path, **moved | change)
 
 
 def test_a_finished_run_from_another_checkpoint_of_that_name_is_not_shown(tmp_path, capsys):
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "kcl.pt").write_bytes(b"same")
-    start, moved = (str(tmp_path / name / "kcl.pt") for name in ("a", "b"))
-    changed = {"init_from": start}
-    train(tmp_path, args=make_args(tmp_path, init_from=start, changed=changed))
-    common.Run(make_args(tmp_path, init_from=moved, changed=changed), "unit", "data").lock.close()
-    Path(moved).write_bytes(b"trained once more")
+    start = tmp_path / "kcl.pt"
+    start.write_bytes(b"same")
+    options = {"init_from": str(start), "changed": {"init_from": str(start)}}
+    train(tmp_path, **options)
+    start.write_bytes(b"trained once more")
     common.file_identity.cache_clear()  # as in another process
     with pytest.raises(common.UserError, match="--init-from kcl-.*this has kcl-"):
-        common.Run(make_args(tmp_path, init_from=moved, changed=changed), "unit", "data")
+        Opened(tmp_path, **options)
+    start.unlink()
     for name in ("init_from", "eval"):
-        with pytest.raises(SystemExit):
-            args = make_args(tmp_path, **{name: str(tmp_path / "gone.pt")})
-            common.launch(lambda args: pytest.fail("the old result would be shown"), args)
-        assert "gone.pt does not exist" in capsys.readouterr().err
+        args = make_args(tmp_path, **{name: str(start)})
+        assert "kcl.pt does not exist" in commands.refused(capsys, common.launch, pytest.fail, args)
 
 
 def test_a_backbone_comes_from_torchvision_or_another_data_set(tmp_path):
-    theirs = torchvision.models.resnet18().state_dict()
+    def load(net, path, dataset="glyphs_lt", **more):
+        return common.load_backbone(net, path, make_args(tmp_path, dataset=dataset), **more)
+
+    theirs, path = torchvision.models.resnet18().state_dict(), tmp_path / "theirs.pth"
+    bare = {key: value for key, value in theirs.items() if not key.startswith("fc.")}
     old = {key: value for key, value in theirs.items() if "batches_tracked" not in key}
-    bare = {key: value for key, value in old.items() if not key.startswith("fc.")}
-    for number, state in enumerate((theirs, old, bare)):
-        torch.save(state, tmp_path / f"{number}.pth")
+    for state in (theirs, old, bare):
+        torch.save(state, path)
         net = models.backbone("resnet18", stem="imagenet")
-        found = common.load_backbone(net, tmp_path / f"{number}.pth", make_args(tmp_path))
-        assert {*found["state"]["model"]} == {f"backbone.{key}" for key in net.state_dict()}
-        assert all(torch.equal(value, net.state_dict()[key]) for key, value in bare.items())
-    bare.pop("layer1.0.conv1.weight")
-    torch.save(bare, tmp_path / "3.pth")
-    with pytest.raises(common.UserError, match="Missing.*layer1.0.conv1.weight"):
-        common.load_backbone(net, tmp_path / "3.pth", make_args(tmp_path))
+        found = load(net, path)["state"]["model"]
+        assert found.keys() == {f"backbone.{key}" for key in net.state_dict()}
+        assert all(torch.equal(value, found[f"backbone.{key}"]) for key, value in bare.items())
     with pytest.raises(common.UserError, match="conv1.weight: .*7, 7.*3, 3"):
-        common.load_backbone(models.backbone("resnet18"), tmp_path / "0.pth", make_args(tmp_path))
-    run = common.Run(make_args(tmp_path, dataset="cifar10_lt"), "unit", "data")
+        load(models.backbone("resnet18"), path)
+    bare.pop("layer1.0.conv1.weight")
+    torch.save(bare, path)
+    with pytest.raises(common.UserError, match="Missing.*layer1.0.conv1.weight"):
+        load(net, path)
+
     net = models.Net(models.backbone("resnet8"), models.linear_head(64, 10))
-    stage = run.stage("fit", 1, model=net, optimizer=common.sgd(net.parameters(), 0.1))
-    for _ in stage.epochs():
-        list(stage.batches(FakeLoader()))
-        stage.end_epoch()
-    run.lock.close()
-    other = models.backbone("resnet8")
-    found = common.load_backbone(other, run.folder / "fit.pt", make_args(tmp_path))
-    assert found["stage"] == "fit" and torch.equal(other.conv1.weight, net.backbone.conv1.weight)
+    with Opened(tmp_path, dataset="cifar10_lt") as run:
+        stage = run.stage("fit", 1, model=net)
+        for _ in stage.epochs():
+            stage.end_epoch()
+    path, other = run.folder / "fit.pt", models.backbone("resnet8")
+    assert load(other, path)["stage"] == "fit"
+    assert torch.equal(other.conv1.weight, net.backbone.conv1.weight)
     with pytest.raises(common.UserError, match="layer1.1.conv1.weight"):
-        common.load_backbone(
-            models.backbone("resnet14"), run.folder / "fit.pt", make_args(tmp_path)
-        )
-    same = make_args(tmp_path, dataset="cifar10_lt")
+        load(models.backbone("resnet14"), path)
     with pytest.raises(common.UserError, match="other images than"):
-        common.load_backbone(other, run.folder / "fit.pt", same, data="of another subset")
+        load(other, path, dataset="cifar10_lt", data="of another subset")
 
 
 def cosines(tmp_path, pairs: list[tuple[float, float]], capsys) -> list[str]:
     """The warnings of a stage whose epochs have these mean cosines; begun again in the middle."""
-    args = make_args(tmp_path)
     for stop in (len(pairs) // 2, len(pairs)):
-        run = common.Run(args, "unit", "data")
-        net = torch.nn.Linear(1, 1)
-        stage = run.stage("kcl", len(pairs), optimizer=common.sgd(net.parameters(), 0.1))
-        for epoch in stage.epochs():
-            for _ in stage.batches(FakeLoader(1)):
-                same, other = (torch.tensor(value) for value in pairs[epoch])
+        with Opened(tmp_path) as run:
+            stage = run.stage("kcl", len(pairs))
+            for epoch in stage.epochs():
+                same, other = map(torch.tensor, pairs[epoch])
                 stage.add(8, same_label=same, other_label=other)
-            stage.end_epoch()
-            if epoch + 1 == stop:
-                break
-        run.lock.close()
+                stage.end_epoch()
+                if epoch + 1 == stop:
+                    break
     return capsys.readouterr().err.splitlines()
 
 
@@ -352,169 +235,115 @@ def test_a_collapse_is_told_once_with_its_epoch(tmp_path, capsys):
     assert "epoch 6 of 12: images of one label are no closer" in said and "0.9000" in said
 
 
-def test_a_finished_stage_brings_its_rows_when_last_is_gone(tmp_path):
-    straight, _ = train(tmp_path / "a")
-    run, _ = train(tmp_path / "b")
-    for name in ("last.pt", "result.json"):
-        (run.folder / name).unlink()
-    again, _ = train(tmp_path / "b")
-    assert rows(again.folder) == rows(straight.folder) and again.result is not None
-
-
-def test_a_finished_run_needs_only_its_result(tmp_path):
-    run, _ = train(tmp_path)
-    (run.folder / "last.pt").write_bytes(b"damaged")
-    assert common.Run(make_args(tmp_path), "unit", "data").result["headline"] == {"overall": 0.5}
-    with pytest.raises(common.UserError, match="--lr"):
-        common.Run(make_args(tmp_path, lr=0.5), "unit", "data")
-
-
-def test_a_damaged_result_is_made_again_and_a_damaged_stage_names_the_remedy(tmp_path):
-    run, _ = train(tmp_path)
-    (run.folder / "result.json").write_text('{"headline": ')
-    (run.folder / "fit.pt").write_bytes(b"damaged")
+def test_what_a_finished_run_loses_is_made_again_and_what_is_damaged_named(tmp_path):
+    folder = train(tmp_path)
+    expected, result = commands.rows(tmp_path), commands.result(tmp_path)
+    (folder / "last.pt").write_bytes(b"damaged")
+    with Opened(tmp_path) as run:
+        assert run.result["headline"] == {"overall": 0.5}, "nothing else is looked at"
+    (folder / "last.pt").unlink()
+    (folder / "result.json").write_text('{"headline": ')
+    train(tmp_path)
+    assert commands.rows(tmp_path) == expected and commands.result(tmp_path) == result
+    (folder / "result.json").unlink()
+    (folder / "fit.pt").write_bytes(b"damaged")
     with pytest.raises(common.UserError, match="fit.pt is damaged.*delete it"):
         train(tmp_path)
-    (run.folder / "fit.pt").unlink()
-    again, _ = train(tmp_path)
-    assert again.result["headline"] == {"overall": 0.5}
+    (folder / "fit.pt").unlink()
+    train(tmp_path)
+    assert commands.rows(tmp_path) == expected and commands.result(tmp_path) == result
 
 
-@pytest.mark.parametrize("why", ["no such module", "no such call", "no locks here"])
-def test_without_locks_a_run_goes_on_with_one_warning(tmp_path, monkeypatch, capsys, why):
-    if why == "no such module":
-        monkeypatch.setitem(sys.modules, "fcntl", None)
-    else:
+def test_fresh_starts_over_and_drops_what_was_there(tmp_path):
+    folder = train(tmp_path)
+    with Opened(tmp_path, fresh=True) as run:
+        assert run.result is None and run.saved is None and not list(folder.glob("*.pt"))
 
-        def refuse(*_):
-            raise OSError(errno.ENOLCK, why)
 
+@pytest.mark.parametrize("module", [True, False])
+def test_without_locks_a_run_goes_on_with_one_warning(tmp_path, monkeypatch, capsys, module):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "no locks here")
+
+    if module:
         monkeypatch.setattr("fcntl.flock", refuse)
+    else:
+        monkeypatch.setitem(sys.modules, "fcntl", None)
     train(tmp_path)
     assert capsys.readouterr().err.count("warning") == 1
 
 
-def judged(tmp_path, select: str, test: list[float], val: list[float] | None):
-    """Four epochs whose figures are told in advance; the weight is the epoch: chosen one, rows."""
-    args = make_args(tmp_path / select, select=select, eval_every=2)
-    run, net = common.Run(args, "unit", "data"), torch.nn.Linear(1, 1)
-    stage = run.stage("fit", 4, model=net, optimizer=common.sgd(net.parameters(), 0.1))
-    figure = {"per_class": [0.5] * 201, "confusion": []}
-    judge = common.Judge(args, net, [1], "test", val and "val", {"plain": net})
-    told = {"test": ("overall", test), "val": ("mean_class", val)}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            common, "figures", lambda *rest: figure | {told[rest[2]][0]: told[rest[2]][1][epoch]}
-        )
+@pytest.mark.parametrize(("select", "best"), [("last", 3), ("test", 2), ("val", 3)])
+def test_the_judge_evaluates_every_third_epoch_and_the_last_and_chooses_as_told(
+    tmp_path, monkeypatch, select, best
+):
+    """Figures are told in advance; the weight is the epoch."""
+    net, val = torch.nn.Linear(1, 1), "val" if select == "val" else None
+    figures = {"per_class": [0.5] * 201, "confusion": []}
+    test, mean_class = [0.9, 0.9, 0.8, 0.5], [0.9, 0.9, 0.3, 0.4]
+    told = {"overall": lambda: test[stage.epoch], "mean_class": lambda: mean_class[stage.epoch]}
+    monkeypatch.setattr(common, "figures", lambda *_: figures | {key: f() for key, f in told.items()})
+    with Opened(tmp_path, select=select, eval_every=3) as run:
+        stage = run.stage("fit", 4, model=net)
+        judge = common.Judge(run.args, net, [1], "test", val, {"plain": net})
         for epoch in stage.epochs():
-            for _ in stage.batches(FakeLoader()):
-                net.weight.data.fill_(epoch)
+            net.weight.data.fill_(epoch)
             stage.end_epoch(judge)
     judge.chosen(stage)
-    run.lock.close()
-    return net.weight.item(), rows(run.folder)
-
-
-def test_the_judge_evaluates_where_due_and_chooses_as_told(tmp_path):
-    test, val = [0.9, 0.8, 0.9, 0.5], [0.9, 0.3, 0.9, 0.4]
-    for select, epoch in (("last", 3), ("test", 1), ("val", 3)):
-        chosen, lines = judged(tmp_path, select, test, val if select == "val" else None)
-        assert chosen == epoch
-        assert [line["epoch"] for line in lines if "test" in line] == [1, 3], (
-            "every second and the last"
-        )
-        assert ["val" in line for line in lines] == [False, select == "val"] * 2
-        for line in lines:
-            assert ("plain" in line) == ("test" in line)
-            assert not {"confusion", "per_class"} & {*line.get("test", ()), *line.get("plain", ())}
-        assert bool(list(tmp_path.glob(f"{select}/**/fit_best.pt"))) == (select != "last")
-
-
-def test_fresh_starts_over_and_drops_what_was_there(tmp_path):
-    run, _ = train(tmp_path)
-    assert run.result is not None
-    args = make_args(tmp_path, fresh=True)
-    again = common.Run(args, "unit", "data")
-    assert again.result is None and again.saved is None and not list(again.folder.glob("*.pt"))
+    lines = commands.rows(tmp_path)
+    assert net.weight.item() == best
+    assert ["test" in line for line in lines] == [False, False, True, True]
+    assert ["val" in line for line in lines] == [False, False] + [select == "val"] * 2
+    for line in lines[2:]:
+        assert not {"confusion", "per_class"} & {*line["test"], *line["plain"]}
+    assert (run.folder / "fit_best.pt").exists() == (select != "last")
 
 
 def test_seeds_are_stable_and_distinct():
-    assert common.derive_seed(0, "augment", 1, 2) == common.derive_seed(0, "augment", 1, 2)
-    keys = [
-        (s, name, e, b) for s in range(3) for name in ("a", "b") for e in range(4) for b in range(4)
-    ]
+    keys = [(s, name, e, b) for s in range(3) for name in "ab" for e in range(4) for b in range(4)]
     assert len({common.derive_seed(*key) for key in keys}) == len(keys)
-    assert common.derive_seed(torch.tensor(3).item(), "x") == common.derive_seed(np.int64(3), "x")
+    assert common.derive_seed(3, "x") == common.derive_seed(np.int64(3), "x")
     assert common.derive_seed(0, "x") == 7329383403727699100
 
 
-# --- whole processes ------------------------------------------------------------------------------
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("quiet", [True, False])
+def test_progress_is_a_bar_on_a_terminal_a_line_an_epoch_elsewhere_nothing_if_quiet(
+    tmp_path, capsys, monkeypatch, terminal, quiet
+):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    train(tmp_path, quiet=quiet)
+    printed = capsys.readouterr().out
+    assert ("[" in printed and "\r" in printed) == (terminal and not quiet)
+    *lines, headline, result = printed.replace("\r", "\n").splitlines()
+    assert headline.startswith("overall 50.0 %") and result.startswith("result: ")
+    lines = [line for line in lines if "images/s" in line and "[" not in line]
+    assert len(lines) == (0 if quiet else 3)
+    assert all("s left" in line and "loss" in line for line in lines)
 
 
-BAD = [
-    (["--dataset", "cifar11"], "cifar11"),
-    (["--dataset", "cifar10_lt", "--data-root", "nowhere"], "cifar-10-batches-py"),
-    (["--imb-ratio", "100000"], "with 0 of its"),
-    (["--gpus", "4", "--device", "auto"], "GPU"),
-    (["--out", "/proc/nothing"], "/proc/nothing"),
-    (["--device", "tpu"], "tpu"),
-    (["@flags.txt"], "@file"),
-    (["--eval", "missing.pt"], "missing.pt"),
-]
-
-
-@pytest.mark.parametrize(("flags", "named"), BAD, ids=[" ".join(flags) for flags, _ in BAD])
-def test_bad_input_is_one_line_and_exit_2(tmp_path, flags, named):
-    (tmp_path / "flags.txt").write_text('--out "open quote')
-    base = ["--device", "cpu"] if "--device" not in flags else []
-    done = call(*flags, out=tmp_path / "o", base=base, cwd=tmp_path)
-    lines = done.stderr.strip().splitlines()
-    assert done.returncode == 2 and len(lines) == 1, done.stderr
-    assert "error" in lines[0] and named in lines[0], done.stderr
+# --- command lines --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("capability", "chosen"), [((7, 5), "fp32"), ((8, 0), "bf16"), ((12, 0), "bf16")]
+    ("line", "said"),
+    [
+        ("--dataset cifar11", "cifar11"),
+        ("--dataset cifar10_lt --data-root nowhere", "cifar-10-batches-py"),
+        ("--imb-ratio 100000", "with 0 of its"),
+        ("--gpus 4 --device auto", "GPU"),
+        ("--device tpu", "tpu"),
+        ("--out /proc/nothing", "/proc/nothing"),
+    ],
 )
-def test_auto_takes_bf16_where_the_gpu_has_it(monkeypatch, capability, chosen):
-    here = {
-        "is_available": True,
-        "device_count": 1,
-        "set_device": None,
-        "get_device_capability": capability,
-    }
-    for name, value in here.items():
-        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-    args = Namespace(device="auto", gpus=1, precision="auto")
-    kept = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    try:
-        common._choose_device(args, False)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = kept
-    assert (args.device, args.precision) == ("cuda:0", chosen)
+def test_bad_input_is_one_line_and_exit_2(capsys, tmp_path, monkeypatch, line, said):
+    def start():
+        monkeypatch.chdir(tmp_path)
+        words = ["--device", "cpu", "--logger", "none", *line.split()]
+        common.launch(tsc.main, commands.parse("tsc", words))
 
-
-def test_a_closed_pipe_and_a_plain_terminal_end_without_a_traceback(tmp_path):
-    for flags, codes in ((["--help"], (0, 141)), (["--data-seed", "1"], (141,))):
-        line = shlex.join(command(*flags, out=tmp_path / "ö"))
-        script = f"set -o pipefail; {line} | head -1"
-        env = commands.environment() | {"PYTHONIOENCODING": "ascii"}
-        options = {"capture_output": True, "text": True, "env": env, "timeout": 120}
-        done = subprocess.run(["bash", "-c", script], **options)
-        assert done.returncode in codes and not done.stderr and done.stdout.count("\n") == 1, done
-    done = subprocess.run(command(out=tmp_path / "ö"), **options)
-    assert done.returncode == 0 and "\\xf6" in done.stdout and not done.stderr, done
-    script = f"{shlex.join(command(out=tmp_path / 'none'))} >&-"
-    done = subprocess.run(["bash", "-c", script], **options)
-    assert done.returncode == 0 and not done.stderr, done
-
-
-@pytest.mark.parametrize("words", ["toys theory", "geometry targets --classes 9 --dim 16"])
-def test_a_tool_whose_reader_has_gone_says_nothing(tmp_path, words):
-    line = f"cd {tmp_path} && {sys.executable} -m tools.{words} | true; exit ${{PIPESTATUS[0]}}"
-    options = {"capture_output": True, "text": True, "env": commands.environment()}
-    done = subprocess.run(["bash", "-c", line], **options)
-    assert done.returncode == 141 and not done.stderr, done
+    told = commands.refused(capsys, start)
+    assert "error: " in told and said in told
 
 
 def test_ranks_without_an_address_or_number_are_one_line(tmp_path, monkeypatch, capsys):
@@ -528,8 +357,42 @@ def test_ranks_without_an_address_or_number_are_one_line(tmp_path, monkeypatch, 
         ("x", "--epoch", lambda: common.parse("A test.", (), {"fit": ("fit",)}, {}, None, ["--epoch", "3"])),
     ):
         monkeypatch.setenv("RANK", rank)
-        said = commands.refused(capsys, call)
-        assert named in said and said.count("\n") == 1
+        assert named in commands.refused(capsys, call)
+
+
+@pytest.mark.parametrize(("capability", "chosen"), [((7, 5), "fp32"), ((8, 0), "bf16"), ((12, 0), "bf16")])
+def test_auto_takes_bf16_where_the_gpu_has_it(monkeypatch, capability, chosen):
+    here = {"is_available": True, "device_count": 1, "set_device": None}
+    for name, value in (here | {"get_device_capability": capability}).items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    args = Namespace(device="auto", gpus=1, precision="auto")
+    kept = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    common._choose_device(args, False)
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = kept
+    assert (args.device, args.precision) == ("cuda:0", chosen)
+
+
+def shell(line: str, *codes: int) -> str:
+    """What a shell line prints whose terminal knows ASCII; nothing on stderr."""
+    env = commands.environment() | {"PYTHONIOENCODING": "ascii"}
+    words = ["bash", "-c", f"set -o pipefail; {line}"]
+    done = subprocess.run(words, capture_output=True, text=True, env=env, timeout=200)
+    assert done.returncode in codes and not done.stderr, done
+    return done.stdout
+
+
+def test_a_closed_pipe_a_plain_terminal_and_no_stdout_end_without_a_traceback(tmp_path):
+    dataset = commands.tiny_letters(tmp_path / "tiny.npz", [3] * 10, [2] * 10)
+    short = "--epochs 1 --batch-size 10 --classifier-epochs 1 --classifier-batch-size 10".split()
+    start = commands.command("tsc.py", "--method", "kcl", "--dataset", dataset, *short)
+    run = f"{shlex.join(start)} --out {tmp_path}/"
+    assert shell(f"{run}ö --help | head -1", 0, 141).count("\n") == 1
+    assert shell(f"{run}ö | head -1", 141).count("\n") == 1
+    assert "\\xf6" in shell(f"{run}ö", 0)
+    assert shell(f"{run}none >&-", 0) == ""
+    tool = f"cd {tmp_path} && {sys.executable} -m tools"
+    for words in ("toys theory", "geometry targets --classes 9 --dim 16"):
+        assert shell(f"{tool}.{words} | true", 141) == ""
 
 
 def test_a_home_in_a_path_is_the_home(tmp_path, monkeypatch):
@@ -543,29 +406,3 @@ def test_a_home_in_a_path_is_the_home(tmp_path, monkeypatch):
     assert [args.dataset, args.data_root] == said[:2] and args.out == tmp_path / "c"
     args = report.make_parser().parse_args(["export", "~/run", "--out=~/x.pt"])
     assert (args.run, args.out) == (tmp_path / "run", tmp_path / "x.pt")
-
-
-@pytest.mark.parametrize("terminal", [True, False])
-def test_progress_is_a_bar_on_a_terminal_and_a_line_an_epoch_elsewhere(
-    tmp_path, capsys, monkeypatch, terminal
-):
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
-    train(tmp_path, args=make_args(tmp_path, quiet=False))
-    printed = capsys.readouterr().out
-    assert ("[" in printed and "\r" in printed) == terminal
-    lines = [
-        line
-        for line in printed.replace("\r", "\n").splitlines()
-        if "images/s" in line and "[" not in line
-    ]
-    assert len(lines) == 3 and all("s left" in line and "loss" in line for line in lines)
-
-
-def test_quiet_prints_only_the_result(tmp_path, capsys):
-    train(tmp_path, args=make_args(tmp_path, quiet=True))
-    lines = capsys.readouterr().out.splitlines()
-    assert (
-        len(lines) == 2
-        and lines[0].startswith("overall 50.0 %")
-        and lines[1].startswith("result: ")
-    )

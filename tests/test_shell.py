@@ -11,7 +11,7 @@ from pathlib import Path
 import commands
 import pytest
 
-ROOT = commands.ROOT
+PYTHON = Path(sys.executable)
 
 
 @pytest.fixture
@@ -20,49 +20,52 @@ def checkout(tmp_path):
     root = tmp_path / "a b" / "long tail"
     for name in ("env.sh", "run_all.sh", "tests/run.sh", ".ci/run"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, root / name)
-    (root / "requirements.txt").write_text("pytest>=7  # a comment\n")
-    (root / "tests" / "requirements.txt").write_text("\n# nothing\n")
+        shutil.copy(commands.ROOT / name, root / name)
     echo = "import os\nimport sys\n\nprint(sys.argv[1:], os.getcwd(), sys.prefix)\n"
-    (root / "tools").mkdir()
-    (root / "tools" / "report.py").write_text(echo + 'print(sys.stdin.read().count(".py"))\n')
-    (root / "tests" / "test_one.py").write_text("def test_one():\n    assert True\n")
+    for name, text in (
+        ("requirements.txt", "pytest>=7  # a comment\n"),
+        ("tests/requirements.txt", "\n# nothing\n"),
+        ("tools/report.py", echo + 'print(sys.stdin.read().count(".py"))\n'),
+        ("tests/test_one.py", "def test_one():\n    assert True\n"),
+    ):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text(text)
     return root
 
 
-def shell(script: Path, *words: str, **environment: str) -> subprocess.CompletedProcess:
-    """Run a script from elsewhere; this interpreter's folder comes first."""
+def shell(script: Path, *words: str, code: int = 0, **environment) -> str:
+    """What a script says, run from elsewhere; this interpreter's folder comes first."""
     hidden = ("PYTHON", "PYTHONPATH", "VIRTUAL_ENV")
-    kept = {k: v for k, v in os.environ.items() if k not in hidden}
-    kept["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return subprocess.run(
-        ["bash", str(script), *words], cwd=script.anchor, capture_output=True, text=True,
-        env=kept | {"PIP_NO_INDEX": "1"} | environment, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+    kept = {key: value for key, value in os.environ.items() if key not in hidden}
+    kept |= {"PATH": f"{PYTHON.parent}{os.pathsep}{os.environ['PATH']}", "PIP_NO_INDEX": "1"}
+    kept |= {key: str(value) for key, value in environment.items()}
+    options = {"cwd": script.anchor, "env": kept, "stdin": subprocess.DEVNULL, "text": True}
+    words = ["bash", str(script), *words]
+    done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+    assert done.returncode == code, done.stdout
+    return done.stdout
 
 
 def test_run_all_uses_an_interpreter_that_has_everything(checkout):
-    done = shell(checkout / "run_all.sh", "--only", "two words")
-    assert done.returncode == 0, done.stderr
-    assert "it has the requirements" in done.stdout
-    assert f"['run', '--only', 'two words'] {checkout}" in done.stdout
-    assert int(done.stdout.splitlines()[-1]) >= 4, "the lines come on standard input"
+    said = shell(checkout / "run_all.sh", "--only", "two words")
+    assert "it has the requirements" in said
+    assert f"['run', '--only', 'two words'] {checkout}" in said
+    assert int(said.splitlines()[-1]) >= 4, "the lines come on standard input"
     assert not (checkout / ".venv").exists()
 
 
 def test_given_interpreter_is_used_as_it_is(checkout):
-    (checkout / "requirements.txt").write_text("surely-absent>=1\npytest>=999\n")
-    done = shell(checkout / "run_all.sh", PYTHON=sys.executable)
-    assert done.returncode == 0, done.stderr
-    assert "using PYTHON=" in done.stdout
-    assert "which lacks surely-absent, pytest>=999" in done.stdout
+    script, needs = checkout / "run_all.sh", checkout / "requirements.txt"
+    needs.write_text("surely-absent>=1\npytest>=999\n")
+    said = shell(script, PYTHON=PYTHON)
+    assert "using PYTHON=" in said and "which lacks surely-absent, pytest>=999" in said
     assert not (checkout / ".venv").exists()
-    (checkout / "requirements.txt").write_text("numpy\ntorch\n")
+    needs.write_text("numpy\ntorch\n")
     bare = checkout / "bare"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(bare)], check=True)
+    subprocess.run([PYTHON, "-m", "venv", "--without-pip", bare], check=True)
     for python, words in ((bare / "bin" / "python", "no numpy"), ("nowhere", "no such program")):
-        done = shell(checkout / "run_all.sh", PYTHON=str(python))
-        assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
+        said = shell(script, code=2, PYTHON=python)
+        assert words in said and said.count("\n") == 1
 
 
 def wheel(folder: Path, name: str) -> None:
@@ -77,42 +80,34 @@ def wheel(folder: Path, name: str) -> None:
 
 
 def test_else_a_venv_is_made_and_an_interrupted_one_is_finished(checkout, tmp_path):
-    (checkout / "requirements.txt").write_text("lt-one>=1.0\n")
     script, shelf, venv = checkout / "run_all.sh", tmp_path / "shelf", checkout / ".venv"
+    needs = checkout / "requirements.txt"
+    needs.write_text("lt-one>=1.0\n")
     wheel(shelf, "lt_one")
     (venv / "bin").mkdir(parents=True)
     for name in ("unfinished", "bin/python"):  # what a killed installation leaves
         (venv / name).touch(mode=0o755)
-    done = shell(script, PIP_FIND_LINKS=str(shelf))
-    assert done.returncode == 0, done.stderr
-    assert "making .venv" in done.stdout and str(venv) in done.stdout.splitlines()[-2]
+    said = shell(script, PIP_FIND_LINKS=shelf)
+    assert "making .venv" in said and str(venv) in said.splitlines()[-2]
     assert not (venv / "unfinished").exists()
-    done = shell(script)
-    assert done.returncode == 0 and "using .venv: it has the requirements" in done.stdout
-    (checkout / "requirements.txt").write_text("lt-one\nlt-two\n")
-    done = shell(script, PIP_FIND_LINKS=str(shelf))
-    assert done.returncode == 2 and "pip failed" in done.stderr and (venv / "unfinished").exists()
-    assert "making" not in done.stdout, "what was whole is kept"
+    assert "using .venv: it has the requirements" in shell(script)
+    needs.write_text("lt-one\nlt-two\n")
+    said = shell(script, code=2, PIP_FIND_LINKS=shelf)
+    assert "pip failed" in said and (venv / "unfinished").exists()
+    assert "making" not in said, "what was whole is kept"
 
 
-def test_the_tests_exit_code_is_passed_on(checkout):
-    alone = ["-n", "0"] if importlib.util.find_spec("xdist") else []  # no processes for one test
-    for script in (checkout / "tests" / "run.sh", checkout / ".ci" / "run"):
-        done = shell(script, "-k", "one", *alone)
-        assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
-        assert shell(script, "-k", "nothing", *alone).returncode == 5, "no test ran"
-    test = checkout / "tests" / "test_one.py"
-    test.write_text("def test_one():\n    raise AssertionError\n")
-    assert shell(checkout / "tests" / "run.sh", *alone).returncode == 1
-    assert shell(checkout / ".ci" / "run", *alone).returncode == 1
-    test.write_text("import pytest\n\n\n@pytest.mark.skip\ndef test_one():\n    pass\n")
-    assert shell(checkout / "tests" / "run.sh", *alone).returncode == 0
-    done = shell(checkout / ".ci" / "run", *alone)
-    assert done.returncode == 1 and "no test has passed" in done.stderr
-
-
-def test_lint_errors_fail_the_tests_too(checkout):
+def test_the_tests_exit_code_and_lint_errors_are_passed_on(checkout):
     pytest.importorskip("ruff")
-    (checkout / "tests" / "test_one.py").write_text("import os\ndef test_one(): pass\n")
-    done = shell(checkout / "tests" / "run.sh")
-    assert done.returncode == 1 and "1 passed" in done.stdout and "F401" in done.stdout
+    alone = ["-n", "0"] if importlib.util.find_spec("xdist") else []  # no processes for one test
+    run, ci, test = checkout / "tests/run.sh", checkout / ".ci/run", checkout / "tests/test_one.py"
+    for text, code, told in (
+        ("def test_one():\n    assert True\n", 0, "1 passed"),
+        ("def test_one():\n    raise AssertionError\n", 1, "1 failed"),
+        ("def helper():\n    pass\n", 5, "no tests ran"),
+        ("import os\ndef test_one(): pass\n", 1, "F401"),
+        ("import pytest\n\n\n@pytest.mark.skip\ndef test_one():\n    pass\n", 1, "no test has passed"),
+    ):
+        test.write_text(text)
+        assert told in shell(ci, *alone, code=code)  # what it calls is run.sh
+    assert "1 skipped" in shell(run, *alone)
