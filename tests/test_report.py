@@ -217,51 +217,36 @@ PUBLISHED = """
     87.8 88.5  fsgl C10 --method glmc
        -    -  fsgl glyphs_lt
        -    -  fsgl C10 --imb-ratio 10
-       -    -  fsgl C10 --imb-type step
        -    -  fsgl C10 --fcc 0.2
        -    -  fsgl C10 --epochs 3
-       -    -  fsgl C10 --method ce
     76.4    -  bns_ipdpp C10
     46.7    -  bns_ipdpp C100 --imb-ratio 200
     68.2    -  bns_ipdpp C10 --method bns
-       -    -  bns_ipdpp IMAGENET
        -    -  bns_ipdpp C10 --imb-ratio 20
-       -    -  bns_ipdpp C10 --subset-mode uniform
     73.8    -  ssp_pretrain C10 --eval-every 5
     71.3 70.4  ssp_pretrain C10 --ssp none
     73.4    -  ssp_pretrain C10 --rule resample
-    74.9    -  ssp_pretrain C10 --rule reweight
     59.1    -  ssp_pretrain C100 --imb-ratio 10 --rule drw
-    74.1    -  ssp_pretrain C10 --loss ldam
     43.4    -  ssp_pretrain C100 --loss ldam --rule drw
     76.2    -  ssp_pretrain C10 --backbone resnet110 --imb-ratio 20 --loss ldam --ssp none
     45.6    -  ssp_pretrain IMAGENET
     51.3    -  ssp_pretrain IMAGENET --stages pretrain,train,classifier
     65.9    -  ssp_pretrain inat18 --rule resample
-       -    -  ssp_pretrain IMAGENET --backbone resnet10
        -    -  ssp_pretrain C10 --ssp moco
-       -    -  ssp_pretrain C10 --loss balanced
-       -    -  ssp_pretrain C10 --stages pretrain,train,classifier
     81.6    -  SEMI a.npz
-    81.6    -  SEMI a.npz --imb-ratio-unlabeled 50
     80.1    -  SEMI a.npz --imb-ratio-unlabeled 100
-       -    -  SEMI a.npz --imb-ratio-unlabeled 100 --loss ldam
        -    -  SEMI leftover
     79.7    -  tsc C10
     77.6    -  tsc C10 --method kcl
     88.7    -  tsc C10 --imb-ratio 10
     79.5    -  tsc C10 --target-weight 0.5
-       -    -  tsc C10 --target-weight 0.4
     77.5    -  tsc C10 --projection-dim 3
-    72.3    -  tsc C10 --projection-dim 3 --method kcl
     52.4 52.4  tsc IMAGENET
     51.3    -  tsc IMAGENET --warmup 0
     52.3    -  tsc IMAGENET --epochs 200
-    51.6    -  tsc IMAGENET --method kcl
     51.5 51.4  tsc IMAGENET --method kcl --epochs 200
     46.6    -  tailcalibx C100 --method cbd_tailcalibx --seed 3
     61.1    -  tailcalibx C100 --method cbd_tailcalibx --imb-ratio 10
-       -    -  tailcalibx C100 --method cbd_tailcalibx --alpha 0.1
        -    -  tailcalibx C100
     44.7    -  tailcalibx mini_imagenet_lt
 """
@@ -272,10 +257,8 @@ ROWS = {  # of tables
     "toy_similarity C10": {"truck (tail)": [32.8, 19.8]},
     "ssp_pretrain C10": {"rotation accuracy, test set (%)": [83.8]},
     "toy_similarity C10 --imb-ratio 10": {},
-    "toy_similarity C10 --imb-type step": {},
     "toy_similarity C10 --method control": {},
     "toy_similarity glyphs_lt": {},
-    "ssp_pretrain C100": {},
 }
 
 
