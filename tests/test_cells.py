@@ -273,16 +273,17 @@ def test_a_failed_cell_does_not_stop_the_others(desk):
 def test_a_signal_lets_the_cells_save_and_a_second_kills_the_deaf(desk, number, code, deaf):
     lines = f"long | {desk.script} --hang {deaf} | 0\nnever | {desk.script} | 0"
     (desk.path / "cells").write_text(lines)
-    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 (also in background)
+    default = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 (also in background)
     process = subprocess.Popen(
         [sys.executable, "-m", "tools.report", "run", "cells", "--jobs", "1"],
-        stdout=subprocess.PIPE, text=True, preexec_fn=heard, env=commands.environment())
+        stdout=subprocess.PIPE, text=True, preexec_fn=default, env=commands.environment())
     hanging, limit = desk.path / "runs" / "hanging", time.monotonic() + 200
     while not (hanging.exists() and hanging.read_text()):
         assert process.poll() is None and time.monotonic() < limit, "the cell did not start"
         time.sleep(0.05)
     process.send_signal(getattr(signal, number))
-    assert any(f"{number}: the cells save and stop; the same command continues" in line for line in process.stdout)
+    heard = f"{number}: the cells save and stop; the same command continues\n"
+    assert heard in iter(process.stdout.readline, "")
     if deaf:
         assert process.poll() is None and os.kill(int(hanging.read_text()), 0) is None
         process.send_signal(signal.SIGTERM)
