@@ -17,7 +17,6 @@ import argparse
 import functools
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,8 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import commands  # noqa: E402
 
@@ -65,13 +63,8 @@ def cifar_like(path: Path, n_max: int, n_test: int, side: int) -> None:
 
 def run_method(words: Sequence[str], data: Path, out: Path, device: str) -> tuple[dict, list[dict]]:
     """Arguments of a finished run and the last row of each of its stages."""
-    script, *flags = words
-    line = [sys.executable, str(ROOT / script), *flags, "--dataset", str(data), "--out", str(out)]
-    line += ["--device", device, "--logger", "none", "--quiet", "--eval-every", "1000"]
-    done = subprocess.run(line, capture_output=True, text=True)
-    if done.returncode:
-        why = done.stderr.strip().splitlines()[-1]
-        raise SystemExit(f"benchmarks.py: error: {' '.join(words)}: {why}")
+    more = ["--dataset", data, "--device", device, "--quiet", "--eval-every", 1000]
+    commands.run(*words, *more, out=out, timeout=3600)
     folder = commands.folder(out)
     rows = [json.loads(row) for row in (folder / "metrics.jsonl").read_text().splitlines()]
     last = {row["stage"]: row for row in rows}
