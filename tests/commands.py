@@ -60,7 +60,8 @@ def environment() -> dict[str, str]:
 def command(script: str, *flags, out=None) -> list[str]:
     """The command line of a script of the repository or of tests/: on the CPU, without TensorBoard."""
     folder = [] if out is None else ["--out", str(out)]
-    return [sys.executable, str(ROOT / script), "--device", "cpu", "--logger", "none", *folder, *map(str, flags)]
+    usual = ["--device", "cpu", "--logger", "none", *folder]
+    return [sys.executable, str(ROOT / script), *usual, *map(str, flags)]
 
 
 def run(script: str, *flags, out=None, code: int = 0, timeout: float = 300) -> subprocess.CompletedProcess:
