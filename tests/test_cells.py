@@ -287,7 +287,7 @@ def test_a_signal_lets_the_cells_save_and_a_second_kills_the_deaf(desk, number, 
     if deaf:
         assert process.poll() is None and os.kill(int(hanging.read_text()), 0) is None
         process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=100)
+    process.communicate(timeout=40)  # a cell has 60 s to save
     assert process.returncode == code
     with pytest.raises(ProcessLookupError):
         os.kill(int(hanging.read_text()), 0)
