@@ -5,6 +5,7 @@ import contextlib
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 import common
 import data_lt
@@ -37,30 +39,29 @@ def tiny_letters(path: Path, train=(20,) * 10, test=(10,) * 10, side: int = 16) 
 
 def load(**flags) -> data_lt.Splits:
     """`data_lt.load` for these flags, the others left alone."""
-    usual = {"dataset": "glyphs_lt", "data_root": "data", "imb_ratio": None, "imb_type": "exp", "data_seed": 0}
-    return data_lt.load(argparse.Namespace(**usual | {"image_size": None} | flags))
+    usual = {"dataset": "glyphs_lt", "data_root": "data", "imb_ratio": None, "imb_type": "exp"}
+    return data_lt.load(argparse.Namespace(**usual | {"data_seed": 0, "image_size": None} | flags))
 
 
 def parse(script: str, words) -> argparse.Namespace:
-    """The arguments of a script, by its own parser or by its table of flags."""
+    """The arguments of a script, by its table of flags."""
     module = importlib.import_module(script)
-    if hasattr(module, "parse_args"):
-        return module.parse_args(list(words))
-    table = module.FLAGS, module.METHODS, module.OTHER
-    named = getattr(module, "NAMED", "method")
-    return common.parse(module.__doc__, *table, data_lt.peek_image_size, list(words), named)
+    table = module.FLAGS, module.METHODS, module.OTHER, data_lt.peek_image_size
+    return common.parse(module.__doc__, *table, list(words), getattr(module, "NAMED", "method"))
 
 
 def environment() -> dict[str, str]:
     """This process's environment, one thread, outside any launcher."""
-    clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    launcher = "RANK", "WORLD_SIZE", "LOCAL_RANK"
+    clean = {key: value for key, value in os.environ.items() if key not in launcher}
     return clean | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(ROOT)}
 
 
 def command(script: str, *flags, out=None) -> list[str]:
-    """The command line of a script of the repository (or of tests/): on the CPU, without TensorBoard."""
+    """The command line of a script of the repository or of tests/: on the CPU, without TensorBoard."""
     folder = [] if out is None else ["--out", str(out)]
-    return [sys.executable, str(ROOT / script), "--device", "cpu", "--logger", "none", *folder, *map(str, flags)]
+    usual = ["--device", "cpu", "--logger", "none", *folder]
+    return [sys.executable, str(ROOT / script), *usual, *map(str, flags)]
 
 
 def run(script: str, *flags, out=None, code: int = 0, timeout: float = 300) -> subprocess.CompletedProcess:
@@ -157,18 +158,10 @@ def stopped(stage: str, epoch: int, step: int):
 
 def state(folder, stage: str) -> dict[str, torch.Tensor]:
     """All tensors of a stage's checkpoint by their path in it, such as model/head.bias."""
-    found = {}
-
-    def walk(value, path):
-        if isinstance(value, torch.Tensor):
-            found["/".join(path)] = value
-        pairs = value.items() if isinstance(value, dict) else ()
-        pairs = enumerate(value) if isinstance(value, list | tuple) else pairs
-        for key, part in pairs:
-            walk(part, [*path, str(key)])
-
-    walk(common.load_checkpoint(Path(folder) / f"{stage}.pt")["state"], [])
-    return found
+    saved = common.load_checkpoint(Path(folder) / f"{stage}.pt")["state"]
+    parts, _ = tree_flatten_with_path(saved)
+    named = {"/".join(re.findall(r"\w[\w.]*", keystr(path))): part for path, part in parts}
+    return {name: part for name, part in named.items() if isinstance(part, torch.Tensor)}
 
 
 def same(one: dict, other: dict) -> bool:

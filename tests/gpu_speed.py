@@ -1,22 +1,22 @@
 """How fast each method trains against a bare step of its network: `benchmarks.py --gpu`.
 
 Every method runs as its user starts it, at its CIFAR-10-LT settings, on random images of that set's
-size for a few epochs, eager and with --compile; what it did in the last epoch of each stage is read
-from its own metrics.jsonl. The bare step is forward, backward and optimiser of the same network on
-one fixed batch of the same size, eager, compiled, and on a GPU captured as a graph. One JSON line a
-stage that trains the network:
+size for a few epochs, eager and with --compile; its metrics.jsonl tells of the last epoch of each
+stage. The bare step is forward, backward and optimiser of the same network on one fixed batch of the
+same size. One JSON line a stage that trains the network:
 
   passes_per_second   images forward and backward a second, all views (without gradient: 0)
   data_wait           share of the training time spent waiting for the next batch
   of_bare             passes_per_second / those of the eager bare step
   utilisation         operations (2 a multiply-add) of the network / the peak of the GPU
   compiled            passes_per_second with --compile
-  bare, bare_compiled, bare_graphed   passes a second of the bare step
+  bare, bare_compiled, bare_graphed   passes a second of the bare step, graphed on a GPU only
 """
 
+import argparse
+import functools
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,8 +28,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import commands  # noqa: E402
 
 import common  # noqa: E402
 import models  # noqa: E402
@@ -51,7 +52,7 @@ PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # operations a second, 
 
 def cifar_like(path: Path, n_max: int, n_test: int, side: int) -> None:
     """Random images in the numbers of CIFAR-10-LT (ratio 100): n_max in the first class."""
-    rng, counts = np.random.default_rng(0), long_tail_counts(10, n_max, 100, "exp")
+    rng, counts = np.random.default_rng(0), long_tail_counts(10, n_max, 100)
     arrays = {}
     for split, each in (("train", counts), ("test", n_test)):
         labels = np.repeat(np.arange(10), each)
@@ -62,14 +63,9 @@ def cifar_like(path: Path, n_max: int, n_test: int, side: int) -> None:
 
 def run_method(words: Sequence[str], data: Path, out: Path, device: str) -> tuple[dict, list[dict]]:
     """Arguments of a finished run and the last row of each of its stages."""
-    script, *flags = words
-    line = [sys.executable, str(ROOT / script), *flags, "--dataset", str(data), "--out", str(out)]
-    line += ["--device", device, "--logger", "none", "--quiet", "--eval-every", "1000"]
-    done = subprocess.run(line, capture_output=True, text=True)
-    if done.returncode:
-        why = done.stderr.strip().splitlines()[-1]
-        raise SystemExit(f"benchmarks.py: error: {' '.join(words)}: {why}")
-    (folder,) = {path.parent for path in out.glob("*/*/*/seed*/args.json")}
+    more = ["--dataset", data, "--device", device, "--quiet", "--eval-every", 1000]
+    commands.run(*words, *more, out=out, timeout=3600)
+    folder = commands.folder(out)
     rows = [json.loads(row) for row in (folder / "metrics.jsonl").read_text().splitlines()]
     last = {row["stage"]: row for row in rows}
     return json.loads((folder / "args.json").read_text()), list(last.values())
@@ -81,36 +77,33 @@ def batch_of(row: dict) -> int:
     return round(row["passes"] / ((row["epoch"] + 1) * row["steps"]) / per_image)
 
 
-def seconds_of(step: Callable, device: str, repeats: int = 30) -> float:
-    """Median seconds of a step, after ten that are not counted."""
+def seconds_of(step: Callable, device: str) -> float:
+    """Median seconds of 30 steps, after ten that are not counted."""
     spent = []
-    for turn in range(repeats + 10):
+    for _ in range(40):
         begin = time.perf_counter()
         step()
         if device.startswith("cuda"):
             torch.cuda.synchronize()
-        if turn >= 10:
-            spent.append(time.perf_counter() - begin)
-    return statistics.median(spent)
+        spent.append(time.perf_counter() - begin)
+    return statistics.median(spent[10:])
 
 
-def bare_steps(name: str, shape: tuple[int, int], args, compiled: bool) -> dict:
-    """Passes a second of bare steps of a backbone with ten classes, and operations of one pass.
-
-    shape: (batch, side) of the images. args: device and precision.
-    """
-    batch, side = shape
-    images = torch.randn(batch, 3, side, side, device=args.device)
+@functools.cache
+def bare_steps(name: str, batch: int, side: int, device: str, precision: str, compiled: bool):
+    """Passes a second of bare steps of a backbone with ten classes, and operations of one pass."""
+    args = argparse.Namespace(device=device, precision=precision)
+    images = torch.randn(batch, 3, side, side, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
-    labels = torch.arange(batch, device=args.device) % 10
-    modes = {"bare": None} | ({"bare_compiled": "default"} if compiled else {})
-    if compiled and args.device.startswith("cuda"):
-        modes["bare_graphed"] = "reduce-overhead"
-    found = {"bare_compiled": None, "bare_graphed": None}
-    for kind, mode in modes.items():
+    labels = torch.arange(batch, device=device) % 10
+    modes = {"bare": None, "bare_compiled": "default", "bare_graphed": "reduce-overhead"}
+    found = dict.fromkeys(modes)
+    if not device.startswith("cuda"):
+        del modes["bare_graphed"]
+    for kind, mode in modes.items() if compiled else [("bare", None)]:
         backbone = models.backbone(name)
         net = models.Net(backbone, torch.nn.Linear(backbone.feature_dim, 10))
-        net = net.to(args.device, memory_format=torch.channels_last)
+        net = net.to(device, memory_format=torch.channels_last)
         optimizer = common.sgd(net.parameters(), 0.01)
         network = torch.compile(net, mode=mode) if mode else net
 
@@ -122,11 +115,11 @@ def bare_steps(name: str, shape: tuple[int, int], args, compiled: bool) -> dict:
             loss.backward()
             optimizer.step()
 
-        if kind == "bare":
+        if not mode:
             with FlopCounterMode(display=False) as counter:
                 step()
             found["operations"] = counter.get_total_flops() / batch
-        found[kind] = batch / seconds_of(step, args.device)
+        found[kind] = batch / seconds_of(step, device)
     return found
 
 
@@ -138,19 +131,17 @@ def measure(name: str, words: Sequence[str], data: Path, device: str, compiled: 
         if compiled:
             again = run_method([*words, "--compile"], data, Path(folder) / "compiled", device)[1]
             faster = {row["stage"]: round(row["timing"]["passes_per_second"]) for row in again}
-    args = type("Args", (), {"device": device, "precision": said["precision"]})
     card = torch.cuda.get_device_name() if device.startswith("cuda") else ""
-    peak, bare = next((PEAK[key] for key in PEAK if key in card), None), {}
+    peak = next((PEAK[key] for key in PEAK if key in card), None)
+    side, kinds = np.load(data)["x_test"].shape[1], ("bare", "bare_compiled", "bare_graphed")
     for row in rows:
         if not row["passes"]:
             continue  # a classifier on a frozen network: nothing to compare with its whole step
-        shape = batch_of(row), np.load(data)["x_test"].shape[1]
-        bare[shape] = bare.get(shape) or bare_steps(said["backbone"], shape, args, compiled)
-        floor, passes = bare[shape], row["timing"]["passes_per_second"]
-        kinds = ("bare", "bare_compiled", "bare_graphed")
+        batch, passes = batch_of(row), row["timing"]["passes_per_second"]
+        floor = bare_steps(said["backbone"], batch, side, device, said["precision"], compiled)
         yield {
-            "name": name, "stage": row["stage"], "backbone": said["backbone"], "batch": shape[0],
-            "precision": args.precision, "passes_per_second": round(passes),
+            "name": name, "stage": row["stage"], "backbone": said["backbone"], "batch": batch,
+            "precision": said["precision"], "passes_per_second": round(passes),
             "data_wait": row["timing"]["data_wait_share"],
             "of_bare": round(passes / floor["bare"], 3),
             "utilisation": round(passes * floor["operations"] / peak, 4) if peak else None,

@@ -10,35 +10,32 @@ from test_report import put, result
 from tools import figures, report
 
 pytest.importorskip("matplotlib")
-
-
-def drawn(folder, name: str, lines: str = "") -> dict[str, bytes]:
-    """The files that `tools.report figures` makes of the runs in a folder."""
-    (folder / "cells").write_text(lines)
-    words = ["figures", str(folder), "--out", str(folder / name)]
-    assert report.main([*words, "--cells", str(folder / "cells")]) == 0
-    return {path.name: path.read_bytes() for path in (folder / name).iterdir()}
+BINS = {key: [1, 0.5, 0] * 5 for key in ("count", "confidence", "accuracy")}
 
 
 def test_pictures_of_results_are_the_same_bytes_every_time(tmp_path):
     many = {"counts": list(range(1, 61)), "per_class": [0.5] * 60}
-    reliability = {key: [1, 0.5, 0] * 5 for key in ("count", "confidence", "accuracy")}
     plain = {"dataset": "cifar100_lt_ir100", "tables": []}
-    for name, more in (("kcl", {}), ("tsc", many), ("tsc_k2", {"reliability": reliability})):
+    for name, more in (("kcl", {}), ("tsc", many), ("tsc_k2", {"reliability": BINS})):
         paths = put(tmp_path, *(result(seed, variant=name, **plain, **more) for seed in (0, 1)))
     row = {"stage": "kcl", "epoch": 0, "loss": 0.5}
     paths[0].with_name("metrics.jsonl").write_text(json.dumps(row) + "\n")
     put(tmp_path, result(0))
     c100 = "tsc.py --dataset cifar100_lt"
-    lines = f"""claim KCL, few: it | {c100} --method kcl | 0,1
-                claim KCL, few: TSC | {c100} | 0,1
-                claim alone: KCL | {c100} --method kcl | 0,1
-                league, all: KCL | {c100} --method kcl | 0,1
-                league, all: TSC | {c100} | 0,1
-                league, all: two | {c100} --k 2 | 0,1"""
-    first, second = drawn(tmp_path, "a", lines), drawn(tmp_path, "b", lines)
-    assert first == second and all(data.startswith(b"\x89PNG") for data in first.values())
-    assert sorted(first) == [
+    (tmp_path / "cells").write_text(f"""
+        claim KCL, few: it | {c100} --method kcl | 0,1
+        claim KCL, few: TSC | {c100} | 0,1
+        claim alone: KCL | {c100} --method kcl | 0,1
+        league, all: KCL | {c100} --method kcl | 0,1
+        league, all: TSC | {c100} | 0,1
+        league, all: two | {c100} --k 2 | 0,1""")
+    drawn = []
+    for out in (tmp_path / "a", tmp_path / "b"):
+        words = [str(tmp_path), "--out", str(out), "--cells", str(tmp_path / "cells")]
+        assert report.main(["figures", *words]) == 0
+        drawn.append({path.name: path.read_bytes() for path in out.iterdir()})
+    assert drawn[0] == drawn[1] and all(data.startswith(b"\x89PNG") for data in drawn[0].values())
+    assert sorted(drawn[0]) == [
         "claim-KCL-cifar100_lt_ir100.png",
         "league-all-cifar100_lt_ir100-reliability.png",
         "league-all-cifar100_lt_ir100.png",
@@ -60,17 +57,15 @@ def test_without_matplotlib_figures_stop_and_tables_go_on(tmp_path, monkeypatch,
 
 
 def test_pictures_of_a_run_go_into_its_folder(tmp_path, capsys):
-    bins = {key: [1, 0.5, 0] * 5 for key in ("count", "confidence", "accuracy")}
-    (path,) = put(tmp_path / "runs", result(0, reliability=bins))
+    names = ["$a^_%", "caf\udce9", "new\nline"]  # that of a folder need not be text
+    (path,) = put(tmp_path / "runs", result(0, reliability=BINS, classes=names))
     row = {"stage": "train", "epoch": 0, "loss": 0.0, "test": {"overall": 0.5}}
     path.with_name("metrics.jsonl").write_text(json.dumps(row) + "\n")
     features = np.random.RandomState(0).randn(60, 5).astype(np.float32)
-    labels = np.repeat([0, 1, 2], 20)
-    np.savez(path.with_name("features_test.npz"), features=features, labels=labels)
+    np.savez(path.with_name("features_test.npz"), features=features, labels=np.repeat([0, 1, 2], 20))
     assert figures.main([str(tmp_path / "runs")]) == 0
-    assert {picture.stem for picture in path.parent.glob("*.png")} == {
-        "A-B", "confusion", "features_test", "learning", "recall", "reliability"
-    }  # fmt: skip
+    stems = {picture.stem for picture in path.parent.glob("*.png")}
+    assert stems == {"A-B", "confusion", "features_test", "learning", "recall", "reliability"}
     assert capsys.readouterr().out.count("wrote ") == 6
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "result.json").write_text("{}")
@@ -84,9 +79,3 @@ def test_principal_plane_is_that_of_an_svd():
     left, scale, _ = np.linalg.svd(x - x.mean(0), full_matrices=False)
     ours, expected = figures.principal_plane(x), left[:, :2] * scale[:2]
     np.testing.assert_allclose(np.abs(ours), np.abs(expected), atol=1e-10)
-
-
-def test_names_that_are_no_text_get_their_picture(tmp_path):
-    names = ["$a^_%", "caf\udce9", "new\nline"]
-    (path,) = put(tmp_path, result(0, classes=names))
-    assert "confusion.png" in [place.name for place in figures.draw_run(path.parent)]
