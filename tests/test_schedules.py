@@ -38,13 +38,6 @@ def test_golden_pretraining_schedules(golden):
     assert_lr((common.cosine_lr(base_lr, e + 1, total) for e in range(total)), golden["cos_used"])
 
 
-@pytest.mark.golden("unified_perspective_toy_counts")
-def test_golden_toy_schedule(golden):
-    golden.waive("case.*|profile_.*", "class counts: checked with the long-tail profiles")
-    base_lr, epochs = golden.scalar("base_lr"), golden["lr_epochs"].tolist()
-    assert_lr((common.step_lr(base_lr, e, 200) for e in epochs), golden["lr_toy"])
-
-
 @pytest.mark.golden("tsc_schedule")
 def test_golden_schedules_of_tsc(golden):
     base_lr, total = golden.scalar("moco_lr"), golden.scalar("moco_epochs")
