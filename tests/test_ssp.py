@@ -279,45 +279,45 @@ def call(*flags, out) -> dict:
     return commands.launch(ssp, parsed(*flags), out)
 
 
-def state(run: dict, stage: str, part: str = "") -> dict[str, torch.Tensor]:
-    """Tensors of a stage's checkpoint, or of a part of it such as model, by name."""
-    found, start = commands.state(run["folder"], stage), f"{part}/" if part else ""
-    return {key.removeprefix(start): x for key, x in found.items() if key.startswith(start)}
+def refused(capsys, *flags, out) -> str:
+    return commands.refused(capsys, call, *flags, out=out)
 
 
-def check_begun_again(tmp_path, stages: str, *flags) -> dict:
+def state(run: dict, stage: str) -> dict[str, torch.Tensor]:
+    return commands.state(run["folder"], stage)
+
+
+def check_begun_again(tmp_path, *flags) -> dict:
     """A run that was stopped at the last step of each stage ends as one that was not."""
     straight = call(*flags, out=tmp_path / "a")
     last = {row["stage"]: (row["epoch"], row["steps"] - 1) for row in straight["rows"]}
-    for name in stages.split(","):
-        with commands.stopped(name, *last[name]):
+    for name, place in last.items():
+        with commands.stopped(name, *place):
             call(*flags, out=tmp_path / "b")
     again = call(*flags, out=tmp_path / "b")
     assert again["rows"] == straight["rows"] and again["result"] == straight["result"]
-    for name in stages.split(","):
-        assert same(state(again, name), state(straight, name)), name
+    assert all(same(state(again, name), state(straight, name)) for name in last)
     return straight
 
 
 @pytest.mark.parametrize("method", PRE)
 def test_pre_training_and_three_stages_begun_again_in_each(tmp_path, method):
-    stages = "pretrain,train,classifier"
     recipe = {"rotation": "--loss balanced --rule resample", "moco": "--loss ldam --rule drw"}[method]
-    flags = [PRE[method], "--stages", stages, CLASSIFIER, recipe, "--select val"]
-    run = check_begun_again(tmp_path, stages, *flags)
-    rows, scheme = run["rows"], state(run, "pretrain", "scheme")
+    stages = "--stages pretrain,train,classifier"
+    run = check_begun_again(tmp_path, PRE[method], stages, CLASSIFIER, recipe, "--select val")
+    rows = run["rows"]
     assert [row["stage"] for row in rows] == ["pretrain"] + ["train"] * 2 + ["classifier"] * 2
     assert "val" in rows[-1] and (run["folder"] / "classifier_best.pt").exists()
     logged = {"rotation": {"rotation_accuracy", "test_rotation_accuracy"},
               "moco": {"contrast_accuracy", "same_label", "other_label"}}[method]  # fmt: skip
     assert logged <= rows[0].keys() and not logged & rows[1].keys() and "test" not in rows[0]
-    assert {"keys", "pointer"} <= scheme.keys() or method == "rotation"
-    trained = state(run, "train", "model")
-    for name, value in state(run, "classifier", "model").items():
-        assert torch.equal(value, trained[name]) == name.startswith("backbone."), name
+    assert {"scheme/keys", "scheme/pointer"} <= state(run, "pretrain").keys() or method == "rotation"
+    trained, last = state(run, "train"), state(run, "classifier")
+    for name in filter(lambda name: name.startswith("model"), trained):
+        assert torch.equal(last[name], trained[name]) == ("backbone" in name), name
 
 
-CHANGES = [  # base, the first stage whose loss each of the flags changes
+CHANGES = [  # flags, and the first stage whose loss each of these changes
     (PRE["moco"], "pretrain", ("--temperature 0.5", "--queue 16", "--key-momentum 0.5",
                                "--bn-groups 2", "--flip 1", "--projection-dim 9")),
     (PRE["rotation"], "train", ("--weight-decay 0.1", "--train-lr 0.2")),
@@ -356,17 +356,13 @@ def test_labels_are_never_read_before_the_training(tmp_path):
         runs = [call(*words, path, out=tmp_path / f"{method}{path == TINY[0]}")
                 for path in (TINY[0], tmp_path / "shuffled.npz")]  # fmt: skip
         assert same(*(state(run, "pretrain") for run in runs))
-        assert not same(*(state(run, "train", "model") for run in runs))
+        assert not same(*(state(run, "train") for run in runs))
 
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
     """A finished run: rotation and train."""
     return call(PRE["rotation"], out=tmp_path_factory.mktemp("pretrained"))
-
-
-def refused(capsys, *flags, out) -> str:
-    return commands.refused(capsys, call, *flags, out=out)
 
 
 def test_weights_are_handed_over_whole_or_not_at_all(tmp_path, capsys, pretrained):
@@ -395,15 +391,15 @@ def test_weights_are_handed_over_whole_or_not_at_all(tmp_path, capsys, pretraine
 
 def test_any_backbone_to_begin_with(tmp_path, capsys, pretrained):
     """Of no run of ours, and of another set: pre-training goes on with it; it has no labels."""
-    saved = state(pretrained, "train", "model")
-    bare = {key[9:]: value for key, value in saved.items() if key.startswith("backbone.")}
+    own, weight = "model/backbone.", "model/backbone.conv1.weight"
+    saved = state(pretrained, "train")
+    bare = {key.removeprefix(own): x for key, x in saved.items() if key.startswith(own)}
     torch.save(bare | {"fc.weight": torch.zeros(3, 64)}, tmp_path / "theirs.pth")
     start = ["--init-from", tmp_path / "theirs.pth"]
     for method, flags in PRE.items():
         run = call(flags, *start, "--lr 1e-9 --train-lr 1e-9", out=tmp_path / method)
         for stage in ("pretrain", "train"):
-            weight = state(run, stage, "model")["backbone.conv1.weight"]
-            torch.testing.assert_close(weight, bare["conv1.weight"], atol=1e-4, rtol=1e-3)
+            torch.testing.assert_close(state(run, stage)[weight], saved[weight], atol=1e-4, rtol=1e-3)
     assert "head.weight" in refused(capsys, "--ssp none --stages pseudo", *start, out=tmp_path / "no")
     elsewhere = torch.load(pretrained["folder"] / "pretrain.pt", weights_only=True)
     elsewhere["args"] |= {"dataset": "svhn_lt", "imb_ratio": 7}
@@ -413,9 +409,9 @@ def test_any_backbone_to_begin_with(tmp_path, capsys, pretrained):
 
 def test_evaluation_features_and_compile(tmp_path, capsys, monkeypatch, pretrained):
     run = call("--ssp none --loss balanced --save-features test", out=tmp_path / "a")
-    model, path = state(run, "train", "model"), run["folder"] / "train.pt"
+    found, path = state(run, "train"), run["folder"] / "train.pt"
     with np.load(run["folder"] / "features_test.npz") as file:
-        logits = t(file["features"]) @ model["head.weight"].T + model["head.bias"]
+        logits = t(file["features"]) @ found["model/head.weight"].T + found["model/head.bias"]
         right = logits.argmax(1) == t(file["labels"])
     overall = run["result"]["headline"]["overall"]
     assert right.float().mean().item() == pytest.approx(overall), "logits as they are"
@@ -432,7 +428,7 @@ def test_evaluation_features_and_compile(tmp_path, capsys, monkeypatch, pretrain
 
 def test_semi_supervised_stages(tmp_path, capsys):
     with pytest.warns(UserWarning, match="too few images"):
-        whole = check_begun_again(tmp_path, "train,semi", SEMI)
+        whole = check_begun_again(tmp_path, SEMI)
     plain = call("--ssp none", out=tmp_path / "plain")
     assert same(state(plain, "train"), state(whole, "train")), "trained on labelled images alone"
     told, counts = whole["result"]["pseudo"], plain["result"]["counts"]
@@ -482,10 +478,10 @@ def test_moco_uniform_stage_and_crt_on_a_tree_of_jpegs(tmp_path, capsys):
     flags += ["--stages pretrain,train,classifier"]
     one = call(*flags, out=tmp_path / "a")
     assert [row["stage"] for row in one["rows"]] == ["pretrain", "train", "classifier"]
-    feature, classifier = (state(one, name, "model") for name in ("train", "classifier"))
-    for name, value in feature.items():
-        drifts = name.startswith("head.") or "running" in name or "tracked" in name
-        assert torch.equal(value, classifier[name]) != drifts, f"{name}: batch norm goes on training"
+    trained, last = (state(one, name) for name in ("train", "classifier"))
+    for name in filter(lambda name: name.startswith("model"), trained):
+        drifts = "head." in name or "running" in name or "tracked" in name
+        assert torch.equal(trained[name], last[name]) != drifts, f"{name}: batch norm goes on training"
     words = " ".join([*FAST, *flags, "--gpus 2"]).split()
     commands.run("ssp_pretrain.py", *words, out=tmp_path / "d")
     assert sum(map(sum, commands.result(tmp_path / "d")["confusion"])) == 10
