@@ -14,8 +14,6 @@ import data_lt
 import toy_similarity as toy
 from tools.figures import draw_run
 
-# --- equations ------------------------------------------------------------------------------------
-
 
 @pytest.mark.golden("unified_perspective_toy_counts")
 def test_counts_and_rates_of_the_sweeps(golden):
@@ -83,9 +81,6 @@ def test_class_similarity_against_loops():
     assert all(table[4].isnan().all() for table in ours.values()), "no sample of the last class"
 
 
-# --- training sets of the letters -----------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def letters():
     return data_lt.load_pool("glyphs_lt")
@@ -150,8 +145,6 @@ def test_equal_training_sets_are_one_point(letters):
         points, _ = made(letters, *flags)
         assert [(point.p, point.head_weight) for point in points] == expected
 
-
-# --- whole experiments ----------------------------------------------------------------------------
 
 FAST = "--backbone resnet8 --batch-size 16 --device cpu --logger none --quiet --epochs 1"
 TINY = []

@@ -279,22 +279,19 @@ def test_centres_and_their_targets(golden):
         assert matching.target_of.tolist() == assigned.tolist()
 
 
-def test_matching_is_the_best_permutation():
-    rng, orders = common.generator(0, "matching"), list(itertools.permutations(range(5)))
+def test_matching_is_the_best_permutation_where_due():
+    rng, orders = common.generator(0, "matching"), torch.tensor([*itertools.permutations(range(5))])
     for trial in range(60):
-        targets = unit(torch.randn(5, 4, dtype=torch.float64, generator=rng))
+        targets, noise = torch.randn(2, 5, 4, dtype=torch.float64, generator=rng)
+        targets, near = unit(targets), torch.randperm(5, generator=rng)
         matching = tsc.Matching(targets)
-        noise = 0.02 * (trial + 1) * torch.randn(5, 4, dtype=torch.float64, generator=rng)
-        matching.centres.copy_(unit(targets[torch.randperm(5, generator=rng)] + noise))
+        matching.centres.copy_(unit(targets[near] + 0.02 * (trial + 1) * noise))
         changed = matching.solve()
-        assert changed == sum(a != b for a, b in enumerate(matching.target_of.tolist()))
-        cosine = matching.centres @ targets.T
-        best = cosine[range(5), torch.tensor(orders)].sum(1).max() / 5
-        torch.testing.assert_close(matching.cosine(), best, rtol=0, atol=1e-12)
-    before = matching.target_of.clone()
+        assert changed == (matching.target_of != torch.arange(5)).sum()
+        every = (matching.centres @ targets.T)[range(5), orders].mean(1)
+        torch.testing.assert_close(matching.cosine(), every.max(), rtol=0, atol=1e-12)
     matching.every, matching.centres = 3, matching.centres.flip(0)
-    assert matching.solve(1) == 0 and torch.equal(matching.target_of, before), "not due"
-    assert matching.solve(3) > 0
+    assert matching.solve(1) == 0 and matching.solve(3) > 0
 
 
 def test_cosines_of_pairs_against_a_double_loop():
@@ -348,34 +345,26 @@ def losses(run: dict) -> list[tuple[str, float]]:
 def test_three_stages_end_to_end_and_begun_again_in_each(tmp_path, contrast):
     flags = ["--epochs 4 --classifier-epochs 2 --imb-ratio 4 --batch-size 21", CONTRAST[contrast]]
     flags += ["--select val"] if contrast == "pairs" else []
-    straight = call(*flags, out=tmp_path / "a")
+    straight, last = call(*flags, out=tmp_path / "a"), {}
     for stop in (("kcl", 1, 1), ("tsc", 1, 2), ("classifier", 0, 0)):
         with commands.stopped(*stop):
             call(*flags, out=tmp_path / "b")
     again = call(*flags, out=tmp_path / "b")
     assert again["rows"] == straight["rows"] and again["result"] == straight["result"]
-    states = []
     for name in ("kcl", "tsc", "classifier"):
-        one, other = (commands.state(run["folder"], name) for run in (straight, again))
-        assert commands.same(one, other) and len(one) > 20
-        states.append(one)
-    warm, frozen, last = states
-    torch.testing.assert_close(warm["matching/centres"].norm(dim=1), torch.ones(10))
-    assert sorted(frozen["matching/target_of"].tolist()) == list(range(10))
-    assert contrast == "pairs" or {"contrast/keys", "contrast/labels", "contrast/pointer"} <= set(frozen)
-    result, rows = straight["result"], straight["rows"]
-    assert result["headline"]["overall"] == pytest.approx(np.mean(result["per_class"]))
-    assert [row["stage"] for row in rows] == ["kcl"] * 2 + ["tsc"] * 2 + ["classifier"] * 2
-    rates = [row["lr"] for row in rows[:4]]
-    assert rates[:2] == rates[2:], "the cosine starts again at the switch"
-    assert all({"loss", "same_label", "other_label"} <= set(row) for row in rows[:4])
-    assert ["changes" in row for row in rows[:4]] == [False, False, True, True]
-    # two epochs; pairs send both views of every image, a queue one of what fills whole batches
-    images = 2 * sum(result["counts"]) if contrast == "pairs" else 21 * rows[0]["steps"]
-    assert rows[1]["passes"] == 2 * images
+        frozen, last = last, commands.state(again["folder"], name)
+        assert commands.same(last, commands.state(straight["folder"], name)) and len(last) > 20
     for key, value in last.items():
         if key.startswith("model/backbone") and not key.endswith(("mean", "var", "tracked")):
             assert torch.equal(value, frozen[key]), "frozen"
+    rows = straight["rows"]
+    assert [row["stage"] for row in rows] == ["kcl"] * 2 + ["tsc"] * 2 + ["classifier"] * 2
+    rates = [row["lr"] for row in rows[:4]]
+    assert rates[:2] == rates[2:], "the cosine starts again at the switch"
+    assert ["changes" in row for row in rows[:4]] == [False, False, True, True]
+    # two epochs; pairs send both views of every image, a queue one of what fills whole batches
+    images = 2 * sum(straight["result"]["counts"]) if contrast == "pairs" else 21 * rows[0]["steps"]
+    assert rows[1]["passes"] == 2 * images
 
 
 def test_parts_of_the_chain_and_what_they_may_go_on_from(tmp_path, capsys):
