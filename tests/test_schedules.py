@@ -68,12 +68,10 @@ def test_golden_per_iteration_schedule(golden):
 @pytest.mark.golden("tailcalibx_lr")
 def test_golden_step_before_the_epoch(golden):
     """The released code steps its scheduler first: epoch e trains with the rate of e + 1."""
-    prefixes = [found[1] for found in golden.match(r"(\w+)_lr0")]
-    assert prefixes
-    for prefix in prefixes:
-        total, base_lr = golden.scalar(f"{prefix}_T"), golden.scalar(f"{prefix}_lr0")
+    for (case,) in (found.groups() for found in golden.match(r"(\w+)_lr0")):
+        total, base_lr = golden.scalar(f"{case}_T"), golden.scalar(f"{case}_lr0")
         ours = (common.cosine_lr(base_lr, e + 1, total) for e in range(total))
-        assert_lr(ours, golden[f"{prefix}_lr"])
+        assert_lr(ours, golden[f"{case}_lr"])
 
 
 def test_scaled_milestones_are_exact_at_the_published_length_and_stay_inside_short_runs():
