@@ -333,15 +333,13 @@ def test_every_flag_changes_what_it_says_and_nothing_before(tmp_path, base, stag
 
 def test_labels_are_never_read_before_the_training(tmp_path):
     """The same images under shuffled labels: the same pre-training, and another classifier."""
-    with np.load(TINY[0]) as file:
-        arrays = dict(file)
-    for key in ("y_train", "y_test"):
-        arrays[key] = np.random.RandomState(0).permutation(arrays[key])
-    np.savez(tmp_path / "shuffled.npz", **arrays)
+    own, other = (str(tmp_path / name) for name in ("own.npz", "shuffled.npz"))
+    commands.tiny_letters(own, tuple(range(10, 0, -1)), (5,) * 10, side=8)
+    with np.load(own) as file:
+        shuffled = {key: np.random.RandomState(0).permutation(file[key]) for key in ("y_train", "y_test")}
+        np.savez(other, **dict(file) | shuffled)
     for method, flags in PRE.items():
-        words = flags, "--dataset"
-        runs = [call(*words, path, out=tmp_path / f"{method}{path == TINY[0]}")
-                for path in (TINY[0], tmp_path / "shuffled.npz")]  # fmt: skip
+        runs = [call(flags, "--dataset", path, out=f"{path}-{method}") for path in (own, other)]
         assert same(*(state(run, "pretrain") for run in runs))
         assert not same(*(state(run, "train") for run in runs))
 

@@ -361,6 +361,7 @@ def test_three_stages_end_to_end_and_begun_again_in_each(tmp_path, contrast):
     assert [row["stage"] for row in rows] == ["kcl"] * 2 + ["tsc"] * 2 + ["classifier"] * 2
     rates = [row["lr"] for row in rows[:4]]
     assert rates[:2] == rates[2:], "the cosine starts again at the switch"
+    assert rates[1] <= rates[0] / 2 + 1e-12, "and falls over the stage's own two epochs"
     assert ["changes" in row for row in rows[:4]] == [False, False, True, True]
     # two epochs; pairs send both views of every image, a queue one of what fills whole batches
     images = 2 * sum(straight["result"]["counts"]) if contrast == "pairs" else 21 * rows[0]["steps"]
@@ -369,6 +370,7 @@ def test_three_stages_end_to_end_and_begun_again_in_each(tmp_path, contrast):
 
 def test_parts_of_the_chain_and_what_they_may_go_on_from(tmp_path, capsys):
     assert tsc.lengths(parsed("--epochs 5")) == {"kcl": 2, "tsc": 3}
+    assert tsc.lengths(parsed("--epochs 100 --warmup 0.29")) == {"kcl": 29, "tsc": 71}
     assert tsc.lengths(parsed("--epochs 5 --method kcl"))["kcl"] == 5
     cold = call("--epochs 1 --warmup 0", out=tmp_path / "cold")
     assert [row["stage"] for row in cold["rows"]] == ["tsc", "classifier"]
