@@ -37,14 +37,17 @@ def test_the_tau_with_the_best_mean_recall_is_chosen():
     assert tau_norm.choose_tau(weight, features, labels, [9, 1]) == best
 
 
-def test_test_images_never_choose(tmp_path):
-    """Test images under other labels change no weight."""
+def test_test_images_never_choose(tmp_path, monkeypatch):
+    """Test images under other labels change no weight; validation images are what is looked at."""
+    looked, choose = [], tau_norm.choose_tau
+    monkeypatch.setattr(tau_norm, "choose_tau", lambda *of: looked.append(len(of[2])) or choose(*of))
     tiny, other = commands.tiny_letters(tmp_path / "tiny.npz"), tmp_path / "other.npz"
     with np.load(tiny) as file:
         np.savez(other, **dict(file) | {"y_test": 9 - file["y_test"]})
     runs = [call(path, out=tmp_path / f"{path == tiny}") for path in (tiny, str(other))]
     assert commands.same(*(commands.state(run["folder"], "tau") for run in runs))
     assert runs[0]["result"]["headline"] != runs[1]["result"]["headline"]
+    assert looked == [20, 20], "of 20 validation and 100 test images"
 
 
 def test_whole_command_continues_evaluates_and_runs_on_two_ranks(tmp_path, capsys):
