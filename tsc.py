@@ -324,6 +324,18 @@ class Matching(nn.Module):
         return logits, torch.cat([columns, own], 1), F.pad(used, (0, 1), value=True)
 
 
+@torch.no_grad()
+def uniformity(args, net: nn.Module, data) -> float:
+    """U: mean distance of two class centres of the embedded test images; simplex: the largest."""
+    encode = Encoder(net.eval(), args)
+    sums = torch.zeros(data.num_classes, args.projection_dim, device=args.device)
+    for views, labels, _ in data_lt.evaluation_loader(args, data.test):
+        sums.index_add_(0, labels, encode(views[:1])[0])
+    if common.world_size() > 1:
+        dist.all_reduce(sums)
+    return F.pdist(F.normalize(sums[sums.any(1)], dim=1)).mean().item()
+
+
 # --- stages ---------------------------------------------------------------------------------------
 
 
@@ -518,10 +530,12 @@ def main(args) -> None:
     for name, epochs in lengths(args).items():
         if name in args.stages and epochs:
             pretrain(run, args, name, epochs, data, net, carried)
+    spread = uniformity(args, net, data) if args.stages[0] != "classifier" else None
     net = build_classifier(args, net.backbone, data.num_classes)
     if "classifier" in args.stages:
         train_classifier(run, args, data, net)
-    data_lt.finish(run, net, data, "classifier", parameters=models.count_parameters(net))
+    told = {"uniformity": spread, "parameters": models.count_parameters(net)}
+    data_lt.finish(run, net, data, "classifier", **told)
 
 
 if __name__ == "__main__":
