@@ -1,4 +1,4 @@
-"""Every choice of every flag, and every switch, of every script trains (`--slow`)."""
+"""Every choice of every flag, and every switch, of every script is accepted and trains (`--slow`)."""
 
 import importlib
 
@@ -37,11 +37,10 @@ def choices(rows: dict) -> list[tuple[str, str]]:
     """(flag, value) of all that have choices, (switch, "")."""
     found = []
     for name, (defaults, _, only) in rows.items():
-        values = (
-            [""] if "bare" in only else [c for d in defaults if isinstance(d, tuple) for c in d]
-        )
-        found += [(name, value) for value in dict.fromkeys(values) if value or "bare" in only]
-    return [pair for pair in found if pair[0] not in ELSEWHERE]
+        values = [value for default in defaults if isinstance(default, tuple) for value in default]
+        values = [""] if "bare" in only else filter(None, dict.fromkeys(values))
+        found += [(name, value) for value in values if name not in ELSEWHERE]
+    return found
 
 
 def conditions(only: dict) -> dict[str, tuple]:
@@ -53,7 +52,7 @@ def conditions(only: dict) -> dict[str, tuple]:
 def spelled(script: str, name: str, value) -> list[str]:
     named = getattr(importlib.import_module(script), "NAMED", "method")
     flag = named if name == "method" else name.replace("_", "-")
-    return [f"--{flag}", *([str(value)] if value != "" else [])]
+    return [f"--{flag}"] if value == "" else [f"--{flag}", str(value)]
 
 
 def beside(script: str, only: dict) -> list[str]:
@@ -76,42 +75,36 @@ def short(script: str, rows: dict, words: list[str]) -> list[str]:
     args, found = commands.parse(script, words), ["--backbone", "resnet8"]
     for name, (_, _, only) in rows.items():
         sizes = [size for end, size in SHORT.items() if name == end or name.endswith(f"_{end}")]
-        here = {key: getattr(args, key) for key in conditions(only)}
-        here = {key: value if isinstance(value, tuple) else (value,) for key, value in here.items()}
-        if sizes and all(set(here[key]) & set(values) for key, values in conditions(only).items()):
-            found += spelled(script, name, sizes[0])
+        for key, values in conditions(only).items():
+            here = getattr(args, key)
+            if not set(values) & set(here if isinstance(here, tuple) else (here,)):
+                sizes = []
+        found += spelled(script, name, sizes[0]) if sizes else []
     return found
 
 
 def line(script: str, name: str, value: str, dataset: str) -> list[str]:
     """The command line on which a value is tried."""
     rows = rows_of(script)
-    words = beside(script, rows[name][2]) + spelled(script, name, value)
+    words = ["--dataset", str(dataset), *beside(script, rows[name][2]), *spelled(script, name, value)]
     for key in (script, name, f"{name} {value}", f"{script} {name} {value}"):
         words += ALONG.get(key, "").split()
-    words = ["--dataset", str(dataset), *words]
     return short(script, rows, words) + words
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_every_choice_has_a_line_that_is_accepted(script, tiny):  # noqa: F811
-    rows = rows_of(script)
-    assert len(choices(rows)) > 12
-    for name, value in choices(rows):
-        args = commands.parse(script, line(script, name, value, tiny))
-        assert str(getattr(args, name)) == (value or "True"), (name, value)
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_every_choice_trains(script, tiny, tmp_path, pytestconfig):  # noqa: F811
-    if not pytestconfig.getoption("--slow"):
-        pytest.skip("with --slow")
-    failed = []
-    for name, value in choices(rows_of(script)):
-        desk = Desk(script, tmp_path / f"{name}{value}", *line(script, name, value, tiny))
-        process = desk.start()
-        process.join(200)
-        if process.exitcode != 0 or desk.rows() < 1:
-            said = process.said.read_text().strip()[-300:]
-            failed.append(f"{name} {value}: {process.exitcode} {said}")
+def test_every_choice_is_accepted_and_trains(script, tiny, tmp_path, pytestconfig):  # noqa: F811
+    pairs, failed = choices(rows_of(script)), []
+    assert len(pairs) > 12
+    for name, value in pairs:
+        words = line(script, name, value, tiny)
+        given = getattr(commands.parse(script, words), name)
+        assert str(given) == (value or "True"), (name, value)
+        if pytestconfig.getoption("--slow"):
+            desk = Desk(script, tmp_path / f"{name}{value}", *words)
+            process = desk.start()
+            process.join(200)
+            if process.exitcode != 0 or desk.rows() < 1:
+                said = process.said.read_text().strip()[-300:]
+                failed.append(f"{name} {value}: {process.exitcode} {said}")
     assert not failed, "\n".join(failed)

@@ -1,5 +1,6 @@
 """toy_similarity.py: equations by golden vectors and by hand; its experiments end to end."""
 
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -8,30 +9,27 @@ import numpy as np
 import pytest
 import torch
 
+import common
 import data_lt
 import toy_similarity as toy
 from tools.figures import draw_run
 
-# --- equations ------------------------------------------------------------------------------------
-
 
 @pytest.mark.golden("unified_perspective_toy_counts")
-def test_counts_of_the_sweeps(golden):
-    golden.waive(r"base_lr|lr_.*", "the schedule is tested with the other schedules")
+def test_counts_and_rates_of_the_sweeps(golden):
     golden.waive(r"profile_.*", "the profiles are tested with the data sets")
+    rates = [common.step_lr(golden.scalar("base_lr"), int(e), 200) for e in golden["lr_epochs"]]
+    np.testing.assert_allclose(rates, golden["lr_toy"], rtol=1e-12)
     grown, shrunk = golden["case1_counts"], golden["case2_counts"]
     classes, size, own = grown.shape[1], int(shrunk.max()), int(grown[0].min())
     info = SimpleNamespace(n_max=size, class_order=None)
     data = SimpleNamespace(counts=[size] * classes, num_classes=classes, info=info)
-    for method, table, flags in (
-        ("sweep1", grown, ["--tail-count", str(own)]),
-        ("sweep2", shrunk, []),
-    ):
-        words = ["--dataset", "cifar10_lt", "--method", method, "--points", "all", *flags]
-        points = toy.plan(commands.parse("toy_similarity", words), data)
-        assert [point.counts for point in points] == table.tolist()
-        printed = toy.plan(commands.parse("toy_similarity", [*words, "--points", "table"]), data)
-        assert [point.counts for point in printed] == table[[0, *range(9, 50, 5)]].tolist()
+    printed = [0, *range(9, 50, 5)]
+    for flags, table in ((f"--method sweep1 --tail-count {own}", grown), ("--method sweep2", shrunk)):
+        for points, expected in (("all", table), ("table", table[printed])):
+            words = f"--dataset cifar10_lt {flags} --points {points}".split()
+            found = toy.plan(commands.parse("toy_similarity", words), data)
+            assert [point.counts for point in found] == expected.tolist()
 
 
 @pytest.mark.golden("unified_perspective_toy_mixup")
@@ -57,39 +55,30 @@ def test_similar_samples(golden):
         assert off.max() <= (0 if exact else 1) and (off > 0).mean() <= 0.03
 
 
-def test_mixing_by_hand_and_in_turn():
+def test_mixing_by_hand_in_turn_and_of_how_many():
     head = torch.tensor([[10], [20], [30]], dtype=torch.uint8)
     partner = torch.tensor([[101], [200]], dtype=torch.uint8)
-    expected = [math.trunc(0.2 * h + 0.8 * t) for h, t in ((10, 101), (20, 200), (30, 101))]
-    assert toy.mix_similar(head, partner, 0.2)[:, 0].tolist() == expected
-    assert torch.equal(toy.mix_similar(head, partner, 1.0), head)
-    assert toy.mix_similar(head, partner, 0.0)[:, 0].tolist() == [101, 200, 101]
-
-
-def test_the_number_of_mixtures_is_safe_against_float_error():
-    assert 0.57 * 5000 < 2850 and toy.mixture_count(0.57, 5000) == 2850
-    for k in range(101):
-        assert toy.mixture_count(k / 100, 5000) == k * 50
+    for weight in (0.2, 1.0, 0.0):
+        pairs = ((10, 101), (20, 200), (30, 101))
+        expected = [math.trunc(weight * h + (1 - weight) * t) for h, t in pairs]
+        assert toy.mix_similar(head, partner, weight)[:, 0].tolist() == expected
+    assert 0.57 * 5000 < 2850, "a float error"
+    assert [toy.mixture_count(k / 100, 5000) for k in range(101)] == [*range(0, 5001, 50)]
     assert toy.mixture_count(1.0, 7) == 7 and toy.mixture_count(0.1, 7) == 0
 
 
 def test_class_similarity_against_loops():
-    rng = torch.Generator().manual_seed(0)
-    features, labels = torch.randn(60, 5, generator=rng), torch.arange(60) % 4
+    features, labels = torch.randn(60, 5, generator=common.generator(0)).double(), torch.arange(60) % 4
     features += labels[:, None]
     ours = toy.class_similarity(features, labels, 5)
-    for a in range(4):
-        for b in range(4):
-            x, y = features[labels == a].double(), features[labels == b].double()
-            cosine = float(x.mean(0) @ y.mean(0) / x.mean(0).norm() / y.mean(0).norm())
-            spread = sum(float(part.var(0, unbiased=False).sum()) for part in (x, y))
-            apart = float((x.mean(0) - y.mean(0)).norm())
-            assert float(ours["cosine"][a, b]) == pytest.approx(cosine)
-            assert float(ours["distance"][a, b]) == pytest.approx(apart / math.sqrt(spread / 2))
+    for a, b in itertools.product(range(4), repeat=2):
+        x, y = features[labels == a], features[labels == b]
+        cosine = x.mean(0) @ y.mean(0) / x.mean(0).norm() / y.mean(0).norm()
+        spread = sum(part.var(0, unbiased=False).sum() for part in (x, y))
+        apart = (x.mean(0) - y.mean(0)).norm() / (spread / 2).sqrt()
+        torch.testing.assert_close(ours["cosine"][a, b], cosine)
+        torch.testing.assert_close(ours["distance"][a, b], apart)
     assert all(table[4].isnan().all() for table in ours.values()), "no sample of the last class"
-
-
-# --- training sets of the letters -----------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -124,10 +113,9 @@ def test_only_head_images_are_overwritten(letters):
 
 
 def test_the_data_seed_chooses_the_images_and_sweep_points_are_nested(letters):
-    _, parts = made(letters, "--method", "sweep2")
+    (_, parts), (_, others) = (made(letters, "--method", "sweep2", "--data-seed", k) for k in "01")
     sets = [set(part.train.indices.tolist()) for part in parts]
-    assert len(sets) == 5 and all(b < a for a, b in zip(sets, sets[1:], strict=False))
-    _, others = made(letters, "--method", "sweep2", "--data-seed", "1")
+    assert len(sets) == 5 and all(few < many for many, few in itertools.pairwise(sets))
     assert sets[-1] != set(others[-1].train.indices.tolist())
 
 
@@ -136,8 +124,7 @@ def test_validation_images_are_held_out_before_anything_is_mixed(letters):
     assert torch.equal(plain.train.indices, mixed.train.indices)
     assert torch.equal(mixed.val.images, letters.train.images[mixed.val.indices])
     assert not set(mixed.val.indices.tolist()) & set(mixed.train.indices.tolist())
-    whole = [a + b for a, b in zip(mixed.counts, mixed.val.counts(), strict=True)]
-    assert whole == points[1].counts
+    assert np.add(mixed.counts, mixed.val.counts()).tolist() == points[1].counts
 
 
 def test_the_class_order_of_a_set_says_who_is_head_and_tail(letters):
@@ -151,17 +138,15 @@ def test_the_class_order_of_a_set_says_who_is_head_and_tail(letters):
 
 
 def test_equal_training_sets_are_one_point(letters):
-    points, _ = made(letters)
-    assert [(q.p, q.head_weight) for q in points] == [
-        (0, 1), (0.1, 0.2), (0.2, 0.2), (0.5, 0.2), (0.2, 0.6), (0.2, 0)
-    ]  # fmt: skip
-    points, _ = made(letters, "--head-weight", "1")
-    assert [(q.p, q.head_weight) for q in points] == [(0, 1), (0.2, 0.6), (0.2, 0.2), (0.2, 0)]
+    for flags, expected in (
+        ((), [(0, 1), (0.1, 0.2), (0.2, 0.2), (0.5, 0.2), (0.2, 0.6), (0.2, 0)]),
+        (("--head-weight", "1"), [(0, 1), (0.2, 0.6), (0.2, 0.2), (0.2, 0)]),
+    ):
+        points, _ = made(letters, *flags)
+        assert [(point.p, point.head_weight) for point in points] == expected
 
 
-# --- whole experiments ----------------------------------------------------------------------------
-
-FAST = "--backbone resnet8 --batch-size 16 --device cpu --logger none --quiet".split()
+FAST = "--backbone resnet8 --batch-size 16 --device cpu --logger none --quiet --epochs 1"
 TINY = []
 
 
@@ -174,16 +159,15 @@ def tiny_set(tmp_path_factory):
 
 def call(*flags, out) -> dict:
     """Run the script in this process: its result."""
-    words = ["--dataset", TINY[0], *FAST, *map(str, flags)]
+    words = " ".join(map(str, ["--dataset", TINY[0], FAST, *flags])).split()
     return commands.launch(toy, commands.parse("toy_similarity", words), out).get("result", {})
 
 
 @pytest.mark.parametrize("method", toy.METHODS)
 def test_an_experiment_end_to_end(tmp_path, method):
-    mixed = method in toy.MIXED
-    flags = ["--method", method, *(["--imb-ratio", 4] if mixed else [])]
-    flags += ["--tail-count", 3] if method == "sweep1" else []
-    result = call(*flags, "--epochs", 1, out=tmp_path)
+    flags = ["--method", method, "--imb-ratio 4" if method in toy.MIXED else ""]
+    flags += ["--tail-count 3"] if method == "sweep1" else []
+    result = call(*flags, out=tmp_path)
     folder, table = commands.folder(tmp_path), result["tables"][0]
     assert len(result["tables"]) == 1 + (method == "verification")
     assert table["row_header"] == toy.AXES[method] and result["headline"] is None
@@ -200,39 +184,34 @@ def test_an_experiment_end_to_end(tmp_path, method):
             assert lines["9 (tail)"][at] == pytest.approx(100 * full["per_class"][tail])
             called = full["confusion"][tail][row["head"]] / 5
             assert lines["tail called head"][at] == pytest.approx(100 * called)
-    last = result["rows"][result["confusion_of"]]
-    assert result["confusion"] == last["last"]["confusion"]
+    assert result["confusion"] == result["rows"][result["confusion_of"]]["last"]["confusion"]
     assert len(draw_run(folder)) >= 2, "a curve and a confusion picture"
-    assert call(*flags, "--epochs", 1, out=tmp_path) == result
+    assert call(*flags, out=tmp_path) == result
 
 
 def test_without_epochs_every_point_of_sweep1_has_as_many_steps(tmp_path, monkeypatch):
     monkeypatch.setattr(toy, "STEPS", 12)
-    words = ["--method", "sweep1", *FAST[2:], "--batch-size", "64", "--points", "40,80"]
-    commands.launch(toy, commands.parse("toy_similarity", words), tmp_path)
-    steps = {row["stage"]: 0 for row in commands.rows(tmp_path)}
-    for row in commands.rows(tmp_path):
-        steps[row["stage"]] += row["steps"]
-    assert steps == {"sweep1_40": 14, "sweep1_80": 12}, "whole epochs of 7 and 12 steps"
+    words = "--method sweep1 --points 40,80 --batch-size 64 --device cpu --logger none --quiet"
+    commands.launch(toy, commands.parse("toy_similarity", words.split()), tmp_path)
+    steps = [(row["stage"], row["steps"]) for row in commands.rows(tmp_path)]
+    assert steps == [("sweep1_40", 7)] * 2 + [("sweep1_80", 12)], "whole epochs"
 
 
 def test_checkpoints_are_examined_started_from_and_refused(tmp_path, capsys):
-    flags = "--method sweep2 --points 20,5 --epochs 1".split()
-    result = call(*flags, "--save-features", "test", out=tmp_path / "a")
+    flags = "--method sweep2 --points 20,5"
+    row = call(flags, "--save-features test", out=tmp_path / "a")["rows"]["sweep2_5"]
     folder = commands.folder(tmp_path / "a")
+    checkpoint = folder / "sweep2_5.pt"
     with np.load(folder / "features_test_sweep2_5.npz") as saved:
         assert saved["features"].shape == (50, 64) and saved["indices"].tolist() == [*range(50)]
-        own = toy.class_similarity(
-            *(torch.from_numpy(saved[k]) for k in ("features", "labels")), 10
-        )
-    assert np.allclose(result["rows"]["sweep2_5"]["cosine"], own["cosine"], atol=1e-5)
-    checkpoint = folder / "sweep2_5.pt"
+        parts = (torch.from_numpy(saved[key]) for key in ("features", "labels"))
+        assert np.allclose(row["cosine"], toy.class_similarity(*parts, 10)["cosine"], atol=1e-5)
     call("--eval", checkpoint, out=tmp_path / "a")
-    shown, row = capsys.readouterr().out, result["rows"]["sweep2_5"]
+    shown = capsys.readouterr().out
     assert f"overall {100 * row['last']['overall']:.2f}%" in shown and "9 and 9: cosine 1" in shown
     (path,) = (tmp_path / "a" / "toy_similarity" / "examined").glob("*.json")
     assert "cosine" in path.read_text()
-    warm = call(*flags, "--init-from", checkpoint, out=tmp_path / "b")["rows"]["sweep2_5"]
+    warm = call(flags, "--init-from", checkpoint, out=tmp_path / "b")["rows"]["sweep2_5"]
     assert warm["last"]["loss"] != row["last"]["loss"]
     whole = torch.load(checkpoint, weights_only=True)
     del whole["state"]["model"]["head.bias"]  # the head of another script
@@ -254,12 +233,11 @@ def test_checkpoints_are_examined_started_from_and_refused(tmp_path, capsys):
         ("--imb-type step", "needs --imb-ratio"),
         ("--method control --dataset {}/two.npz", "has 2 classes; --method control needs 3"),
         ("--dataset imagenet_lt", "held in memory"),
-        ("--eval {}/none.pt", "none.pt"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, flags, said):
     monkeypatch.setattr(toy, "train", lambda *rest: pytest.fail("refused only after training"))
     commands.tiny_letters(tmp_path / "two.npz", (4, 4), (2, 2))
-    words = flags.replace("{}", str(tmp_path)).split()
-    assert said in commands.refused(capsys, call, *words, out=tmp_path / "out")
+    flags = flags.replace("{}", str(tmp_path))
+    assert said in commands.refused(capsys, call, flags, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
