@@ -212,6 +212,11 @@ class Files:
         with Image.open(self.path(row)) as image:
             return np.array(rgb(image))
 
+    def bytes(self, row: int) -> int:
+        """Size of the file; -1 where there is none."""
+        path = self.path(row)
+        return path.stat().st_size if path.is_file() else -1
+
 
 @dataclass
 class Set:
@@ -261,8 +266,8 @@ class Set:
         else:
             images = b"\n".join(self.images.encoded.tolist())
             if self.info.name not in LISTED:
-                some = map(self.images.path, range(0, len(self), max(1, len(self) // 1000)))
-                sizes = [path.stat().st_size if path.is_file() else -1 for path in some]
+                some = range(0, len(self), max(1, len(self) // 1000))
+                sizes = [self.images.bytes(row) for row in some]
                 images += str(sizes).encode()
         names = "\n".join(self.classes).encode(errors="surrogateescape")
         parts = {"images": images, "labels": self.labels.cpu().numpy(), "classes": names}

@@ -41,7 +41,7 @@ def test_objective_optimiser_and_targets(golden):
         value.backward()
         close(value.item(), golden[f"obj_t{i}"])
         close(x.grad, golden[f"grad_t{i}"])
-        close(geometry.spread(x.detach(), temperature), golden[f"noself_t{i}"])
+        close(geometry.target_objective(x.detach(), temperature, own=False), golden[f"noself_t{i}"])
     start, steps = torch.from_numpy(golden["adam_x0"]), golden.scalar("adam_steps")
     best, last, losses = geometry.optimise_targets(start, steps, golden.scalar("adam_lr"))
     close(losses, golden["adam_loss"])
