@@ -497,3 +497,24 @@ def test_fake_imagenet_lt_through_three_stages_on_two_ranks(tmp_path):
     assert sum(map(sum, commands.result(tmp_path / "runs")["confusion"])) == 10
     rows = commands.rows(tmp_path / "runs")
     assert [row["stage"] for row in rows] == ["kcl", "tsc", "classifier"]
+
+
+def test_uniformity_of_a_simplex_is_the_largest(monkeypatch):
+    """In batches, against a loop; a class without test images is left out."""
+    classes, dim = 4, 6
+    targets = tsc.simplex(classes, dim, common.generator(0)).float()
+    aside = F.pad(torch.ones(classes, 1), (dim - 1, 0)) * 0.3
+    images = torch.cat([targets + aside, targets - aside]).view(1, -1, dim, 1, 1)
+    labels = torch.arange(classes).repeat(2)
+    batches = [(images[:, part], labels[part], part) for part in torch.arange(8).split(3)]
+    monkeypatch.setattr(tsc.data_lt, "evaluation_loader", lambda *rest: batches)
+    args = argparse.Namespace(bn_groups=None, precision="fp32", projection_dim=dim, device="cpu")
+    found = tsc.uniformity(args, torch.nn.Flatten(), argparse.Namespace(num_classes=5, test=None))
+    z = F.normalize(images[0, :, :, 0, 0], dim=1)
+    centres = F.normalize(torch.stack([z[labels == c].sum(0) for c in range(classes)]), dim=1)
+    pairs = [(a - b).norm() for a, b in itertools.combinations(centres, 2)]
+    assert found == pytest.approx(torch.stack(pairs).mean().item(), rel=1e-6)
+    del batches[:]
+    batches.append((targets.view(1, -1, dim, 1, 1), labels[:4], labels[:4]))
+    most = tsc.uniformity(args, torch.nn.Flatten(), argparse.Namespace(num_classes=4, test=None))
+    assert found < most == pytest.approx(math.sqrt(2 * classes / (classes - 1)), rel=1e-5)

@@ -494,8 +494,9 @@ def _write_cache(part: Set, path: Path, side: int, say) -> None:
     if need > free:
         space = f"needs about {need / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free there"
         raise UserError(f"cache {path} {space}")
-    log.write_bytes(magic + done.tobytes())
     with open(log, "ab") as listing, open(pixels, "ab") as data, ThreadPoolExecutor() as pool:
+        listing.truncate(len(magic) + done.nbytes if len(done) else 0)  # never written anew
+        listing.write(b"" if len(done) else magic)
         offset = int(ends(done).max(initial=0))
         data.truncate(offset)
         for start in range(len(done), len(part), CHUNK):
