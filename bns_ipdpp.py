@@ -426,8 +426,7 @@ def main(args) -> None:
         return run.show()
     net = build(args)
     if args.init_from:
-        same = ("dataset", "imb_ratio", "imb_type", "data_seed", "backbone")
-        common.load_backbone(net.backbone, args.init_from, args, same, run.fingerprint)
+        common.load_backbone(net.backbone, args.init_from, args, run.fingerprint)
     if "pretrain" in args.stages:
         pretrain(run, args, data, net)
     net = build_classifier(args, last, net.backbone, data.num_classes)

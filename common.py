@@ -436,6 +436,8 @@ def launch(main, args) -> None:
                 raise UserError(f"checkpoint {path} does not exist or cannot be read")
         _choose_device(args, under_torchrun)
         if under_torchrun:
+            if int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):
+                raise ValueError("no rank of so many")  # which would be waited for in vain
             dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
             args.gpus = world_size()
         elif args.gpus > 1:
@@ -638,14 +640,12 @@ def check_data(path, saved: str, now: str, dataset: str) -> None:
         raise UserError(f"{path} {why}")
 
 
-def load_backbone(
-    backbone: nn.Module, path, args, names=("dataset", "backbone"), data: str | None = None
-) -> dict:
+def load_backbone(backbone: nn.Module, path, args, data: str | None = None) -> dict:
     """Fill a backbone, every tensor, from a network of any script and data set, or torchvision's.
 
-    Returns the checkpoint; of torchvision's plain tensors one that holds the backbone alone. Where
-    it is of this very data set, UserError when an argument in `names` or the fingerprint `data` of
-    the training images differs: what is held out here was seen there.
+    Returns the checkpoint; of torchvision's plain tensors one that holds the backbone alone. data:
+    fingerprint of the training images; UserError when it is of this very data set and other images
+    of it: what is held out here was seen there.
     """
     found, start = read_file(path), "backbone."
     if isinstance(found, dict) and all(isinstance(value, Tensor) for value in found.values()):
@@ -655,7 +655,8 @@ def load_backbone(
         return of | {"args": {}, "info": {}, "state": {"model": state}}
     found, now = load_checkpoint(path), result_args(args)
     if found["args"]["dataset"] == now["dataset"]:
-        check_same(path, found["args"], now, names)
+        subset = ("imb_ratio", "imb_type", "data_seed") if data else ()
+        check_same(path, found["args"], now, ("backbone", *subset))
         check_data(path, found["data"], data or found["data"], args.dataset)
     state = found["state"]["model"]
     own = {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}

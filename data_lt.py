@@ -780,7 +780,6 @@ def load(args) -> Splits:
     the test set itself.
     """
     dataset, ratio, seed = args.dataset, args.imb_ratio, args.data_seed
-    select = getattr(args, "select", None)
     if dataset in LISTED and seed:
         why = "its lists decide which images"
         raise UserError(f"--data-seed {seed} makes no sense for {dataset}: {why}")
@@ -798,15 +797,23 @@ def load(args) -> Splits:
         chosen = subset_common(labels, counts, LegacyRng(seed), data.info.class_order)
         data.leftover = np.setdiff1d(np.arange(len(data.train)), chosen)
         data.train = data.train.select(chosen)
+    set_aside(args, data)
+    return data
+
+
+def set_aside(args, data: Splits) -> None:
+    """The images that `--select` chooses by; `load` says which."""
+    select = getattr(args, "select", None)
     if select == "test":
         data.val = data.test
     if select == "val" and data.val is None:
-        held = holdout(data.train.labels, data.num_classes, generator(seed, "holdout"))
+        rng = generator(args.data_seed, "holdout")
+        held = holdout(data.train.labels, data.num_classes, rng)
         if not len(held):
-            raise UserError(f"{dataset}: no class has two images to carve a validation set from")
+            why = "no class has two images to carve a validation set from"
+            raise UserError(f"{args.dataset}: {why}")
         rest = np.setdiff1d(np.arange(len(data.train)), held)
         data.val, data.train = data.train.select(held), data.train.select(rest)
-    return data
 
 
 def profile(data: Splits, ratio: float, kind: str) -> list[int]:

@@ -376,7 +376,7 @@ def main(args) -> None:
         return run.show()
     net = build(args, data.num_classes)
     if args.init_from:
-        common.load_backbone(net.backbone, args.init_from, args, data=run.fingerprint)
+        common.load_backbone(net.backbone, args.init_from, args, run.fingerprint)
     result = {"parameters": models.count_parameters(net)}
     if args.method == "ce":
         train_ce(run, args, data, net)

@@ -500,8 +500,7 @@ def check(args, data) -> None:
 def go_on(args, data) -> models.Net:
     """The network of --init-from: its backbone, and for stage pseudo its head, too."""
     net, images = build(args, data.num_classes), data.train.fingerprint()
-    same = ("dataset", "backbone", "imb_ratio", "imb_type", "data_seed")
-    saved = common.load_backbone(net.backbone, args.init_from, args, same, images)
+    saved = common.load_backbone(net.backbone, args.init_from, args, images)
     if args.stages[0] == "pseudo":
         common.load_weights(net, saved["state"]["model"], args.init_from)
     return net

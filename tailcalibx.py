@@ -515,7 +515,7 @@ def go_on(args, data) -> Net:
     name = chain[chain.index(first) - 1]
     net = build(args, name, data.num_classes)
     images = None if name == "teacher" else data.train.fingerprint()  # it may have seen others
-    saved = common.load_backbone(net.backbone, args.init_from, args, data=images)
+    saved = common.load_backbone(net.backbone, args.init_from, args, images)
     if first not in ("crt", "cbd"):  # which take the backbone of any network
         common.load_weights(net, saved["state"]["model"], args.init_from)
     return net
@@ -537,7 +537,7 @@ def main(args) -> None:
         own = of_teacher(args) if name == "teacher" else args
         before, net = net, build(own, name, data.num_classes, net)
         if whole and args.init_from and name not in HEADS:
-            common.load_backbone(net.backbone, args.init_from, args, data=run.fingerprint)
+            common.load_backbone(net.backbone, args.init_from, args, run.fingerprint)
         train(run, own, name, data if own is args else data_lt.load(own), net, before)
     data_lt.finish(run, net, data, last, parameters=models.count_parameters(net))
 

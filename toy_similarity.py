@@ -205,17 +205,14 @@ def training_set(args, data, point: Point) -> data_lt.Splits:
     """The images of a point by the data seed alone: chosen, some held out, then some mixed."""
     rng, labels = np.random.RandomState(args.data_seed), data.train.labels.numpy()
     chosen = data_lt.subset_common(labels, point.counts, rng, data.info.class_order)
-    train, val = data.train.select(chosen), data.val
-    if args.select == "val" and val is None:
-        own = common.generator(args.data_seed, "holdout")
-        held = data_lt.holdout(train.labels.numpy(), data.num_classes, own)
-        rest = np.setdiff1d(np.arange(len(train)), held)
-        train, val = train.select(rest), train.select(held)
+    data = dataclasses.replace(data, train=data.train.select(chosen))
+    data_lt.set_aside(args, data)
     if point.p:
-        head, partner = similar_pairs(train.labels.numpy(), point.head, point.partner, rng)
-        head, images = head[: mixture_count(point.p, len(head))], train.images
+        labels, images = data.train.labels.numpy(), data.train.images
+        head, partner = similar_pairs(labels, point.head, point.partner, rng)
+        head = head[: mixture_count(point.p, len(head))]
         images[head] = mix_similar(images[head], images[partner], point.head_weight)
-    return dataclasses.replace(data, train=train, val=val)
+    return data
 
 
 # --- stages ---------------------------------------------------------------------------------------
@@ -334,6 +331,7 @@ def examine(args, data, net: models.Net) -> None:
     """--eval, a checkpoint of any script: similarity; figures, where its head fits the classes."""
     checkpoint = common.load_backbone(net.backbone, args.eval, args)
     info, state = checkpoint["info"], checkpoint["state"]["model"]
+    data.mean, data.std = info.get("mean", data.mean), info.get("std", data.std)
     counts = info.get("counts", data.counts)
     mine, theirs = ({k: x.shape for k, x in part.items()} for part in (net.state_dict(), state))
     if mine == theirs:

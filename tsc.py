@@ -520,8 +520,7 @@ def main(args) -> None:
     net = build(args)
     carried = carry(args, data, net)
     if args.init_from:
-        same = ("dataset", "imb_ratio", "imb_type", "data_seed", "backbone")
-        saved = common.load_backbone(net.backbone, args.init_from, args, same, run.fingerprint)
+        saved = common.load_backbone(net.backbone, args.init_from, args, run.fingerprint)
         for name, part in {"model": net, **carried}.items() if args.stages[0] == "tsc" else ():
             if name not in saved["state"]:
                 why = "make it with --stages kcl and the same --method and --contrast"

@@ -1,8 +1,9 @@
 """Speed of the shared parts as ratios: `python tests/benchmarks.py [--only NAME]`.
 
-Every row runs in a process of its own on one thread and prints one JSON line. `_vs_` rows: time of the
-naive way / ours, after a check that both compute the same; `_overhead` rows: ours / the floor it cannot go
-below. Both sides take turns. `value` is our own figure in `unit`; only ratios compare between machines.
+Every row runs in a process of its own on one thread and prints one JSON line. `_vs_` rows: time of
+the naive way / ours, after a check that both compute the same; `_overhead` rows: ours / the floor
+it cannot go below. Both sides take turns. `value` is our own figure in `unit`; only ratios compare
+between machines.
 """
 
 import argparse
@@ -60,7 +61,7 @@ def medians(*functions: Callable, repeats: int) -> list[float]:
 
 
 def race(naive: Callable, ours: Callable, repeats: int, images: int = 0, check=None) -> tuple:
-    """(naive time / ours, our images a second or else milliseconds, that unit) of what computes the same."""
+    """Naive time / ours, of what computes the same; our images a second or else ms, that unit."""
     (check or torch.testing.assert_close)(ours(), naive())
     slow, fast = medians(naive, ours, repeats=repeats)
     return (slow / fast, images / fast, "images/s") if images else (slow / fast, 1e3 * fast, "ms")
@@ -71,7 +72,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def assert_same_law(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    """The columns of two samples [N, d] have the same means and variances, within six standard errors."""
+    """The columns of two samples [N, d] agree in mean and variance, within six standard errors."""
     ours, theirs = ours.double(), theirs.double()
     centre = theirs.mean(0)
     for power in (1, 2):
@@ -120,12 +121,18 @@ def cifar_loader_vs_pil() -> tuple:
 def two_view_simclr_vs_pil() -> tuple:
     jitter = (0.4, 0.4, 0.4, 0.1)
     steps = [T.RandomResizedCrop(32, (0.2, 1.0)), T.RandomApply([T.ColorJitter(*jitter)], 0.8)]
-    settings = {"crop": "resized", "scale": (0.2, 1.0), "jitter": jitter, "jitter_p": 0.8, "grey": 0.2}
+    settings = {
+        "crop": "resized",
+        "scale": (0.2, 1.0),
+        "jitter": jitter,
+        "jitter_p": 0.8,
+        "grey": 0.2,
+    }
     return loader_vs_pil([*steps, T.RandomGrayscale(0.2)], 2, 512, **settings)
 
 
 def jpeg_set(root: Path, n: int) -> data_lt.Set:
-    """n JPEGs of the usual size of ImageNet's, 500 x 375 and upright, in one class folder below `root`."""
+    """n JPEGs of the usual size of ImageNet's, 500 x 375 and upright, in one class folder."""
     paths = [f"n0/{k:04d}.jpg" for k in range(n)]
     for k, path in enumerate(paths):
         write_jpeg(root / path, (0, k), (375, 500) if k % 4 == 0 else (500, 375))
@@ -134,7 +141,7 @@ def jpeg_set(root: Path, n: int) -> data_lt.Set:
 
 
 def jpeg_loader_vs_imagefolder(cached: bool = False) -> tuple:
-    """Decode, resized crop, flip and normalise at 224 px in this process, against ImageFolder's chain."""
+    """Decode, resized crop, flip and normalise at 224 px here, against ImageFolder's chain."""
     with tempfile.TemporaryDirectory() as folder:
         files = jpeg_set(Path(folder) / "files", 128)
         cache = Path(folder) / "cache" if cached else None
@@ -143,12 +150,17 @@ def jpeg_loader_vs_imagefolder(cached: bool = False) -> tuple:
         tail = [T.ToTensor(), T.Normalize(MEAN, STD)]
         chain = T.Compose([T.RandomResizedCrop(224), T.RandomHorizontalFlip(), *tail])
         theirs = DataLoader(ImageFolder(files.images.root, chain), 32, shuffle=True)
-        options = {"augment": data_lt.Augment(224, MEAN, STD, crop="resized", flip=0.5), "cache": cache}
+        options = {
+            "augment": data_lt.Augment(224, MEAN, STD, crop="resized", flip=0.5),
+            "cache": cache,
+        }
         ours = data_lt.Loader(files, 32, **options)
 
         central = T.Compose([T.Resize(256), T.CenterCrop(224), *tail])
         expected = torch.stack([image for image, _ in ImageFolder(files.images.root, central)])
-        found = torch.cat([views[0] for views, _, _ in data_lt.Loader(files, 32, evaluation=True, **options)])
+        found = torch.cat(
+            [views[0] for views, _, _ in data_lt.Loader(files, 32, evaluation=True, **options)]
+        )
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
         return race(lambda: list(theirs), lambda: list(ours), 5, len(files), check=lambda *_: None)
 
@@ -159,7 +171,7 @@ def cache_loader_vs_imagefolder() -> tuple:
 
 
 def loader_memory_growth() -> tuple:
-    """Memory of this process and two decoding workers after four epochs above that after one, in PSS."""
+    """Memory (PSS) of this process and two workers after four epochs above that after one."""
 
     def megabytes() -> float:
         total = 0
@@ -169,7 +181,9 @@ def loader_memory_growth() -> tuple:
         return total / 1e3
 
     with tempfile.TemporaryDirectory() as folder:
-        augment = data_lt.Augment(224, MEAN, STD, crop="resized", flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1))
+        augment = data_lt.Augment(
+            224, MEAN, STD, crop="resized", flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1)
+        )
         loader = data_lt.Loader(jpeg_set(Path(folder), 256), 32, augment=augment, workers=2)
         held = []
         for epoch in range(4):
@@ -184,7 +198,7 @@ def loader_memory_growth() -> tuple:
 
 
 def bare_step(net: torch.nn.Module, views: torch.Tensor, passes: int, keys: bool) -> Callable:
-    """Forward, backward (`passes` times) and update of a copy of the network on fixed views [V, b, 3, H, W].
+    """Forward, backward (`passes` times), update of a copy of the network on views [V, b, 3, H, W].
 
     keys: the second view goes through a key encoder, which follows by momentum.
     """
@@ -209,7 +223,7 @@ def bare_step(net: torch.nn.Module, views: torch.Tensor, passes: int, keys: bool
 
 
 def stage_overhead(module, stage: str, flags: str, passes: int = 1, keys: bool = False) -> tuple:
-    """Three epochs of a stage as its script runs it (ResNet-20, random images) / bare steps of its network.
+    """Three epochs of a stage as its script runs it (ResNet-20) / bare steps of its network.
 
     Between two steps of the stage comes a bare one, timed apart.
     """
@@ -239,7 +253,9 @@ def stage_overhead(module, stage: str, flags: str, passes: int = 1, keys: bool =
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "random.npz"
         gpu_speed.cifar_like(data, n_max=500, n_test=2, side=32)
-        words = f"--dataset {data} --backbone resnet20 --precision fp32 --device cpu --eval-every 1000"
+        words = (
+            f"--dataset {data} --backbone resnet20 --precision fp32 --device cpu --eval-every 1000"
+        )
         args = commands.parse(module.__name__, f"{words} --quiet --logger none {flags}".split())
         common.Stage.batches = in_turns
         with contextlib.redirect_stdout(sys.stderr):
@@ -248,7 +264,9 @@ def stage_overhead(module, stage: str, flags: str, passes: int = 1, keys: bool =
 
 
 def train_step_overhead() -> tuple:
-    return stage_overhead(ssp_pretrain, "train", "--ssp none --train-epochs 3 --train-batch-size 128")
+    return stage_overhead(
+        ssp_pretrain, "train", "--ssp none --train-epochs 3 --train-batch-size 128"
+    )
 
 
 def moco_step_overhead() -> tuple:
@@ -272,20 +290,26 @@ def sam_step_overhead() -> tuple:
 
 
 def eval_metrics_vs_mask_loop() -> tuple:
-    """Overall, group and per-class accuracy at the size of iNaturalist 2018, against a mask a class."""
+    """Overall, group and per-class accuracy at iNaturalist's size, against masks of classes."""
     classes, items = 8142, 437_513
     rng = np.random.default_rng(0)
-    counts = np.sort(rng.multinomial(items - classes, rng.dirichlet(np.full(classes, 0.5))) + 1)[::-1]
+    counts = np.sort(rng.multinomial(items - classes, rng.dirichlet(np.full(classes, 0.5))) + 1)[
+        ::-1
+    ]
     train_labels = rng.permutation(np.repeat(np.arange(classes), counts))
     labels = np.repeat(np.arange(classes), 3)
-    predictions = np.where(rng.random(len(labels)) < 0.6, labels, rng.integers(0, classes, len(labels)))
+    predictions = np.where(
+        rng.random(len(labels)) < 0.6, labels, rng.integers(0, classes, len(labels))
+    )
 
     def mask_loop() -> dict:
         per_class, groups = [], {"many": [], "medium": [], "few": []}
         for c in range(classes):
             count = (train_labels == c).sum()
             per_class.append((predictions[labels == c] == c).mean())
-            groups["many" if count > 100 else "few" if count < 20 else "medium"].append(per_class[-1])
+            groups["many" if count > 100 else "few" if count < 20 else "medium"].append(
+                per_class[-1]
+            )
         figures = {name: np.mean(values) for name, values in groups.items()}
         return figures | {"overall": (labels == predictions).mean(), "per_class": per_class}
 
@@ -315,7 +339,7 @@ def peak_mb(function: Callable) -> tuple:
 
 
 def features_to_balance(size: int) -> tuple:
-    """Unit features [10847, size] like CIFAR100-LT's, labels, the sources of 39,153 that balance them."""
+    """Unit features [10847, size] like CIFAR100-LT's, labels, 39,153 sources that balance them."""
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(100), data_lt.long_tail_counts(100, 500, 100))
     centres, scales = rng.gamma(0.6, 1.0, (100, size)), rng.uniform(0.1, 0.5, (100, size))
@@ -332,9 +356,12 @@ def generate(x, labels, sources) -> torch.Tensor:
 
 
 def generate_each(x, labels, sources, sample: Callable) -> torch.Tensor:
-    """One source after the other: calibrate on its three nearest classes, `sample(mean, covariance, n)`."""
+    """One source after the other: its three nearest classes, `sample(mean, covariance, n)`."""
     own = [x[labels == c] for c in range(100)]
-    means, covariances = torch.stack([z.mean(0) for z in own]), torch.stack([z.T.cov() for z in own])
+    means, covariances = (
+        torch.stack([z.mean(0) for z in own]),
+        torch.stack([z.T.cov() for z in own]),
+    )
     eps, parts = 1e-4 * torch.eye(x.shape[1], dtype=x.dtype), []
     for source, count in zip(*sources.unique_consecutive(return_counts=True), strict=True):
         near = (x[source] - means).norm(dim=1).topk(3, largest=False).indices
@@ -383,7 +410,7 @@ def generate_vs_per_source_cholesky() -> tuple:
 
 
 def generate_memory_2048() -> tuple:
-    """Peak memory of an epoch's generation at D = 2048 above inputs and outputs; ratio: to both of these."""
+    """Peak memory of an epoch's generation at D = 2048; ratio: to its inputs and outputs."""
     x, labels, sources = features_to_balance(2048)
     generate(x, labels, sources[:: len(sources) // 50])  # threads, libraries
     out, above = peak_mb(lambda: generate(x, labels, sources))
@@ -396,13 +423,15 @@ def generate_memory_2048() -> tuple:
 
 
 def fsm_gather_vs_loop() -> tuple:
-    """FSGL's gains of 128 mixed labels of 1000 classes, against a multiply-add for each sample and class."""
+    """FSGL's gains of 128 mixed labels of 1000 classes, against a loop of multiply-adds."""
     a, b = torch.randint(0, 1000, (2, 128), generator=generator())
     gains = torch.tensor(fsgl.class_gains(range(1000, 0, -1), 0.1))
 
     def loop() -> torch.Tensor:
         soft = 0.3 * F.one_hot(a, 1000).float() + 0.7 * F.one_hot(b, 1000).float()
-        return torch.stack([sum(row[k] * round(1.1 - k * 1e-4, 2) for k in range(1000)) for row in soft])
+        return torch.stack(
+            [sum(row[k] * round(1.1 - k * 1e-4, 2) for k in range(1000)) for row in soft]
+        )
 
     def ours() -> torch.Tensor:
         return fsgl.mixed_pick(gains, a, b, 0.3)
@@ -411,8 +440,10 @@ def fsm_gather_vs_loop() -> tuple:
 
 
 def rotation_batch_vs_loop() -> tuple:
-    """Images of a batch turned by their own angles, against one image after the other as released."""
-    images = torch.randn(128, 3, 32, 32, generator=generator()).contiguous(memory_format=torch.channels_last)
+    """Images of a batch turned by their own angles, against one image after the other."""
+    images = torch.randn(128, 3, 32, 32, generator=generator()).contiguous(
+        memory_format=torch.channels_last
+    )
     turns = ssp_pretrain.rotation_labels(len(images), generator())
 
     def loop() -> torch.Tensor:
@@ -451,12 +482,16 @@ def dense_mask_kcl(q, key, labels, queue, queue_labels, k, temperature) -> tuple
 
 
 def kcl_loss_vs_dense_masks() -> tuple:
-    """KCL with a queue, forward and backward, N = 64, Q = 65,536, C = 1000, k = 6, against dense masks."""
+    """KCL with a queue, both ways: N 64, Q 65,536, C 1000, k 6, against dense masks."""
     n, size, k, temperature, rng = 64, 65_536, 6, 0.07, generator()
-    q, key, queue = (F.normalize(torch.randn(rows, 128, generator=rng), dim=1) for rows in (n, n, size))
+    q, key, queue = (
+        F.normalize(torch.randn(rows, 128, generator=rng), dim=1) for rows in (n, n, size)
+    )
     q.requires_grad_()
     share = 0.01 ** (torch.arange(1000) / 999)  # imbalance ratio 100
-    labels, queue_labels = (torch.multinomial(share, rows, True, generator=rng) for rows in (n, size))
+    labels, queue_labels = (
+        torch.multinomial(share, rows, True, generator=rng) for rows in (n, size)
+    )
 
     def loss_of(rows, used) -> torch.Tensor:
         logits = torch.cat([(q * key).sum(1, keepdim=True), q @ queue.T], 1) / temperature
@@ -479,7 +514,7 @@ def kcl_loss_vs_dense_masks() -> tuple:
 
 
 class QueueMemory(TorchDispatchMode):
-    """Adds up the bytes of what operations make of the queue, the logits of its K columns left out."""
+    """Adds up the bytes of what operations make of the queue, but for the logits of its keys."""
 
     def __init__(self, queue: torch.Tensor):
         super().__init__()
@@ -487,14 +522,16 @@ class QueueMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         made = function(*args, **(kwargs or {}))
-        tensors = [x.untyped_storage().data_ptr() for x in (*args, made) if isinstance(x, torch.Tensor)]
+        tensors = [
+            x.untyped_storage().data_ptr() for x in (*args, made) if isinstance(x, torch.Tensor)
+        ]
         if self.own in tensors[:-1] and self.own != tensors[-1] and made.shape[-1] != self.columns:
             self.bytes += made.nbytes
         return made
 
 
 def moco_queue_clone_mb() -> tuple:
-    """What a step makes out of the queue at the published size, 65,536 keys of 128; ratio: to a clone."""
+    """What a step makes of a queue of 65,536 keys of 128, in MB; ratio: to a clone of it."""
     flags = "--ssp moco --dataset cifar10_lt --queue 65536 --device cpu --precision fp32"
     args = commands.parse("ssp_pretrain", flags.split())
     net = models.Net(models.backbone("resnet8"), models.ProjectionHead(64, 64, args.projection_dim))
@@ -512,8 +549,13 @@ def moco_queue_clone_mb() -> tuple:
 
 def bns_problem(b: int) -> tuple:
     """Projections [2b, 128] of two views, and labels [2b] of a long-tailed batch of ten classes."""
-    z, shares = torch.randn(2 * b, 128, generator=generator()), data_lt.long_tail_counts(10, 5000, 100)
-    labels = torch.multinomial(torch.tensor(shares).float(), b, True, generator=generator()).repeat(2)
+    z, shares = (
+        torch.randn(2 * b, 128, generator=generator()),
+        data_lt.long_tail_counts(10, 5000, 100),
+    )
+    labels = torch.multinomial(torch.tensor(shares).float(), b, True, generator=generator()).repeat(
+        2
+    )
     return z.requires_grad_(), labels
 
 
@@ -545,7 +587,7 @@ def bns_loss_vs_broadcast() -> tuple:
 
 
 def bns_loss_memory() -> tuple:
-    """Peak memory of the loss and its gradients at B = 1024; ratio: to one temporary of [2B, 2B, D]."""
+    """Peak memory of the loss and its gradients at B = 1024; ratio: to one array [2B, 2B, D]."""
     bns_loss(*bns_problem(8)).backward()  # threads, libraries
     z, labels = bns_problem(1024)
     _, peak = peak_mb(lambda: bns_loss(z, labels).backward())
@@ -633,8 +675,12 @@ ROWS = {
 def main() -> None:
     names = {row.__name__: row for row in ROWS}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=names, metavar="NAME", help=f"this row alone: {', '.join(names)}")
-    parser.add_argument("--gpu", action="store_true", help="every method on a GPU instead, see gpu_speed.py")
+    parser.add_argument(
+        "--only", choices=names, metavar="NAME", help=f"this row alone: {', '.join(names)}"
+    )
+    parser.add_argument(
+        "--gpu", action="store_true", help="every method on a GPU instead, see gpu_speed.py"
+    )
     args = parser.parse_args()
     if args.gpu:
         if not torch.cuda.is_available():

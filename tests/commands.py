@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def tiny_letters(path: Path, train=(20,) * 10, test=(10,) * 10, side: int = 16) -> str:
-    """Write the first `train` and `test` letters of each kind as an .npz set of images with `side` pixels."""
+    """Write the first `train` and `test` letters of each kind, at `side` px, as an .npz set."""
     arrays = {}
     source = data_lt.load_pool("glyphs_lt")
     for split, part, counts in (("train", source.train, train), ("test", source.test, test)):
@@ -58,17 +58,21 @@ def environment() -> dict[str, str]:
 
 
 def command(script: str, *flags, out=None) -> list[str]:
-    """The command line of a script of the repository or of tests/: on the CPU, without TensorBoard."""
+    """The command line of a script of the repository or of tests/: on the CPU, no TensorBoard."""
     folder = [] if out is None else ["--out", str(out)]
     usual = ["--device", "cpu", "--logger", "none", *folder]
     return [sys.executable, str(ROOT / script), *usual, *map(str, flags)]
 
 
-def run(script: str, *flags, out=None, code: int = 0, timeout: float = 300) -> subprocess.CompletedProcess:
-    """Run it to its end; AssertionError with what it said when it does not end with exit code `code`."""
+def run(
+    script: str, *flags, out=None, code: int = 0, timeout: float = 300
+) -> subprocess.CompletedProcess:
+    """Run it to its end; AssertionError with what it said when its exit code is not `code`."""
     line = command(script, *flags, out=out)
     done = subprocess.run(line, capture_output=True, text=True, env=environment(), timeout=timeout)
-    assert done.returncode == code, f"exit code {done.returncode}: {' '.join(line)}\n{done.stderr[-3000:]}"
+    assert done.returncode == code, (
+        f"exit code {done.returncode}: {' '.join(line)}\n{done.stderr[-3000:]}"
+    )
     if code == 2:
         assert "Traceback" not in done.stderr and done.stderr.strip().count("\n") == 0, done.stderr
     return done

@@ -12,6 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import commands
+import fake_tree
 import numpy as np
 import pytest
 
@@ -23,7 +25,9 @@ LONGEST = [f"test_{name}.py" for name in "ranks run readme faults ssp tsc toy".s
 def pytest_addoption(parser):
     usual = str(ROOT / "tests" / "golden")
     parser.addoption("--golden", default=usual, help="folder with the golden .npz files")
-    parser.addoption("--slow", action="store_true", help="the long forms of the tests on faults, too")
+    parser.addoption(
+        "--slow", action="store_true", help="the long forms of the tests on faults, too"
+    )
 
 
 def pytest_configure(config):
@@ -39,7 +43,9 @@ def pytest_collection_modifyitems(items):
 def pytest_generate_tests(metafunc):
     if "golden" in metafunc.fixturenames:
         stems = metafunc.definition.get_closest_marker("golden").args
-        metafunc.parametrize("golden", stems, indirect=True, ids=[f"golden-{stem}" for stem in stems])
+        metafunc.parametrize(
+            "golden", stems, indirect=True, ids=[f"golden-{stem}" for stem in stems]
+        )
 
 
 class Golden:
@@ -95,3 +101,19 @@ def real_data_root(tmp_path_factory) -> Path:
     done = subprocess.run([sys.executable, maker, target], capture_output=True, text=True)
     assert done.returncode == 0, f"restoring CIFAR failed: {done.stderr.strip()[-200:]}"
     return target
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    """The first letters of each kind, 10 to 4 to train on and 5 to test."""
+    train = [10 - 2 * (c % 4) for c in range(10)]
+    path = tmp_path_factory.mktemp("letters") / "tiny.npz"
+    return Path(commands.tiny_letters(path, train, [5] * 10))
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> Path:
+    """An ImageNet-LT of four classes with 8 to 4 images, as files."""
+    root = tmp_path_factory.mktemp("tree")
+    fake_tree.make_imagenet_lt(root, num_classes=4, n_max=8, ratio=2)
+    return root

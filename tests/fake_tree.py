@@ -1,4 +1,4 @@
-"""Small sets of image files, always the same: an ImageNet-LT of JPEGs with its lists, class folders."""
+"""Small sets of image files, always the same: an ImageNet-LT of JPEGs, class folders."""
 
 from pathlib import Path
 
@@ -10,7 +10,9 @@ from data_lt import long_tail_counts
 SIZES = ((500, 375), (375, 500), (160, 120), (120, 160))  # (width, height) of ImageNet's, in turn
 
 
-def write_jpeg(path: Path, key: tuple[int, ...], size=(160, 120), mode="RGB", label: int = 0) -> None:
+def write_jpeg(
+    path: Path, key: tuple[int, ...], size=(160, 120), mode="RGB", label: int = 0
+) -> None:
     """Random patches over the class's own colour, with some grain; decided by `key` alone."""
     rng = np.random.RandomState(key)
     colour = np.random.RandomState(label).uniform(40, 215, 3)
@@ -67,8 +69,12 @@ def write_png(path: Path, key: int = 0, size=(20, 20), first=(0, 0, 0)) -> Path:
 
 
 def make_folder(root: Path, train=(4, 2), val: int = 0, size=(20, 20)) -> Path:
-    """train/, test/ (two of each) and perhaps val/ of ant, bee, cat; first pixel (class, number, 0)."""
-    for split, counts in (("train", train), ("test", [2] * len(train)), ("val", [val] * len(train))):
+    """train/, test/ (two of each), perhaps val/ of ant, bee, cat; first pixel (class, image, 0)."""
+    for split, counts in (
+        ("train", train),
+        ("test", [2] * len(train)),
+        ("val", [val] * len(train)),
+    ):
         for c, n in enumerate(counts):
             for k in range(n):
                 path = root / split / ("ant", "bee", "cat")[c] / f"{k:02}.png"

@@ -2,8 +2,8 @@
 
 Every method runs as its user starts it, at its CIFAR-10-LT settings, on random images of that set's
 size for a few epochs, eager and with --compile; its metrics.jsonl tells of the last epoch of each
-stage. The bare step is forward, backward and optimiser of the same network on one fixed batch of the
-same size. One JSON line a stage that trains the network:
+stage. The bare step is forward, backward and optimiser of the same network on one fixed batch of
+the same size. One JSON line a stage that trains the network:
 
   passes_per_second   images forward and backward a second, all views (without gradient: 0)
   data_wait           share of the training time spent waiting for the next batch

@@ -18,8 +18,8 @@ import bns_ipdpp
 def bns_loss_paper(z1, z2, labels, temperature: float, reduction: str) -> torch.Tensor:
     """Equation 12 of Lin and Yuan 2025 over a batch of two views [B, d], one number.
 
-    Of every anchor: the mean over rows of its label of -log sigmoid(cosine / tau), and of each of these
-    rows the sum or mean over columns of other labels of -log sigmoid(-cosine / tau).
+    Of every anchor: the mean over rows of its label of -log sigmoid(cosine / tau), and of each of
+    these rows the sum or mean over columns of other labels of -log sigmoid(-cosine / tau).
     """
     g = F.normalize(z1, dim=1) @ F.normalize(z2, dim=1).T / temperature  # [B, B]
     same = labels[:, None] == labels
@@ -59,15 +59,17 @@ class Tables(NamedTuple):
     skip: np.ndarray  # b_i = 1 / (1 + theta d_i)
     take: np.ndarray  # a_i = theta d_i b_i
     mark: np.ndarray  # m_i = theta u_i^2 b_i
-    f: np.ndarray  # [N + 1, 2, k + 1]: j of the first n items, without (0) and with (1) a marked one
+    f: (
+        np.ndarray
+    )  # [N + 1, 2, k + 1]: j of the first n items, without (0) and with (1) a marked one
 
 
 def kdpp_tables(d: np.ndarray, u: np.ndarray, k: int) -> Tables:
     """Tables of the k-DPP, time and memory O(N k).
 
-    det S_Y sums over the members that may be "marked" (weight u_i^2 in place of d_i), at most one of
-    them. Elementary symmetric polynomials of 5000 numbers leave float64, so items are first tilted by
-    theta into Bernoulli draws of mean size about k: the tables hold probabilities, no term is negative.
+    det S_Y sums over the members that may be "marked" (weight u_i^2 in place of d_i), at most one
+    of them. Elementary symmetric polynomials of 5000 numbers leave float64, so items are first
+    tilted by theta into Bernoulli draws of mean size about k: the tables hold probabilities.
     """
     log_theta, log_d = 0.0, np.log(d[d > 0])
     if len(log_d):
@@ -92,7 +94,7 @@ def _fill(skip: np.ndarray, take: np.ndarray, mark: np.ndarray, k: int) -> np.nd
 
 
 def log_normalisers(tables: Tables) -> tuple[np.ndarray, np.ndarray]:
-    """(log e_j(d), log Z_j) for j = 0..k, [k + 1] each; -inf where it underflows (never at j = k)."""
+    """(log e_j(d), log Z_j), j = 0..k, [k + 1] each; -inf where it underflows (not at j = k)."""
     last, j = tables.f[-1], np.arange(tables.k + 1)
     with np.errstate(divide="ignore"):
         e, z = np.log(last[0]), np.log(last.sum(0))

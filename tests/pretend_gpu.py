@@ -3,9 +3,9 @@ a GPU's rules.
 
 `with pretend_gpu() as gpu:` runs code for `--device cuda` on any machine. RuntimeError where a real
 GPU would raise one: tensors of two devices in one operation (scalars of the CPU are welcome
-everywhere, CPU indices of a GPU tensor are), a generator of the other device, numpy of a GPU tensor.
-`gpu.syncs` counts, by the place in our code, what makes the host wait for the device: reading a
-number, copying to the CPU, operations whose shape depends on values.
+everywhere, CPU indices of a GPU tensor are), a generator of the other device, numpy of a GPU
+tensor. `gpu.syncs` counts, by the place in our code, what makes the host wait for the device:
+reading a number, copying to the CPU, operations whose shape depends on values.
 """
 
 import collections
@@ -25,12 +25,14 @@ aten = torch.ops.aten
 ROOT = Path(__file__).resolve().parent.parent
 PINS = {aten._pin_memory.default, aten.pin_memory.default}
 INDEXING = {
-    aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default,
+    aten.index.Tensor, aten.index_put_.default, aten.index_put.default,
+    aten._index_put_impl_.default,
 }  # fmt: skip
 WAITS = {  # reads a number, or the shape of what comes depends on values
     aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default,
-    aten.nonzero.default, aten.masked_select.default, aten._unique2.default, aten.unique_dim.default,
-    aten.unique_consecutive.default, aten.repeat_interleave.Tensor, aten.bincount.default,
+    aten.nonzero.default, aten.masked_select.default, aten._unique2.default,
+    aten.unique_dim.default, aten.unique_consecutive.default, aten.repeat_interleave.Tensor,
+    aten.bincount.default,
 }  # fmt: skip
 
 
@@ -134,7 +136,9 @@ class Rules(TorchDispatchMode):
             raise RuntimeError(f"{function}: expected all tensors to be on one device, found two")
 
     def note_waits(self, function, args, kwargs, to_cpu: bool) -> None:
-        by_mask = function in INDEXING and any(i is not None and i.dtype == torch.bool for i in args[1])
+        by_mask = function in INDEXING and any(
+            i is not None and i.dtype == torch.bool for i in args[1]
+        )
         if function in WAITS or by_mask:
             self.note_sync(str(function))
         copied = function is aten.copy_.default and not isinstance(args[0], OnGpu)
@@ -198,7 +202,7 @@ def pretend_gpu():
     with contextlib.ExitStack() as stack:
         for stand_in in stand_ins:
             stack.enter_context(mock.patch.object(*stand_in))
-        torch._C._ensureCUDADeviceGuardSet()  # as torch's own fake tensors do where there is no driver
+        torch._C._ensureCUDADeviceGuardSet()  # as torch's fake tensors do without a driver
         stack.callback(torch._C._set_only_lift_cpu_tensors, torch._C._only_lift_cpu_tensors())
         torch._C._set_only_lift_cpu_tensors(True)
         # or Module.to would move our tensors into parameters that are plain ones

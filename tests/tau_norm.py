@@ -106,7 +106,7 @@ def main(args) -> None:
         return run.show()
     net = build(args, data.num_classes)
     if args.init_from:
-        saved = common.load_backbone(net.backbone, args.init_from, args, data=images)
+        saved = common.load_backbone(net.backbone, args.init_from, args, images)
         if args.stages[0] == "tau":
             common.load_weights(net, saved["state"]["model"], args.init_from)
     for name in args.stages:

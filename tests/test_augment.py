@@ -1,6 +1,7 @@
 """Batched augmentation against torchvision, the laws of its parameters, the order of the chain."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -81,6 +82,13 @@ def test_law_of_resized_crop(height, width, scale):
     assert min(stats.ks_2samp(*pair, method="asymp").pvalue for pair in pairs) > P_MIN
     assert (ours[:, :2] >= 0).all() and (ours[:, 2:] >= 1).all()
     assert (ours[:, :2] + ours[:, 2:] <= [height, width]).all()
+
+
+def test_areas_and_aspects_of_crops_are_the_drawn_ones():
+    u = data_lt.uniforms(100, generator(3))[:22].numpy()
+    *_, h, w = data_lt.crop_windows(u, 10_000, 10_000, (0.1, 0.5), (3 / 4, 4 / 3))
+    np.testing.assert_allclose(h * w / 10**8, 0.1 + 0.4 * u[0], rtol=1e-3)
+    np.testing.assert_allclose(np.log(w / h), math.log(3 / 4) * (1 - 2 * u[10]), atol=1e-3)
 
 
 def test_law_of_pad_crop():
@@ -194,7 +202,10 @@ def test_chain(name, chunk, monkeypatch):
 
 @pytest.mark.parametrize("height, width, size", [(48, 30, 16), (20, 41, 32)])
 def test_chain_from_other_sizes(height, width, size):
-    for crop in (SIMCLR, {"crop": "pad", "pad": 7, "blur_p": 0.7, "blur_kernel": 15, "blur_sigma": (0.1, 9)}):
+    for crop in (
+        SIMCLR,
+        {"crop": "pad", "pad": 7, "blur_p": 0.7, "blur_kernel": 15, "blur_sigma": (0.1, 9)},
+    ):
         a = Augment(size, None, None, **crop)
         images, d = raw(30, height, width), a.draw(30, generator(10), height, width)
         torch.testing.assert_close(a(images, d), one_by_one(images, d, a), rtol=0, atol=1e-5)

@@ -50,7 +50,9 @@ def test_bns_loss_of_the_released_code(golden):
         tau = golden.scalar(f"{case}_tau")
         loss = bns.bns_loss(unit(raw), y, tau).mean()
         np.testing.assert_allclose(loss.item(), golden.scalar(f"{case}_loss"), **CLOSE)
-        for name, sums in zip(("pos", "neg"), bns.bns_sums(unit(raw.detach()), y, tau), strict=True):
+        for name, sums in zip(
+            ("pos", "neg"), bns.bns_sums(unit(raw.detach()), y, tau), strict=True
+        ):
             np.testing.assert_allclose(sums, golden[f"{case}_{name}"], **CLOSE)
         single = bns.bns_loss(unit(raw.detach().float()), y, tau).mean()
         assert float(single) == pytest.approx(loss.item(), rel=1e-4)
@@ -324,7 +326,13 @@ def test_subsets_of_every_mode(monkeypatch):
     monkeypatch.setattr(bns, "sample_kdpp", lambda *rest: calls.append(rest) or sample(*rest))
     data = data_lt.load(parsed())
     views, labels, _ = next(iter(data_lt.evaluation_loader(parsed(), data.train)))
-    modes = {"kdpp": KDPP, "kdpp --dpp-scale n2": KDPP, "uniform": KDPP, "legacy": KDPP[:2], "all": []}
+    modes = {
+        "kdpp": KDPP,
+        "kdpp --dpp-scale n2": KDPP,
+        "uniform": KDPP,
+        "legacy": KDPP[:2],
+        "all": [],
+    }
     for words, flags in modes.items():
         args = parsed("--subset-mode", *words.split(), *flags)
         net = bns.build_classifier(args, "finetune", bns.build(args).backbone, 10).train()
@@ -376,7 +384,9 @@ def test_published_settings(dataset, probe):
     decayed, plain = bns.adamw(args, bns.build(parsed()), "pretrain").param_groups
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.05, 0)
     assert {p.ndim for p in plain["params"]} == {1} and min(p.ndim for p in decayed["params"]) == 2
-    chain = data_lt.Augment(32, None, None, **bns.views_of(args, "pretrain", data_lt.load(parsed())))
+    chain = data_lt.Augment(
+        32, None, None, **bns.views_of(args, "pretrain", data_lt.load(parsed()))
+    )
     assert (chain.jitter, chain.jitter_p, chain.grey) == ((1.6, 1.6, 1.6, 0.4), 0.8, 0.2)
     assert (chain.blur_p, chain.blur_kernel, chain.blur_floor) == (1.0, 3, True)
 

@@ -1,5 +1,6 @@
 """tools.cells: lines become cells, cells are run, and their tables open RESULTS.md."""
 
+import functools
 import json
 import os
 import re
@@ -25,7 +26,8 @@ SCRIPT = '''
 import argparse, json, os, signal, sys, time
 from pathlib import Path
 METHODS, OTHER, BARE = {"fake": ("train",)}, {}, ("fail", "hang", "deaf")
-FLAGS = ("accuracy", 50.0, "told"), *((name, False, "what it does", {"bare": True}) for name in BARE)
+SWITCHES = ((name, False, "what it does", {"bare": True}) for name in BARE)
+FLAGS = ("accuracy", 50.0, "told"), *SWITCHES
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     for name in BARE: parser.add_argument(f"--{name}", action="store_true")
@@ -53,14 +55,15 @@ if __name__ == "__main__":
     head = {"overall": (args.accuracy + args.seed) / 100, "few": None}
     result = {"script": "fake", "dataset": "glyphs_lt_ir100", "variant": variant, "method": "fake"}
     result |= {"seed": args.seed, "headline": head, "args": {"select": "last"}}
-    (folder / "result.json").write_text(json.dumps(result | {"changed": {"accuracy": args.accuracy}}))
+    result |= {"changed": {"accuracy": args.accuracy}}
+    (folder / "result.json").write_text(json.dumps(result))
     print(f"result: {folder / 'result.json'}")
 '''
 
 
 @pytest.fixture
 def desk(tmp_path, monkeypatch, capsys):
-    """A working directory with the script: `desk(lines, *flags)` runs cells and returns what is said."""
+    """A working directory with the script: `desk(lines, *flags)` runs cells; what is said."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a b").mkdir()
     (tmp_path / "a b" / "fake.py").write_text(SCRIPT)
@@ -103,7 +106,9 @@ def test_lines_become_cells(desk):
     """
 
     def found(*flags: str) -> list[str]:
-        return re.findall("  run: (.*)", desk(lines, "--dry-run", "--more", *flags).replace(desk.script, "F"))
+        return re.findall(
+            "  run: (.*)", desk(lines, "--dry-run", "--more", *flags).replace(desk.script, "F")
+        )
 
     assert found("--seeds", "2") == [
         "one, seed 0 | F --accuracy 1",
@@ -131,7 +136,11 @@ def test_lines_become_cells(desk):
         ("[often]\none | FAKE | 0", "", "line 1: [often] is none of [claims], [headline]"),
         ("one | FAKE --init-from <two>/train.pt | 0", "", "no line is called two"),
         ("x: a | FAKE --init-from <a>/train.pt | 0", "", "this needs itself: x: a"),
-        ("x: two | FAKE | 1\none | FAKE --init-from <two>/train.pt | 0", "", "no line is called two"),
+        (
+            "x: two | FAKE | 1\none | FAKE --init-from <two>/train.pt | 0",
+            "",
+            "no line is called two",
+        ),
         ("one | FAKE | 0", "--only nothing", "fits no line"),
         ("one | FAKE | 0", "--only (", "not a regular expression"),
         ("one | FAKE | 0", "--jobs 0", "--jobs"),
@@ -195,7 +204,11 @@ def test_how_long_it_takes_is_told_from_recorded_runs(desk, monkeypatch):
         names = {"script": "fake", "dataset": "glyphs_lt_ir100", "variant": variant}
         return result(more.pop("seed", 0), timing=timing, machine=machine, **names)
 
-    known = [record("fake", 60), record("fake", 120, seed=1), record("fake", 3, "NVIDIA H200", seed=2)]
+    known = [
+        record("fake", 60),
+        record("fake", 120, seed=1),
+        record("fake", 3, "NVIDIA H200", seed=2),
+    ]
     known += [record("fake_accuracy2", 900), record("fake_accuracy2", None, seed=1)]
     (desk.path / "known.jsonl").write_text("".join(json.dumps(one) + "\n" for one in known))
     monkeypatch.setattr(report, "RECORDED", desk.path / "known.jsonl")
@@ -273,10 +286,14 @@ def test_a_failed_cell_does_not_stop_the_others(desk):
 def test_a_signal_lets_the_cells_save_and_a_second_kills_the_deaf(desk, number, code, deaf):
     lines = f"long | {desk.script} --hang {deaf} | 0\nnever | {desk.script} | 0"
     (desk.path / "cells").write_text(lines)
-    default = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 (also in background)
+    default = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # in background, too
     process = subprocess.Popen(
         [sys.executable, "-m", "tools.report", "run", "cells", "--jobs", "1"],
-        stdout=subprocess.PIPE, text=True, preexec_fn=default, env=commands.environment())
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=default,
+        env=commands.environment(),
+    )
     hanging, limit = desk.path / "runs" / "hanging", time.monotonic() + 200
     while not (hanging.exists() and hanging.read_text()):
         assert process.poll() is None and time.monotonic() < limit, "the cell did not start"
@@ -299,10 +316,16 @@ def test_a_signal_lets_the_cells_save_and_a_second_kills_the_deaf(desk, number, 
 
 
 def test_the_first_page_has_claims_real_images_and_leagues(desk):
-    runs = {"fake": (1000, 0, 0), "fake_accuracy2": (1030, 0.01, 0.02), "fake_accuracy3": (2000, -0.2, -0.4)}
+    runs = {
+        "fake": (1000, 0, 0),
+        "fake_accuracy2": (1030, 0.01, 0.02),
+        "fake_accuracy3": (2000, -0.2, -0.4),
+    }
     for variant, (passes, more, of_seed_1) in runs.items():
         for seed in (0, 1, 2):
-            one = result(seed, variant=variant, script="fake", image_passes=passes, uniformity=3 + seed)
+            one = result(
+                seed, variant=variant, script="fake", image_passes=passes, uniformity=3 + seed
+            )
             one["headline"]["overall"] += of_seed_1 if seed == 1 else more
             put(desk.path / "r", one)
     lines = """claim two, overall, uniformity: base | FAKE | 0,1,2
@@ -320,8 +343,10 @@ def test_the_first_page_has_claims_real_images_and_leagues(desk):
         "| two | overall | base: 71.0 ± 1.0 | more: 72.3 ± 1.2 | +1.33 ± 0.33, no sure difference "
         "| 1,000 / 1,030 |"
     ) in first
-    assert "| two | uniformity | base: 4.0 ± 1.0 | more: 4.0 ± 1.0 | +0.00 ± 0.00" in first
-    assert "| alone | recall of R (tail) | class 100: 10.0 ± 0.0 | class 5000: 20.0 ± 0.0 |" in first
+    assert "| two | uniformity | base: 4.00 ± 1.00 | more: 4.00 ± 1.00 | +0.00 ± 0.00" in first
+    assert (
+        "| alone | recall of R (tail) | class 100: 10.0 ± 0.0 | class 5000: 20.0 ± 0.0 |" in first
+    )
     assert "never run" not in page
     assert "| it, cifar10_lt_ir100 | `fake.py --method kcl` | - | 71.0 ± 1.0" in page
     rows = re.findall(r"^\| (\w+) \|", league, re.MULTILINE)

@@ -1,10 +1,10 @@
-"""Every choice of every flag, and every switch, of every script is accepted and trains (`--slow`)."""
+"""Every choice of every flag of every script, and every switch, trains (`--slow`)."""
 
 import importlib
 
 import commands
 import pytest
-from test_faults import SMALL, Desk, tiny  # noqa: F401 (a fixture)
+from test_faults import SMALL, Desk
 
 import common
 
@@ -86,14 +86,19 @@ def short(script: str, rows: dict, words: list[str]) -> list[str]:
 def line(script: str, name: str, value: str, dataset: str) -> list[str]:
     """The command line on which a value is tried."""
     rows = rows_of(script)
-    words = ["--dataset", str(dataset), *beside(script, rows[name][2]), *spelled(script, name, value)]
+    words = [
+        "--dataset",
+        str(dataset),
+        *beside(script, rows[name][2]),
+        *spelled(script, name, value),
+    ]
     for key in (script, name, f"{name} {value}", f"{script} {name} {value}"):
         words += ALONG.get(key, "").split()
     return short(script, rows, words) + words
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_every_choice_is_accepted_and_trains(script, tiny, tmp_path, pytestconfig):  # noqa: F811
+def test_every_choice_is_accepted_and_trains(script, tiny, tmp_path, pytestconfig):
     pairs, failed = choices(rows_of(script)), []
     assert len(pairs) > 12
     for name, value in pairs:

@@ -29,7 +29,7 @@ TRAIN = Augment(SIZE, MEAN, STD, crop="resized", flip=0.5, **JITTER)
 
 
 def make_tree(root: Path) -> Set:
-    """22 JPEGs of four classes and many sizes, some smaller than the crop; a grey and a CMYK one."""
+    """22 JPEGs of four classes and many sizes, some below the crop; a grey and a CMYK one."""
     sizes = ((130, 57), (24, 90), (64, 64), (100, 28), (77, 121))
     fake_tree.make_imagenet_lt(root, num_classes=4, n_max=9, ratio=3, sizes=sizes)
     return data_lt.load_pool("imagenet_lt", root, SIZE, files=True).train
@@ -233,9 +233,13 @@ def test_a_cache_holds_the_resized_images(files, cache):
 
 def test_batches_from_a_cache(files, cache):
     def views(source, **options) -> torch.Tensor:
-        return torch.cat([views for views, *_ in batches(loader(files, cache=source, **options))], 1)
+        return torch.cat(
+            [views for views, *_ in batches(loader(files, cache=source, **options))], 1
+        )
 
-    assert views(cache, workers=1, evaluation=True).equal(views(None, evaluation=True))  # its own side
+    assert views(cache, workers=1, evaluation=True).equal(
+        views(None, evaluation=True)
+    )  # its own side
     assert views(cache, views=2).equal(views(cache, views=2, workers=2))
     plain, windows = {"evaluation": True}, {"crop": "resized", "scale": (0.5, 1)}
     for crop, options in (({}, plain), (windows, {})):  # the same windows of images of another size
@@ -251,7 +255,11 @@ def test_a_part_of_the_list_reads_the_same_cache(files, cache):
     assert same(ours, batches(loader(part, 3, evaluation=True)))
     one, name = files.labels[:1], files.images.names[0]
     for path, label, said in (
-        ("n/99.jpg", one, f"is of another list: n/99.jpg with label {one.item()} has no such image in it"),
+        (
+            "n/99.jpg",
+            one,
+            f"is of another list: n/99.jpg with label {one.item()} has no such image in it",
+        ),
         (name, 3 - one, f"{name} with label {3 - one.item()} has label {one.item()} in it"),
     ):
         other = Set(Files(files.images.root, [path]), label, one, files.classes)
@@ -350,7 +358,12 @@ def test_no_space(files, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     for owner, name, replaced, said in (
-        (prepare, "bytes_needed", lambda *_: 10**15, r"needs about 1000000.0 GB more, \d+\.\d GB are free"),
+        (
+            prepare,
+            "bytes_needed",
+            lambda *_: 10**15,
+            r"needs about 1000000.0 GB more, \d+\.\d GB are free",
+        ),
         (os, "fsync", full, "cannot write .*: No space left on device"),
     ):
         with monkeypatch.context() as patch, pytest.raises(UserError, match=said):

@@ -72,7 +72,10 @@ def test_golden_group_accuracy_over_images(golden):
         np.testing.assert_array_equal(group, golden[f"{case}_group"])
         figures = common.report(golden[f"{case}_labels"], golden[f"{case}_preds"], counts)
         confusion = np.array(figures["confusion"])
-        ours = [np.diag(confusion)[group == g].sum() / max(confusion[group == g].sum(), 1) for g in range(3)]
+        ours = [
+            np.diag(confusion)[group == g].sum() / max(confusion[group == g].sum(), 1)
+            for g in range(3)
+        ]
         np.testing.assert_allclose([*ours, figures["overall"]], golden[f"{case}_acc"], atol=1e-11)
 
 
@@ -90,7 +93,13 @@ def test_golden_inclusive_few(golden):
 @pytest.mark.golden("tailcalibx_metrics")
 def test_golden_second_profile_with_an_empty_group(golden):
     labels, predictions = golden["labels"], golden["preds"]
-    keys = {"overall": "acc", "many": "many", "medium": "median", "few": "low", "macro_f1": "macro_f1"}
+    keys = {
+        "overall": "acc",
+        "many": "many",
+        "medium": "median",
+        "few": "low",
+        "macro_f1": "macro_f1",
+    }
     figures = common.report(labels, predictions, golden["train_counts"])
     compare(figures, golden, "per_class", **keys)
     second = common.report(labels, predictions, golden["train_counts2"])
@@ -136,7 +145,9 @@ def naive_report(labels, predictions, counts) -> dict:
 def naive_calibration_error(hit, confidence, bins: int = 15) -> float:
     error = 0.0
     for b in range(bins):
-        inside = (confidence > b / bins) & (confidence <= (b + 1) / bins) | ((confidence == 0) & (b == 0))
+        inside = (confidence > b / bins) & (confidence <= (b + 1) / bins) | (
+            (confidence == 0) & (b == 0)
+        )
         if inside.any():
             error += inside.mean() * abs(hit[inside].mean() - confidence[inside].mean())
     return error
@@ -145,7 +156,11 @@ def naive_calibration_error(hit, confidence, bins: int = 15) -> float:
 def close(ours, theirs) -> bool:
     if isinstance(theirs, list):
         return len(ours) == len(theirs) and all(map(close, ours, theirs))
-    return ours is theirs if ours is None or theirs is None else ours == pytest.approx(theirs, rel=1e-12)
+    return (
+        ours is theirs
+        if ours is None or theirs is None
+        else ours == pytest.approx(theirs, rel=1e-12)
+    )
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -18,7 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import commands
-import fake_tree
 import pytest
 import torch
 
@@ -28,7 +27,8 @@ import data_lt
 SMALL = {
     "toy_similarity": "--method sweep2 --epochs 3 --batch-size 16 --points 2",
     "ssp_pretrain": "--epochs 1 --batch-size 20 --train-epochs 2 --train-batch-size 20",
-    "tsc": "--epochs 2 --batch-size 20 --projection-dim 8 --classifier-epochs 1 --classifier-batch-size 20",
+    "tsc": "--epochs 2 --batch-size 20 --projection-dim 8 --classifier-epochs 1 "
+    "--classifier-batch-size 20",
     "bns_ipdpp": "--epochs 1 --batch-size 20 --projection-dim 8 --finetune-epochs 2 "
     "--finetune-batch-size 5 --num-samples 5 --resample-every 1",
     "fsgl": "--epochs 3 --batch-size 20 --projection-dim 8",
@@ -36,8 +36,8 @@ SMALL = {
 }  # fmt: skip
 LARGE = {
     "ssp_pretrain": "--ssp none --train-epochs 2 --train-batch-size 8",
-    "tsc": "--method kcl --epochs 1 --batch-size 8 --queue 16 --projection-dim 8 --classifier-epochs 1 "
-    "--classifier-batch-size 8",
+    "tsc": "--method kcl --epochs 1 --batch-size 8 --queue 16 --projection-dim 8 "
+    "--classifier-epochs 1 --classifier-batch-size 8",
     "bns_ipdpp": "--stages pretrain --epochs 2 --batch-size 8 --projection-dim 8",
     "fsgl": "--method ce --epochs 2 --batch-size 8",
     "tailcalibx": "--method ce --epochs 2 --batch-size 8",
@@ -173,21 +173,9 @@ class Desk:
 
     def rows(self) -> int:
         """How many epochs are saved."""
-        return sum(len(path.read_text().splitlines()) for path in self.out.glob("*/*/*/*/metrics.jsonl"))
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Path:
-    """The first letters of each kind, 10 to 4 to train on and 5 to test."""
-    train, path = [10 - 2 * (c % 4) for c in range(10)], tmp_path_factory.mktemp("faults") / "tiny.npz"
-    return Path(commands.tiny_letters(path, train, [5] * 10))
-
-
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("tree")
-    fake_tree.make_imagenet_lt(root, num_classes=4, n_max=8, ratio=2)
-    return root
+        return sum(
+            len(path.read_text().splitlines()) for path in self.out.glob("*/*/*/*/metrics.jsonl")
+        )
 
 
 def on_letters(script: str, tiny: Path, out: Path) -> Desk:
@@ -223,9 +211,14 @@ def whole(tiny, tmp_path_factory):
 
 
 @pytest.mark.parametrize("script", SMALL)
-def test_stopped_or_killed_late_in_every_second_epoch_it_ends_the_same(script, whole, tiny, tmp_path):
+def test_stopped_or_killed_late_in_every_second_epoch_it_ends_the_same(
+    script, whole, tiny, tmp_path
+):
     desk, ends = on_letters(script, tiny, tmp_path), []
-    codes, turn = {signal.SIGTERM: 143, signal.SIGKILL: -9, signal.SIGINT: 130}, list(SMALL).index(script)
+    codes, turn = (
+        {signal.SIGTERM: 143, signal.SIGKILL: -9, signal.SIGINT: 130},
+        list(SMALL).index(script),
+    )
     while 0 not in ends:
         number = list(codes)[(turn + len(ends)) % 3]
         process = desk.start(prepare=functools.partial(stopped_late, number))
@@ -243,7 +236,9 @@ def test_a_finished_run_does_nothing(whole):
 
 
 @pytest.mark.parametrize("script", SMALL)
-def test_a_second_process_a_full_disk_and_a_damaged_checkpoint_cost_nothing(script, whole, tiny, tmp_path):
+def test_a_second_process_a_full_disk_and_a_damaged_checkpoint_cost_nothing(
+    script, whole, tiny, tmp_path
+):
     desk = on_letters(script, tiny, tmp_path)
     process = desk.start(prepare=suspended)
     stat, deadline = Path(f"/proc/{process.pid}/stat"), time.monotonic() + 200
@@ -271,7 +266,9 @@ def test_a_number_that_is_none_ends_the_run_and_reaches_no_checkpoint(script, ti
     assert "not finite" in desk.run(code=1, prepare=poisoned)
     assert desk.rows() == 1 and (desk.folder / "last.pt").exists()
     for path in desk.folder.glob("*.pt"):
-        assert all(torch.isfinite(value).all() for value in commands.state(desk.folder, path.stem).values())
+        assert all(
+            torch.isfinite(value).all() for value in commands.state(desk.folder, path.stem).values()
+        )
 
 
 def test_a_killed_decoding_worker_is_one_line(tree, tmp_path):

@@ -62,7 +62,9 @@ def test_pictures_of_a_run_go_into_its_folder(tmp_path, capsys):
     row = {"stage": "train", "epoch": 0, "loss": 0.0, "test": {"overall": 0.5}}
     path.with_name("metrics.jsonl").write_text(json.dumps(row) + "\n")
     features = np.random.RandomState(0).randn(60, 5).astype(np.float32)
-    np.savez(path.with_name("features_test.npz"), features=features, labels=np.repeat([0, 1, 2], 20))
+    np.savez(
+        path.with_name("features_test.npz"), features=features, labels=np.repeat([0, 1, 2], 20)
+    )
     assert figures.main([str(tmp_path / "runs")]) == 0
     stems = {picture.stem for picture in path.parent.glob("*.png")}
     assert stems == {"A-B", "confusion", "features_test", "learning", "recall", "reliability"}

@@ -184,7 +184,9 @@ def test_inat18_lists_and_json_agree(tmp_path, capsys, monkeypatch):
     for name in rows:
         inat_json(root / f"{name}2018.json", rows[name])
     argv = ["lists", "--dataset", "inat18", "--data-root", tmp_path]
-    not_prepared(capsys, argv, "iNaturalist18_train.txt: 9 rows, 3 classes", "437513", "--trust-list")
+    not_prepared(
+        capsys, argv, "iNaturalist18_train.txt: 9 rows, 3 classes", "437513", "--trust-list"
+    )
     assert not list(root.glob("*.txt"))  # what is not right is not kept
     known = {"train": prepare.PublicList("other", 9, 3), "test": prepare.PublicList("other", 3, 3)}
     monkeypatch.setitem(prepare.PUBLIC, "inat18", known)
@@ -198,7 +200,11 @@ def test_inat18_lists_and_json_agree(tmp_path, capsys, monkeypatch):
     assert test.labels.tolist() == [2, 0, 1] and test.classes == ["0", "1", "2"]
 
     (root / "iNaturalist18_train.txt").unlink()
-    for content, text in (("{", "JSONDecodeError"), ('{"images": []}', "'annotations'"), ("[]", "")):
+    for content, text in (
+        ("{", "JSONDecodeError"),
+        ('{"images": []}', "'annotations'"),
+        ("[]", ""),
+    ):
         (root / "train2018.json").write_text(content)
         not_prepared(capsys, argv, "train2018.json: no JSON with images and annotations", text)
     inat_json(root / "train2018.json", [*train, ("../x.jpg", 0)])
@@ -398,7 +404,9 @@ def test_check_finds_every_unreadable_image(own_tree, tmp_path, capsys):
     Image.new("RGB", (9000, 3)).save(sliver)
     assert prepare.main(argv) == 2
     shown, why = capsys.readouterr(), ("Truncated", "No such file", "more than 100 times")
-    assert shown.err == "tools.prepare: error: 3 of 36 images cannot be read; they are listed above\n"
+    assert (
+        shown.err == "tools.prepare: error: 3 of 36 images cannot be read; they are listed above\n"
+    )
     for line, path, said in zip(shown.out.splitlines(), (half, gone, sliver), why, strict=True):
         name = path.parent.name
         assert line.startswith(f"{path}: unreadable image of class {name!r} (") and said in line

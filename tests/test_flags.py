@@ -40,7 +40,13 @@ def parsed(line: str = "", named: str = "method"):
     return common.parse("What it does.\n\nMore.", FLAGS, METHODS, OTHER, side, words, named)
 
 
-LETTERS = {"kind": "letters", "backbone": "resnet8", "lr": 0.1, "kind_of_pairs": "all", "epochs": 10}
+LETTERS = {
+    "kind": "letters",
+    "backbone": "resnet8",
+    "lr": 0.1,
+    "kind_of_pairs": "all",
+    "epochs": 10,
+}
 LETTERS |= {"imb_ratio": 100, "decay": 1e-4, "stages": METHODS["two"], "changed": {}}
 SMALL = LETTERS | {"kind": "small", "backbone": "resnet32", "epochs": 100, "weight": 0.5}
 LARGE = {"kind": "large", "backbone": "resnet50", "kind_of_pairs": "queue", "epochs": 1000}
@@ -66,8 +72,9 @@ LARGE = {"kind": "large", "backbone": "resnet50", "kind_of_pairs": "queue", "epo
         ("--imb-ratio 50", {"weight": 0.5}),
         # what is as it would be, or changes no figure, is no change
         ("--lr 0.2 --epochs 10 --decay 0 --method one --quiet --seed 3",
-         {"lr": 0.2, "decay": 0, "quiet": True, "fresh": False, "changed": {"lr": 0.2, "decay": 0}}),
-        ("--stages first,probe", {"stages": ("first", "probe"), "changed": {"stages": "first-probe"}}),
+         {"quiet": True, "fresh": False, "changed": {"lr": 0.2, "decay": 0}}),
+        ("--stages first,probe",
+         {"stages": ("first", "probe"), "changed": {"stages": "first-probe"}}),
         ("--stages probe --init-from x.pt", {"stages": ("probe",)}),
         ("--weight 1", {"weight": 1}),
     ],
@@ -108,7 +115,8 @@ def test_flags_come_from_a_file(tmp_path, capsys):
         ("--imb-ratio 0.5", "at least 1"), ("--kind-of-pairs some", "invalid choice"),
         ("--precision fp16", "invalid choice"), ("--method three", "invalid choice"),
         ("--unknown 1", "--unknown"), ("--epoch 3", "--epoch"), ("@nowhere", "nowhere"),
-        ("--eval a.pt --fresh", "--fresh and --eval contradict"), ("--predict x", "belongs to --eval"),
+        ("--eval a.pt --fresh", "--fresh and --eval contradict"),
+        ("--predict x", "belongs to --eval"),
         ("--eval a.pt --init-from b.pt", "contradict"), ("--save-features val", "--select val"),
         ("--dataset nowhere", "nothing there"),
     ],
@@ -123,8 +131,9 @@ def test_help_shows_the_three_defaults(capsys):
     shown = " ".join(capsys.readouterr().out.split())
     assert stopped.value.code == 0 and "More." not in shown
     for text in (
-        "What it does. Three defaults", "of first (default: 10 / 100 / 1000)", "rate (default: 0.1)",
-        "(default: all / all / queue)", "in percent of 100 % (default: 0.5)", "a file (default: -)",
+        "What it does. Three defaults", "of first (default: 10 / 100 / 1000)",
+        "rate (default: 0.1)", "(default: all / all / queue)",
+        "in percent of 100 % (default: 0.5)", "a file (default: -)",
         "--method {two,one}", "--select {last,val,test}", "--logger {tensorboard,none}",
     ):  # fmt: skip
         assert text in shown, text

@@ -220,7 +220,9 @@ def test_objective_against_double_loops():
         consistency = -sum(cosine(p[v, i].tolist(), z[1 - v, i].tolist()) for v in (0, 1))
         sup = alpha * balanced + (1 - alpha) * rebalanced
         expected = balanced, rebalanced, consistency, sup, sup + eta * consistency
-        assert [part[i].item() for part in parts.values()] == pytest.approx(list(map(float, expected)))
+        assert [part[i].item() for part in parts.values()] == pytest.approx(
+            list(map(float, expected))
+        )
 
 
 # --- SAM and training steps -----------------------------------------------------------------------
@@ -300,7 +302,11 @@ def test_training_steps(golden, monkeypatch):
         setattr(args, key, golden.scalar(key))
     lams = golden["lam"].tolist()
     loaders = [
-        Batches(zip(torch.stack(tensors(golden, *views), 1), *tensors(golden, labels), lams, strict=True))
+        Batches(
+            zip(
+                torch.stack(tensors(golden, *views), 1), *tensors(golden, labels), lams, strict=True
+            )
+        )
         for *views, labels in (("org1", "org2", "label_org"), ("inv1", "inv2", "label_inv"))
     ]
     gains = fsgl.class_gains(range(len(counts), 0, -1), golden.scalar("gamma"))
@@ -309,7 +315,10 @@ def test_training_steps(golden, monkeypatch):
     monkeypatch.setattr(fsgl.SAM, "climb", climb)
     monkeypatch.setattr(data_lt, "loader", lambda *rest, **options: loaders["sampler" in options])
     data, epoch = SimpleNamespace(counts=counts, about={}, train=None), golden.scalar("epoch")
-    logged = {"sam": {"loss": "sam_loss_second", "first": "sam_loss_first"}, "sgd": {"loss": "sgd_loss"}}
+    logged = {
+        "sam": {"loss": "sam_loss_second", "first": "sam_loss_first"},
+        "sgd": {"loss": "sgd_loss"},
+    }
     for args.rho, key in ((golden.scalar("rho"), "momentum"), (0.0, "sgd_momentum")):
         sgd = functools.partial(torch.optim.SGD, momentum=golden.scalar(key))
         monkeypatch.setattr(common, "sgd", lambda p, lr, d, sgd=sgd: sgd(p, lr, weight_decay=d))

@@ -164,7 +164,11 @@ DISTANCES = f"{FEATURES} --distances {{}}/d.npy"
 @pytest.mark.parametrize(
     ("words", "changed", "said"),
     [
-        ("targets --classes 10 --dim 9 --steps 5", {}, "--steps has no meaning with 10 points in 9"),
+        (
+            "targets --classes 10 --dim 9 --steps 5",
+            {},
+            "--steps has no meaning with 10 points in 9",
+        ),
         ("targets --classes 1", {}, "--classes: must be an integer, at least 2"),
         ("targets --classes 3 --out {}/f.npz/x", {}, "f.npz"),
         ("features {}/none.npz", {}, "none.npz is no .npz of features and labels"),

@@ -41,7 +41,8 @@ def test_operations_of_a_pass_are_those_of_its_convolutions():
     for module in net.modules():
         if isinstance(module, torch.nn.Conv2d):
             module.register_forward_hook(
-                lambda conv, x, y: madds.append(conv.weight[0].numel() * y.numel()))
+                lambda conv, x, y: madds.append(conv.weight[0].numel() * y.numel())
+            )
     net(torch.zeros(1, 3, 16, 16))
     found = gpu_speed.bare_steps("resnet8", 4, 16, "cpu", "fp32", compiled=False)
     # forward and two backward; the images need no gradient

@@ -1,4 +1,4 @@
-"""Imports run one way: scripts -> helpers, tools -> both; no circle, and none hidden in a function."""
+"""Imports run one way: scripts -> helpers, tools -> both; no circle, none hidden in a function."""
 
 import ast
 import graphlib

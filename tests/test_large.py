@@ -11,8 +11,19 @@ import data_lt as lt
 @pytest.fixture
 def train(tmp_path):
     """plain_ce.py in this process, on sets below tmp_path: what it logs, its result."""
+
     def train(name: str, *flags) -> dict:
-        words = ["--data-root", tmp_path, "--device", "cpu", "--logger", "none", "--quiet", "--epochs", 1]
+        words = [
+            "--data-root",
+            tmp_path,
+            "--device",
+            "cpu",
+            "--logger",
+            "none",
+            "--quiet",
+            "--epochs",
+            1,
+        ]
         args = commands.parse("plain_ce", map(str, [*words, *flags]))
         return commands.launch(plain_ce, args, tmp_path / name)
 

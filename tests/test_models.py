@@ -154,14 +154,22 @@ def test_wide_cifar_resnets_with_projector(golden):
         key, body = f"r{found[1]}", backbone(f"resnet{found[1]}")
         whole, encoder, with_classifier = golden[f"{key}_num_params"].tolist()
         d, out = body.feature_dim, golden[f"{key}_projection"].shape[1]
-        hidden, classes = (whole - encoder - out) // (d + 1 + out), (with_classifier - encoder) // (d + 1)
+        hidden, classes = (
+            (whole - encoder - out) // (d + 1 + out),
+            (with_classifier - encoder) // (d + 1),
+        )
         net = Net(body, models.ProjectionHead(d, hidden, out)).double().eval()
         assert [count_parameters(net), count_parameters(body)] == [whole, encoder]
         assert count_parameters(Net(body, linear_head(d, classes))) == with_classifier
 
         decayed = [parameter for parameter in net.parameters() if parameter.ndim >= 2]
         rest = [parameter.numel() for parameter in net.parameters() if parameter.ndim < 2]
-        sizes = [len(decayed), sum(parameter.numel() for parameter in decayed), len(rest), sum(rest)]
+        sizes = [
+            len(decayed),
+            sum(parameter.numel() for parameter in decayed),
+            len(rest),
+            sum(rest),
+        ]
         assert sizes == golden[f"{key}_decay_groups"].tolist()
         for parameter in decayed:
             wave = torch.sin(12.9898 * (places(parameter) + 1))

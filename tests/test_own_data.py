@@ -57,8 +57,19 @@ def test_a_small_dev_shm_is_told_in_one_line(tmp_path):
     if shutil.which("unshare") is None or subprocess.run([*alone, mount]).returncode:
         pytest.skip("this process cannot mount a small /dev/shm of its own")
     fake_tree.make_imagenet_lt(tmp_path)
-    flags = ["--dataset", "imagenet_lt", "--data-root", tmp_path, "--image-size", 224, "--workers", 2]
-    line = shlex.join(commands.command("tests/plain_ce.py", *flags, "--quiet", out=tmp_path / "runs"))
+    flags = [
+        "--dataset",
+        "imagenet_lt",
+        "--data-root",
+        tmp_path,
+        "--image-size",
+        224,
+        "--workers",
+        2,
+    ]
+    line = shlex.join(
+        commands.command("tests/plain_ce.py", *flags, "--quiet", out=tmp_path / "runs")
+    )
     more = {"capture_output": True, "text": True, "env": commands.environment(), "timeout": 200}
     done = subprocess.run([*alone, f"{mount} && exec {line}"], **more)
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
@@ -173,7 +184,9 @@ def test_sixteen_bits_and_modes_without_a_range(tmp_path):
 def test_palettes_alpha_and_other_modes_are_as_pillow_shows_them(tmp_path):
     colours = Image.open(write_png(tmp_path / "x.png", 0, (70, 70)))
     palette = colours.quantize(9)
-    palette.info["transparency"] = bytes([0, 99, 255])  # Pillow warns of a palette with these in RGB
+    palette.info["transparency"] = bytes(
+        [0, 99, 255]
+    )  # Pillow warns of a palette with these in RGB
     for image in (palette, *(colours.convert(mode) for mode in ("1", "L", "LA", "RGBA", "CMYK"))):
         name = "y.jpg" if image.mode == "CMYK" else "y.png"
         image.save(tmp_path / name, quality=99)
@@ -203,7 +216,10 @@ def test_what_imagefolder_counts_and_pillow_reads_is_there(tmp_path, capsys):
     write_png(tmp_path / "store" / "8.png")
     (bee / "linked").symlink_to(tmp_path / "store")
     theirs = {str(Path(path).relative_to(root)) for path, _ in ImageFolder(root / "train").samples}
-    assert theirs == set(lt.folder_sets(root, lt.SetInfo())["train"].images.names) and len(theirs) == 10
+    assert (
+        theirs == set(lt.folder_sets(root, lt.SetInfo())["train"].images.names)
+        and len(theirs) == 10
+    )
     for ending, kind in (("jfif", "jpeg"), ("jpe", "jpeg"), ("gif", "gif"), ("jp2", "jpeg2000")):
         Image.open(bee / "00.png").save(bee / f"9.{ending}", kind)
     for name in ("train/ant/._0.png", "train/ant/.trash/1.png", "train/.ipynb_checkpoints/2.png"):
@@ -232,7 +248,19 @@ def test_links_to_nothing_and_loops_are_refused(tmp_path, capsys):
     not_prepared(capsys, ["show", "--dataset", root], "folders in folders without an end")
 
 
-NAMES = ["$a^_%", "10", "9", "back`tick", "two words", "ñandú", "-flag", "café\udce9", "x.png", "~", "1"]
+NAMES = [
+    "$a^_%",
+    "10",
+    "9",
+    "back`tick",
+    "two words",
+    "ñandú",
+    "-flag",
+    "café\udce9",
+    "x.png",
+    "~",
+    "1",
+]
 
 
 def contents(part: lt.Set) -> dict:
@@ -279,7 +307,16 @@ def trained(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["tsc.py"])
     torch.manual_seed(0)
     data, net = load(), nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 10))
-    flags = ["--backbone", "resnet8", "--device", "cpu", "--precision", "fp32", "--out", tmp_path / "runs"]
+    flags = [
+        "--backbone",
+        "resnet8",
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+        "--out",
+        tmp_path / "runs",
+    ]
     args = commands.parse("tsc", map(str, [*flags, "--eval", tmp_path / "classifier.pt"]))
     head = {"kind": "long-tail-run", "script": "tsc", "stage": "classifier", "epoch": 1}
     head |= {"args": vars(args), "info": data.about, "state": {"model": net.state_dict()}}
@@ -318,7 +355,9 @@ def test_predict_writes_a_line_an_image(trained, tmp_path, capsys):
     head, *rows = csv.reader(table.read_text().splitlines())
     assert head == ["path", *(f"{w}_{k}" for k in (1, 2, 3) for w in ("class", "probability"))]
     expected = net(chosen.float() / 127.5 - 1).softmax(1).topk(3)
-    for path, row, values, labels in zip(paths, rows, *map(torch.Tensor.tolist, expected), strict=True):
+    for path, row, values, labels in zip(
+        paths, rows, *map(torch.Tensor.tolist, expected), strict=True
+    ):
         assert row[0] == str(path) and row[1::2] == [data.classes[c] for c in labels]
         assert [float(p) for p in row[2::2]] == pytest.approx(values, abs=1e-5)
     paths[0].write_bytes(b"no picture")

@@ -12,7 +12,6 @@ import pytest
 import test_faults as faults
 import torch
 from test_choices import SCRIPTS, choices, line, rows_of
-from test_faults import tiny, tree  # noqa: F401 (fixtures)
 from test_run import FakeLoader, Opened
 
 import common
@@ -65,7 +64,7 @@ def skip_unless(slow: bool, pytestconfig) -> None:
 
 @pytest.mark.parametrize(("script", "flag", "value", "slow"), cases())
 def test_a_gpu_gives_the_rows_of_the_cpu_and_no_step_waits_for_it(
-    script, flag, value, slow, tiny, tmp_path, pytestconfig  # noqa: F811
+    script, flag, value, slow, tiny, tmp_path, pytestconfig
 ):
     skip_unless(slow, pytestconfig)
     words = line(script, flag, value, tiny)
@@ -88,7 +87,7 @@ def test_a_gpu_gives_the_rows_of_the_cpu_and_no_step_waits_for_it(
 
 
 @pytest.mark.parametrize("script", faults.SMALL)
-def test_stopped_on_a_gpu_it_continues_to_the_same(script, tiny, tmp_path, pytestconfig):  # noqa: F811
+def test_stopped_on_a_gpu_it_continues_to_the_same(script, tiny, tmp_path, pytestconfig):
     """In bfloat16, what a GPU that has it takes."""
     skip_unless(True, pytestconfig)
     whole, desk = (faults.on_letters(script, tiny, tmp_path / name) for name in ("whole", "desk"))
@@ -104,7 +103,7 @@ def test_stopped_on_a_gpu_it_continues_to_the_same(script, tiny, tmp_path, pytes
 
 
 @pytest.mark.parametrize("script", faults.LARGE)
-def test_a_tree_of_jpegs_on_a_gpu(script, tree, tmp_path, pytestconfig):  # noqa: F811
+def test_a_tree_of_jpegs_on_a_gpu(script, tree, tmp_path, pytestconfig):
     skip_unless(True, pytestconfig)
     desk = faults.on_tree(script, tree, tmp_path, "--workers", 0)
     desk.run("--device", "cuda", prepare=with_a_gpu)
@@ -122,7 +121,9 @@ def test_a_loss_that_is_not_finite_is_seen_at_the_end_of_the_epoch_and_nothing_i
                     stage.guard(torch.tensor(float("inf") if wrong else 1.0, device="cuda"))
                 stage.end_epoch()
     assert sum(gpu.syncs.values()) == 2, "once an epoch"
-    assert common.load_checkpoint(run.folder / "last.pt")["epoch"] == len(commands.rows(tmp_path)) == 1
+    assert (
+        common.load_checkpoint(run.folder / "last.pt")["epoch"] == len(commands.rows(tmp_path)) == 1
+    )
     assert not (run.folder / "fit.pt").exists()
 
 
@@ -140,7 +141,8 @@ def test_the_rules_of_a_gpu():
             with pytest.raises((RuntimeError, TypeError)):
                 wrong()
         for waits in (
-            lambda: float(x[0]), lambda: x.tolist(), lambda: x.nonzero(), lambda: x[x > 0], lambda: x.cpu(),
+            lambda: float(x[0]), lambda: x.tolist(), lambda: x.nonzero(),
+            lambda: x[x > 0], lambda: x.cpu(),
         ):  # fmt: skip
             before = sum(gpu.syncs.values())
             waits()

@@ -44,7 +44,9 @@ def test_subsets_are_nested_distinct_and_of_the_asked_size(sizes, seed, data):
     labels = labels_of(sizes, seed)
     large = [data.draw(st.integers(0, n)) for n in sizes]
     small = [data.draw(st.integers(0, n)) for n in large]
-    chosen, fewer = (data_lt.subset_common(labels, n, data_lt.LegacyRng(seed)) for n in (large, small))
+    chosen, fewer = (
+        data_lt.subset_common(labels, n, data_lt.LegacyRng(seed)) for n in (large, small)
+    )
     assert np.bincount(labels[chosen], minlength=len(sizes)).tolist() == large
     assert len(set(chosen.tolist())) == len(chosen) and set(fewer.tolist()) <= set(chosen.tolist())
 
@@ -60,7 +62,9 @@ def test_weights_of_effective_numbers_fall_with_the_count(counts, beta):
 def test_samplers_visit_what_they_promise(counts, seed, epoch, sampler, length):
     labels, classes = labels_of(counts, seed), len(counts)
     options = {"q": 0.5, "beta": 0.99, "samples_per_class": 3}
-    order, again = (data_lt.sampler_order(sampler, labels, length, seed, epoch, **options) for _ in "ab")
+    order, again = (
+        data_lt.sampler_order(sampler, labels, length, seed, epoch, **options) for _ in "ab"
+    )
     assert (order == again).all() and len(order) == length
     assert 0 <= order.min() and order.max() < len(labels)
     if sampler in ("instance", "sequential"):
@@ -71,7 +75,9 @@ def test_samplers_visit_what_they_promise(counts, seed, epoch, sampler, length):
         assert (groups == groups[:, :1]).all(), "three images of one class after the other"
         begun = -(epoch * -(-length // 3)) % classes  # visits that the epochs before left of a turn
         turns = groups[begun:, 0][: (len(groups) - begun) // classes * classes].reshape(-1, classes)
-        assert (np.sort(turns) == np.arange(classes)).all(), "every class once before any comes again"
+        assert (np.sort(turns) == np.arange(classes)).all(), (
+            "every class once before any comes again"
+        )
 
 
 @st.composite

@@ -97,7 +97,7 @@ def of_jpegs(root: str):
 
 
 def contrastive():
-    """InfoNCE over the gathered embeddings, mean over a rank's own anchors; neighbours are positives."""
+    """InfoNCE over the gathered embeddings, mean over own anchors; neighbours are positives."""
     torch.manual_seed(1)
     layer, x = torch.nn.Linear(5, 3).double(), torch.randn(8, 5, dtype=torch.float64)
     replica = replicate(layer)
@@ -234,7 +234,9 @@ def test_a_mistake_under_two_ranks_is_told_once(tree, tmp_path):
     assert errors.strip().count("\n") == 0 and "with 0 of its" in errors, errors
 
 
-def test_a_rank_that_dies_ends_all_with_one_line_and_costs_an_epoch_at_most(tree, two_ranks, tmp_path):
+def test_a_rank_that_dies_ends_all_with_one_line_and_costs_an_epoch_at_most(
+    tree, two_ranks, tmp_path
+):
     line = on_tree(tree, tmp_path, "--gpus", 2)
     process, ranks = held(line, tmp_path)
     os.kill(ranks[1], signal.SIGKILL)

@@ -10,7 +10,7 @@ import sys
 
 import commands
 import pytest
-from test_faults import SMALL, Desk, tiny  # noqa: F401 (a fixture)
+from test_faults import SMALL, Desk
 
 from tools import toys
 
@@ -53,10 +53,18 @@ def call(words, cwd, code: int = 0, **environment: str) -> subprocess.CompletedP
 
 def test_the_readme_has_commands_of_every_script_and_says_nothing_else():
     assert len(LINES) > 40
-    assert {line.split()[0] for line in LINES} == {"python", "bash", "torchrun", "PYTHON=/path/to/python"}
+    assert {line.split()[0] for line in LINES} == {
+        "python",
+        "bash",
+        "torchrun",
+        "PYTHON=/path/to/python",
+    }
     assert {script_of(line) for line in SCRIPTS} == set(SMALL)
     # prepared, run by the tests below; the suite itself; on ranks in test_ranks.py
-    known = TOOLS + r"|python -m tools\.prepare |python tests/benchmarks\.py|torchrun |bash tests/run\.sh"
+    known = (
+        TOOLS
+        + r"|python -m tools\.prepare |python tests/benchmarks\.py|torchrun |bash tests/run\.sh"
+    )
     others = [line for line in LINES if not script_of(line) and "run_all.sh" not in line]
     assert all(re.match(known, line) for line in others), others
 
@@ -68,7 +76,7 @@ def test_a_script_accepts_its_command(line):
 
 
 @pytest.mark.parametrize("line", QUICK)
-def test_a_command_runs_on_letters(line, tiny, tmp_path):  # noqa: F811
+def test_a_command_runs_on_letters(line, tiny, tmp_path):
     short = [*SHORT[script_of(line)].split(), "--dataset", tiny, "--backbone", "resnet8"]
     Desk(script_of(line), tmp_path, *shlex.split(line)[2:], *short).run()
 
@@ -122,7 +130,11 @@ def test_a_run_is_compared_exported_evaluated_and_drawn(tmp_path):
         words = shlex.split(line)
         if "circle" in line:  # it trains on CIFAR: read only
             assert toys.circle_args(words[4:]).epochs == 200
-        elif re.match(f"{TOOLS}|python tsc.py --eval", line) and "add" not in words and OWN not in line:
+        elif (
+            re.match(f"{TOOLS}|python tsc.py --eval", line)
+            and "add" not in words
+            and OWN not in line
+        ):
             texts.append(re.sub(" +", " ", call(words, tmp_path).stdout))
     exported = re.search(r"([0-9.]+) % of this file", "".join(texts))[1]
     assert any(f"overall {exported}%" in text for text in texts), "the exported file's own"
@@ -143,5 +155,9 @@ def test_figures_are_those_of_the_recorded_runs():
 
 
 def test_files_and_folders_that_it_names_are_there():
-    links = re.findall(r"\]\(([^)#]+)\)", TEXT) + re.findall(r"\b(?:tests|results)/[\w./-]+\w", TEXT)
-    assert not [name for name in links if not name.startswith("http") and not (ROOT / name).exists()]
+    links = re.findall(r"\]\(([^)#]+)\)", TEXT) + re.findall(
+        r"\b(?:tests|results)/[\w./-]+\w", TEXT
+    )
+    assert not [
+        name for name in links if not name.startswith("http") and not (ROOT / name).exists()
+    ]

@@ -21,19 +21,31 @@ RUN_ALL = ROOT / "run_all.sh"
 
 def result(seed: int, values=((10.0, 20.0), (30.0, 40.0)), **more) -> dict:
     """A result with one table of two columns and the rows `R (tail)` and `few`."""
-    rows = [{"name": name, "values": row} for name, row in zip(("R (tail)", "few"), values, strict=True)]
+    rows = [
+        {"name": name, "values": row} for name, row in zip(("R (tail)", "few"), values, strict=True)
+    ]
     plot = {"x": [100, 5000], "xlabel": "images", "ylabel": "recall (%)", "rows": ["R (tail)"]}
     table = {"title": "A | B", "note": "a note", "row_header": "class", "columns": [100, 5000]}
     head = {"overall": (70 + seed) / 100, "many": 0.9, "medium": 0.5, "few": None}
     return {
-        "script": "tsc", "dataset": "cifar10_lt_ir100", "variant": "kcl", "method": "kcl",
-        "seed": seed, "args": {"select": "last"}, "changed": {},
+        "script": "tsc",
+        "dataset": "cifar10_lt_ir100",
+        "variant": "kcl",
+        "method": "kcl",
+        "seed": seed,
+        "args": {"select": "last"},
+        "changed": {},
         "headline": head | {"ece": 0.1, "macro_f1": 0.6},
-        "best_on_test": {"overall": 0.75, "epoch": 180 + seed}, "per_class": [0.9, 0.5, None],
-        "counts": [500, 50, 5], "confusion": [[9, 1, 0], [5, 5, 0], [0, 0, 0]],
-        "image_passes": 12345, "epochs": 200, "parameters": 7,
+        "best_on_test": {"overall": 0.75, "epoch": 180 + seed},
+        "per_class": [0.9, 0.5, None],
+        "counts": [500, 50, 5],
+        "confusion": [[9, 1, 0], [5, 5, 0], [0, 0, 0]],
+        "image_passes": 12345,
+        "epochs": 200,
+        "parameters": 7,
         "tables": [table | {"rows": rows, "plot": plot}],
-        "machine": {"device": "toaster", "threads": 1}, "timing": {"seconds": 100.0 + seed},
+        "machine": {"device": "toaster", "threads": 1},
+        "timing": {"seconds": 100.0 + seed},
     } | more
 
 
@@ -63,11 +75,14 @@ def test_headline_and_tables_are_averaged_over_seeds(tmp_path):
     put(tmp_path, result(0), result(1, some), result(2, fewer), other, other | {"script": "toy"})
     text = make_tables(tmp_path)
     assert (
-        "| cifar10_lt_ir100: --method kcl | 71.0 ± 1.0 (3 seeds) | - | - | 90.0 ± 0.0 | 50.0 ± 0.0 | n/a "
-        "| 60.0 ± 0.0 | 10.0 ± 0.0 | 75.0 ± 0.0 (epoch 180, 181, 182) | 200 | 12,345 | 101 ± 1 |\n"
+        "| cifar10_lt_ir100: --method kcl | 71.0 ± 1.0 (3 seeds) | - | - | 90.0 ± 0.0 | 50.0 ± 0.0 "
+        "| n/a | 60.0 ± 0.0 | 10.0 ± 0.0 | 75.0 ± 0.0 (epoch 180, 181, 182) | 200 | 12,345 "
+        "| 101 ± 1 |\n"
     ) in text
     title = "### A | B: cifar10_lt_ir100, --method kcl\n\na note; 3 seeds (0, 1, 2).\n"
-    rows = "| R (tail) | 14.0 ± 4.0 | 25.0 ± 7.1 (2 seeds) |\n| few | 30.0 ± 0.0 | 40.0 (1 seed) |\n"
+    rows = (
+        "| R (tail) | 14.0 ± 4.0 | 25.0 ± 7.1 (2 seeds) |\n| few | 30.0 ± 0.0 | 40.0 (1 seed) |\n"
+    )
     assert f"{title}\n| class | 100 | 5000 |\n| --- | ---: | ---: |\n{rows}" in text
     assert text.count("### A | B") == 3 and "| class | 100 | 600 |" in text, "runs stay apart"
     assert "Measured on: device toaster, threads 1." in text
@@ -155,7 +170,9 @@ def test_two_runs_are_compared_seed_by_seed(tmp_path, capsys):
     a, b = run("a", {0: 0.5, 1: 0.6, 2: 0.7}, "kcl"), run("b", {0: 0.52, 1: 0.61, 3: 0.9}, "tsc")
     assert report.main(["compare", a, b]) == 0
     text = capsys.readouterr().out
-    assert "| overall | 55.0 ± 7.1 | 56.5 ± 6.4 | +1.50 | 0.50 |" in text and "| mean_class |" in text
+    assert (
+        "| overall | 55.0 ± 7.1 | 56.5 ± 6.4 | +1.50 | 0.50 |" in text and "| mean_class |" in text
+    )
     assert "| few | - | - | - | - |" in text and "| image passes | 12,345 | 12,345 |" in text
     assert "seeds 0, 1\n" in text and "note: A has seed(s) 2 alone" in text
     run("b", {0: 0.4}, "kcl")
@@ -183,7 +200,9 @@ def test_a_run_is_exported_in_half_precision(tmp_path, capsys):
     kinds = {value.dtype for value in saved["state"]["model"].values()}
     assert kinds == {torch.float16, torch.int64} and list(saved["state"]) == ["model"]
     exported, command = saved["exported"], ["fsgl.py", *flags, "--dataset", str(moved)]
-    assert exported["full"] == json.loads((folder / "result.json").read_text())["headline"]["overall"]
+    assert (
+        exported["full"] == json.loads((folder / "result.json").read_text())["headline"]["overall"]
+    )
     assert abs(exported["half"] - exported["full"]) <= 0.02 and exported["command"] == command
     assert capsys.readouterr().out.splitlines()[-1].split()[1:] == [*command, "--eval", str(out)]
     for run, file in (folder, out), (tmp_path, tmp_path / "x.pt"):
@@ -194,7 +213,7 @@ def test_a_run_is_exported_in_half_precision(tmp_path, capsys):
 
 
 def test_recorded_weights_give_their_figure_again(pytestconfig, real_data_root, tmp_path):
-    """To a tenth of a point: other kernels may decide otherwise on a few images; letters: test_readme.py."""
+    """To a tenth of a point: other kernels may decide otherwise on a few images."""
     files = sorted((ROOT / "results" / "weights").glob("*.pt"))
     assert {path.name.split("-")[0] for path in files} == {"cifar10", "letters"}
     for path in files:
@@ -246,7 +265,9 @@ PUBLISHED = """
 SEMI = "ssp_pretrain C10 --ssp none --imb-ratio 50 --stages train,pseudo,semi --unlabeled"
 ROWS = {  # of tables
     "toy_similarity C10 --method sweep2 --points 5000,100": {
-        "truck (tail)": [94.2, 43.7], "rank-1": [92.6, 89.3]},
+        "truck (tail)": [94.2, 43.7],
+        "rank-1": [92.6, 89.3],
+    },
     "toy_similarity C10": {"truck (tail)": [32.8, 19.8]},
     "ssp_pretrain C10": {"rotation accuracy, test set (%)": [83.8]},
     "toy_similarity C10 --method control": {},
@@ -274,13 +295,17 @@ def test_published_figures_stand_only_beside_the_published_settings(tmp_path):
     lines = [*(line for *_, line in told), *ROWS]
     put(tmp_path, *(run_of(line, f"set{k:02}") for k, line in enumerate(lines)))
     text = make_tables(tmp_path)
-    found = dict(re.findall(r"^\| set(\d+): .*? \| 70.0 \(1 seed\) \| (\S+ \| \S+) \|", text, re.MULTILINE))
+    found = dict(
+        re.findall(r"^\| set(\d+): .*? \| 70.0 \(1 seed\) \| (\S+ \| \S+) \|", text, re.MULTILINE)
+    )
     shown = [[*found[f"{k:02}"].split(" | "), line] for k, line in enumerate(lines)]
     assert shown[: len(told)] == told
     for k, line in enumerate(ROWS, len(told)):
         own = "".join(part for part in text.split("### T") if part.startswith(f": set{k:02}, "))
         rows = dict(re.findall(r"^\| (.*), paper \| (.*) \|", own, re.MULTILINE))
-        assert {name: [*map(float, row.split(" | "))] for name, row in rows.items()} == ROWS[line], line
+        assert {name: [*map(float, row.split(" | "))] for name, row in rows.items()} == ROWS[
+            line
+        ], line
     assert "Column paper: supplement, table 10; epoch: unknown" in text
 
 

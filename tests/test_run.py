@@ -145,12 +145,17 @@ HERE = "images:1a labels:2b classes:3c"
         ({"lr": 0.2}, "--lr 0.1, this has 0.2"),
         ({"backbone": "other"}, "--backbone"),
         ({"precision": "bf16"}, "--precision"),
-        ({"data": "images:1a labels:2b classes:ff"}, "other classes than --dataset .*moved/mine.npz"),
+        (
+            {"data": "images:1a labels:2b classes:ff"},
+            "other classes than --dataset .*moved/mine.npz",
+        ),
         ({"data": "images:00 labels:ff classes:3c"}, "other images and labels than"),
         ({"data": "0123abcd"}, "other images than"),  # of a checkpoint from before there were names
     ],
 )
-def test_a_moved_set_is_the_same_and_other_arguments_or_content_are_refused_by_name(tmp_path, change, said):
+def test_a_moved_set_is_the_same_and_other_arguments_or_content_are_refused_by_name(
+    tmp_path, change, said
+):
     first = {"data": HERE, "dataset": str(tmp_path / "mine.npz")}
     moved = first | {"dataset": str(tmp_path / "moved" / "mine.npz")}
     with pytest.raises(KeyboardInterrupt):
@@ -282,7 +287,9 @@ def test_the_judge_evaluates_every_third_epoch_and_the_last_and_chooses_as_told(
     figures = {"per_class": [0.5] * 201, "confusion": []}
     test, mean_class = [0.9, 0.9, 0.8, 0.5], [0.9, 0.9, 0.3, 0.4]
     told = {"overall": lambda: test[stage.epoch], "mean_class": lambda: mean_class[stage.epoch]}
-    monkeypatch.setattr(common, "figures", lambda *_: figures | {key: f() for key, f in told.items()})
+    monkeypatch.setattr(
+        common, "figures", lambda *_: figures | {key: f() for key, f in told.items()}
+    )
     with Opened(tmp_path, select=select, eval_every=3) as run:
         stage = run.stage("fit", 4, model=net)
         judge = common.Judge(run.args, net, [1], "test", val, {"plain": net})
@@ -353,14 +360,21 @@ def test_ranks_without_an_address_or_number_are_one_line(tmp_path, monkeypatch, 
     monkeypatch.setenv("WORLD_SIZE", "1")
     for rank, named, call in (
         ("0", "MASTER_ADDR", lambda: common.launch(lambda args: None, args)),
+        ("1", "no rank of so many", lambda: common.launch(lambda args: None, args)),
         ("x", "'x'", lambda: common.launch(lambda args: None, args)),
-        ("x", "--epoch", lambda: common.parse("A test.", (), {"fit": ("fit",)}, {}, None, ["--epoch", "3"])),
+        (
+            "x",
+            "--epoch",
+            lambda: common.parse("A test.", (), {"fit": ("fit",)}, {}, None, ["--epoch", "3"]),
+        ),
     ):
         monkeypatch.setenv("RANK", rank)
         assert named in commands.refused(capsys, call)
 
 
-@pytest.mark.parametrize(("capability", "chosen"), [((7, 5), "fp32"), ((8, 0), "bf16"), ((12, 0), "bf16")])
+@pytest.mark.parametrize(
+    ("capability", "chosen"), [((7, 5), "fp32"), ((8, 0), "bf16"), ((12, 0), "bf16")]
+)
 def test_auto_takes_bf16_where_the_gpu_has_it(monkeypatch, capability, chosen):
     here = {"is_available": True, "device_count": 1, "set_device": None}
     for name, value in (here | {"get_device_capability": capability}).items():
@@ -402,7 +416,9 @@ def test_a_home_in_a_path_is_the_home(tmp_path, monkeypatch):
     args = common.parse("A test.", (), {"fit": ("fit",)}, {}, lambda *rest: 32, words)
     said = [args.out, args.data_root, args.dataset, args.eval]
     assert said == [f"{tmp_path}/{name}" for name in ("a", "b", "c", "d.pt")]
-    args = prepare.make_parser().parse_args(["export", "--dataset=~/a", "--data-root=~/b", "--out=~/c"])
+    args = prepare.make_parser().parse_args(
+        ["export", "--dataset=~/a", "--data-root=~/b", "--out=~/c"]
+    )
     assert [args.dataset, args.data_root] == said[:2] and args.out == tmp_path / "c"
     args = report.make_parser().parse_args(["export", "~/run", "--out=~/x.pt"])
     assert (args.run, args.out) == (tmp_path / "run", tmp_path / "x.pt")

@@ -19,7 +19,7 @@ def drops(lrs: np.ndarray) -> list[int]:
 
 @pytest.mark.golden("unified_perspective_ssp_schedules")
 def test_golden_pretraining_schedules(golden):
-    """The published step schedule never reaches its last drop: a defect, told in ssp_pretrain.py."""
+    """The published step schedule never reaches its last drop: a defect (ssp_pretrain.py)."""
     base_lr, epochs = golden.scalar("base_lr"), golden["epochs"].tolist()
     fixed = [common.step_lr(base_lr, e, 200) for e in epochs]
     assert_lr(fixed, golden["step_fixed"])

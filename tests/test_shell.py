@@ -106,7 +106,11 @@ def test_the_tests_exit_code_and_lint_errors_are_passed_on(checkout):
         ("def test_one():\n    raise AssertionError\n", 1, "1 failed"),
         ("def helper():\n    pass\n", 5, "no tests ran"),
         ("import os\ndef test_one(): pass\n", 1, "F401"),
-        ("import pytest\n\n\n@pytest.mark.skip\ndef test_one():\n    pass\n", 1, "no test has passed"),
+        (
+            "import pytest\n\n\n@pytest.mark.skip\ndef test_one():\n    pass\n",
+            1,
+            "no test has passed",
+        ),
     ):
         test.write_text(text)
         assert told in shell(ci, *alone, code=code)  # what it calls is run.sh

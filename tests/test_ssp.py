@@ -45,7 +45,9 @@ def test_weights_of_the_rules(golden):
         for e, epoch in enumerate(epochs):
             ours = ssp.class_weights("drw", row, int(epoch), 200)
             np.testing.assert_allclose(ours, golden["drw"][e, i], rtol=1e-9)
-        assert all((ssp.class_weights(rule, row, 199, 200) == 1).all() for rule in ("none", "resample"))
+        assert all(
+            (ssp.class_weights(rule, row, 199, 200) == 1).all() for rule in ("none", "resample")
+        )
     draws = (golden[f"resample_{name}"] for name in ("counts", "weight", "class_prob"))
     for row, draw, probability in zip(*draws, strict=True):
         ours = data_lt.effective_number_weights(row)
@@ -88,7 +90,10 @@ def test_moco_steps(golden):
     """Encoders are the heads alone; everything else is the step of the script."""
     for (case,) in (found.groups() for found in golden.match(r"(\w+)_m")):
         momentum, temperature, lr = (golden.scalar(f"{case}_{key}") for key in ("m", "T", "lr"))
-        start, many = t(golden[f"{case}_queue_step0"]).T, len(golden.match(rf"{case}_q_param\d+_step0"))
+        start, many = (
+            t(golden[f"{case}_queue_step0"]).T,
+            len(golden.match(rf"{case}_q_param\d+_step0")),
+        )
         shapes = [golden[f"{case}_q_param{i}_step0"].shape for i in range(many)]
         hidden = None if many == 2 else shapes[0][0]
         query = models.ProjectionHead(shapes[0][1], hidden, shapes[-1][0]).double()
@@ -104,7 +109,10 @@ def test_moco_steps(golden):
             views = torch.stack([t(golden[f"{case}_im_{letter}_step{step}"]) for letter in "qk"])
             labels, rng = torch.arange(views.shape[1]), common.generator(step)
             logits, targets = queue(query, views, labels, rng)
-            loss, right = F.cross_entropy(logits, targets), (logits.argmax(1) == targets).double().mean()
+            loss, right = (
+                F.cross_entropy(logits, targets),
+                (logits.argmax(1) == targets).double().mean(),
+            )
             query.zero_grad()
             loss.backward()
             queue.remember(right)
@@ -290,7 +298,9 @@ def check_begun_again(tmp_path, *flags) -> dict:
 
 @pytest.mark.parametrize("method", PRE)
 def test_pre_training_and_three_stages_begun_again_in_each(tmp_path, method):
-    recipe = {"rotation": "--loss balanced --rule resample", "moco": "--loss ldam --rule drw"}[method]
+    recipe = {"rotation": "--loss balanced --rule resample", "moco": "--loss ldam --rule drw"}[
+        method
+    ]
     stages = "--stages pretrain,train,classifier"
     run = check_begun_again(tmp_path, PRE[method], stages, CLASSIFIER, recipe, "--select val")
     rows = run["rows"]
@@ -310,12 +320,14 @@ def test_pre_training_and_three_stages_begun_again_in_each(tmp_path, method):
         (PRE["moco"], "pretrain", ("--temperature 0.5", "--queue 16", "--key-momentum 0.5",
                                    "--bn-groups 2", "--flip 1", "--projection-dim 9")),
         (PRE["rotation"], "train", ("--weight-decay 0.1", "--train-lr 0.2")),
-        ("--ssp none", "train", ("--loss focal", "--loss ldam", "--loss balanced", "--rule resample",
-                                 "--rule reweight", "--rule drw", "--loss ldam --rule drw")),
+        ("--ssp none", "train", ("--loss focal", "--loss ldam", "--loss balanced",
+                                 "--rule resample", "--rule reweight", "--rule drw",
+                                 "--loss ldam --rule drw")),
         (f"--ssp none --stages train,classifier {CLASSIFIER}", "classifier",
          ("--frozen-bn train", "--classifier-rule none", "--classifier-rule resample",
           "--classifier-lr 0.5")),
-        (SEMI, "semi", ("--unlabeled-weight 0.5", "--imb-ratio-unlabeled 2", "--conf-threshold 0.2")),
+        (SEMI, "semi",
+         ("--unlabeled-weight 0.5", "--imb-ratio-unlabeled 2", "--conf-threshold 0.2")),
     ],
 )  # fmt: skip
 def test_every_flag_changes_what_it_says_and_nothing_before(tmp_path, base, stage, flags):
@@ -336,7 +348,9 @@ def test_labels_are_never_read_before_the_training(tmp_path):
     own, other = (str(tmp_path / name) for name in ("own.npz", "shuffled.npz"))
     commands.tiny_letters(own, tuple(range(10, 0, -1)), (5,) * 10, side=8)
     with np.load(own) as file:
-        shuffled = {key: np.random.RandomState(0).permutation(file[key]) for key in ("y_train", "y_test")}
+        shuffled = {
+            key: np.random.RandomState(0).permutation(file[key]) for key in ("y_train", "y_test")
+        }
         np.savez(other, **dict(file) | shuffled)
     for method, flags in PRE.items():
         runs = [call(flags, "--dataset", path, out=f"{path}-{method}") for path in (own, other)]
@@ -381,8 +395,12 @@ def test_any_backbone_to_begin_with(tmp_path, capsys, pretrained):
     for method, flags in PRE.items():
         run = call(flags, *start, "--lr 1e-9 --train-lr 1e-9", out=tmp_path / method)
         for stage in ("pretrain", "train"):
-            torch.testing.assert_close(state(run, stage)[weight], saved[weight], atol=1e-4, rtol=1e-3)
-    assert "head.weight" in refused(capsys, "--ssp none --stages pseudo", *start, out=tmp_path / "no")
+            torch.testing.assert_close(
+                state(run, stage)[weight], saved[weight], atol=1e-4, rtol=1e-3
+            )
+    assert "head.weight" in refused(
+        capsys, "--ssp none --stages pseudo", *start, out=tmp_path / "no"
+    )
 
 
 def test_evaluation_features_and_compile(tmp_path, capsys, monkeypatch, pretrained):
@@ -419,9 +437,14 @@ def test_semi_supervised_stages(tmp_path, capsys):
     base = ["--ssp none --init-from", whole["folder"] / "train.pt", "--stages"]
     alone = call(*base, "pseudo", out=tmp_path / "pseudo")
     assert alone["result"]["pseudo"] == told and alone["rows"] == []
-    rest, semi = call(*base, "pseudo,semi", out=tmp_path / "rest"), "--ssp none --stages semi --init-from"
+    rest, semi = (
+        call(*base, "pseudo,semi", out=tmp_path / "rest"),
+        "--ssp none --stages semi --init-from",
+    )
     later = call(semi, alone["folder"] / "pseudo.npz", out=tmp_path / "semi")
-    assert same(state(rest, "semi"), state(whole, "semi")) and same(state(later, "semi"), state(rest, "semi"))
+    assert same(state(rest, "semi"), state(whole, "semi")) and same(
+        state(later, "semi"), state(rest, "semi")
+    )
 
     labels, path = arrays["labels"], tmp_path / "wrong.npz"
     for change in ({"labels": labels / 2}, {"labels": labels + 10}, {"labels": labels - 10},
@@ -435,12 +458,17 @@ def test_unlabelled_images_of_a_file(tmp_path, capsys):
     with np.load(TINY[0]) as file:
         x, y = file["x_train"], file["y_train"]
     path, semi = tmp_path / "mine.npz", f"{SEMI} --unlabeled"
-    for given, flags, known in (({"x": x}, "", False), ({"x": x, "y": y}, "--imb-ratio-unlabeled 3", True)):
+    for given, flags, known in (
+        ({"x": x}, "", False),
+        ({"x": x, "y": y}, "--imb-ratio-unlabeled 3", True),
+    ):
         np.savez(path, **given)
         told = call(semi, path, flags, out=tmp_path / f"known{known}")["result"]["pseudo"]
         assert (told["unlabeled"] < len(x), told["accuracy"] is not None) == (known, known)
     np.savez(path, x=x)
-    assert "needs y in" in refused(capsys, semi, path, "--imb-ratio-unlabeled 3", out=tmp_path / "no")
+    assert "needs y in" in refused(
+        capsys, semi, path, "--imb-ratio-unlabeled 3", out=tmp_path / "no"
+    )
     for given in ({"x": x[..., :2]}, {"x": x / 255}, {"x": x, "y": y + 9}, {"images": x},
                   {"x": np.zeros((3, 9, 9, 3), np.uint8)}, {"x": x, "y": y[:3]},
                   {"x": np.uint8(3)}):  # fmt: skip
@@ -450,8 +478,11 @@ def test_unlabelled_images_of_a_file(tmp_path, capsys):
 
 def test_moco_uniform_stage_and_crt_on_a_tree_of_jpegs(tmp_path, capsys):
     fake_tree.make_imagenet_lt(tmp_path)
-    tree = f"--dataset imagenet_lt --data-root {tmp_path} --backbone resnet10 --image-size 64 --workers 0"
-    flags = [tree, "--epochs 1 --batch-size 8 --queue 20 --bn-groups 2 --train-epochs 1"]
+    tree = f"--dataset imagenet_lt --data-root {tmp_path} --backbone resnet10 --image-size 64"
+    flags = [
+        tree,
+        "--workers 0 --epochs 1 --batch-size 8 --queue 20 --bn-groups 2 --train-epochs 1",
+    ]
     flags += ["--train-batch-size 8 --classifier-epochs 1 --classifier-batch-size 8"]
     flags += ["--stages pretrain,train,classifier"]
     one = call(*flags, out=tmp_path / "a")
@@ -459,7 +490,9 @@ def test_moco_uniform_stage_and_crt_on_a_tree_of_jpegs(tmp_path, capsys):
     trained, last = (state(one, name) for name in ("train", "classifier"))
     for name in filter(lambda name: name.startswith("model"), trained):
         drifts = "head." in name or "running" in name or "tracked" in name
-        assert torch.equal(trained[name], last[name]) != drifts, f"{name}: batch norm goes on training"
+        assert torch.equal(trained[name], last[name]) != drifts, (
+            f"{name}: batch norm goes on training"
+        )
     words = " ".join([*FAST, *flags, "--gpus 2"]).split()
     commands.run("ssp_pretrain.py", *words, out=tmp_path / "d")
     assert sum(map(sum, commands.result(tmp_path / "d")["confusion"])) == 10

@@ -40,7 +40,9 @@ def test_the_tau_with_the_best_mean_recall_is_chosen():
 def test_test_images_never_choose(tmp_path, monkeypatch):
     """Test images under other labels change no weight; validation images are what is looked at."""
     looked, choose = [], tau_norm.choose_tau
-    monkeypatch.setattr(tau_norm, "choose_tau", lambda *of: looked.append(len(of[2])) or choose(*of))
+    monkeypatch.setattr(
+        tau_norm, "choose_tau", lambda *of: looked.append(len(of[2])) or choose(*of)
+    )
     tiny, other = commands.tiny_letters(tmp_path / "tiny.npz"), tmp_path / "other.npz"
     with np.load(tiny) as file:
         np.savez(other, **dict(file) | {"y_test": 9 - file["y_test"]})

@@ -25,7 +25,10 @@ def test_counts_and_rates_of_the_sweeps(golden):
     info = SimpleNamespace(n_max=size, class_order=None)
     data = SimpleNamespace(counts=[size] * classes, num_classes=classes, info=info)
     printed = [0, *range(9, 50, 5)]
-    for flags, table in ((f"--method sweep1 --tail-count {own}", grown), ("--method sweep2", shrunk)):
+    for flags, table in (
+        (f"--method sweep1 --tail-count {own}", grown),
+        ("--method sweep2", shrunk),
+    ):
         for points, expected in (("all", table), ("table", table[printed])):
             words = f"--dataset cifar10_lt {flags} --points {points}".split()
             found = toy.plan(commands.parse("toy_similarity", words), data)
@@ -68,7 +71,10 @@ def test_mixing_by_hand_in_turn_and_of_how_many():
 
 
 def test_class_similarity_against_loops():
-    features, labels = torch.randn(60, 5, generator=common.generator(0)).double(), torch.arange(60) % 4
+    features, labels = (
+        torch.randn(60, 5, generator=common.generator(0)).double(),
+        torch.arange(60) % 4,
+    )
     features += labels[:, None]
     ours = toy.class_similarity(features, labels, 5)
     for a, b in itertools.product(range(4), repeat=2):
@@ -214,6 +220,11 @@ def test_checkpoints_are_examined_started_from_and_refused(tmp_path, capsys):
     warm = call(flags, "--init-from", checkpoint, out=tmp_path / "b")["rows"]["sweep2_5"]
     assert warm["last"]["loss"] != row["last"]["loss"]
     whole = torch.load(checkpoint, weights_only=True)
+    whole["info"] |= {"mean": (0.1, 0.1, 0.1), "std": (2.0, 2.0, 2.0)}  # as it was trained
+    torch.save(whole, tmp_path / "pale.pt")
+    call("--eval", tmp_path / "pale.pt", out=tmp_path / "p")
+    pale = capsys.readouterr().out
+    assert "overall" in pale and f"overall {100 * row['last']['overall']:.2f}%" not in pale
     del whole["state"]["model"]["head.bias"]  # the head of another script
     torch.save(whole, tmp_path / "other.pt")
     call("--eval", tmp_path / "other.pt", out=tmp_path / "c")

@@ -98,7 +98,10 @@ def test_a_tiny_circle_end_to_end(tmp_path, capsys):
     flags = "--epochs 2 --backbone resnet8 --batch-size 16 --lr 0.05 --logger none --device cpu"
     line = f"circle --dataset {path} --out {tmp_path / 'out'} {flags}".split()
     toys.main(line)
-    first, (result,) = capsys.readouterr().out.split()[-11:], (tmp_path / "out").rglob("result.json")
+    first, (result,) = (
+        capsys.readouterr().out.split()[-11:],
+        (tmp_path / "out").rglob("result.json"),
+    )
     (table,), folder = json.loads(result.read_text())["tables"], result.parent
     assert [row["name"] for row in table["rows"]] == ["KCL", "TSC"]
     told = (folder / "metrics.jsonl").read_text()

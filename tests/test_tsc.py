@@ -52,7 +52,9 @@ def options(**values) -> argparse.Namespace:
 
 def target_columns(golden, case: str, q, labels) -> tuple:
     """Products with the targets, their positives, and whether these leave the draw of k alone."""
-    targets, centres, theirs = tensors(golden, case, "targets", "centroid_before", "selected_targets")
+    targets, centres, theirs = tensors(
+        golden, case, "targets", "centroid_before", "selected_targets"
+    )
     matching, repeat = tsc.Matching(targets), golden.scalar(f"{case}_tr")
     matching.centres.copy_(centres)
     matching.update(q.detach(), labels)
@@ -153,7 +155,9 @@ def test_losses_against_a_double_loop(k, targeted, contrast):
     z, y, drawn, loss = value(raw)
     total = 0
     for i in range(len(z)):
-        own, me = ((i + b) % (2 * b), i) if in_batch else (0, None)  # other view or key; not a column
+        own, me = (
+            ((i + b) % (2 * b), i) if in_batch else (0, None)
+        )  # other view or key; not a column
         rows = [*z] if in_batch else [unit(raw[1][i]), *scheme.keys]
         names = y.tolist() if in_batch else [-1, *scheme.labels.tolist()]
         alike = {j for j, name in enumerate(names) if name == y[i]} - {own, me}
@@ -169,7 +173,9 @@ def test_losses_against_a_double_loop(k, targeted, contrast):
     torch.testing.assert_close(loss, total, rtol=1e-10, atol=1e-12)
     assert in_batch or not scheme.fresh.requires_grad, "keys are constants"
     one, other = raw.detach()
-    assert torch.autograd.gradcheck(lambda x: value(torch.stack([x, other]))[3], one.requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda x: value(torch.stack([x, other]))[3], one.requires_grad_()
+    )
 
 
 def test_losses_are_float32_outside_autocast():
@@ -381,7 +387,9 @@ def test_parts_of_the_chain_and_what_they_may_go_on_from(tmp_path, capsys):
     assert losses(rest) == losses(whole)[1:] and losses(last) == losses(whole)[2:]
 
     few = "--projection-dim 6"  # fewer than classes
-    alone = call(few, "--method kcl --epochs 1 --stages kcl --save-features test", out=tmp_path / "alone")
+    alone = call(
+        few, "--method kcl --epochs 1 --stages kcl --save-features test", out=tmp_path / "alone"
+    )
     assert alone["result"]["headline"] is None and (alone["folder"] / "features_test.npz").exists()
     words = few, "--stages tsc --init-from", alone["folder"] / "kcl.pt"
     assert "holds no matching" in refused(capsys, *words, out=tmp_path / "none")
@@ -470,7 +478,10 @@ def both_contrasts(folder: str) -> dict:
             tsc.pretrain(run, args, name, 1, data, net, carried)
         keys = ("loss", "same_label", "other_label", "changes", "centre_cosine")
         rows = [{key: row[key] for key in keys if key in row} for row in run.rows]
-        ends[contrast] = {"kept": torch.nn.ModuleDict({"net": net} | carried).state_dict(), "rows": rows}
+        ends[contrast] = {
+            "kept": torch.nn.ModuleDict({"net": net} | carried).state_dict(),
+            "rows": rows,
+        }
     return ends
 
 

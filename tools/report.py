@@ -148,8 +148,8 @@ def claim_rows(tables: Tables) -> list[list[str]]:
             passes = " / ".join(costs(part)["passes"] for part in (first, seeds))
             for figure in figures if seeds else ():
                 one, two = in_pairs(first, seeds, figure)
-                beside = {base: one, name: two}
-                rows.append([paper, figure.replace("_", " "), *claim_cells(beside), passes])
+                cells = claim_cells({base: one, name: two}, 1 if figure in FIGURES else 2)
+                rows.append([paper, figure.replace("_", " "), *cells, passes])
     return rows
 
 
@@ -165,13 +165,13 @@ def curve_ends(seeds: list[dict]) -> list[list[str]]:
     return rows
 
 
-def claim_cells(beside: dict[str, Sequence]) -> list[str]:
+def claim_cells(beside: dict[str, Sequence], digits: int = 1) -> list[str]:
     """Two figures by name, over the same seeds, and their difference."""
     difference, error, sure = gain(*beside.values())
     if error != "-":
         difference += f" ± {error}" + ", no sure difference" * (not sure)
-    shown = [f"{name}: {mean_text(part, runs=len(part))}" for name, part in beside.items()]
-    return [*shown, difference]
+    texts = {name: mean_text(part, "-", digits, len(part)) for name, part in beside.items()}
+    return [*(f"{name}: {text}" for name, text in texts.items()), difference]
 
 
 def first_page(tables: Tables, published: Published) -> list[str]:
