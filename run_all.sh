@@ -13,14 +13,14 @@ exec "$PY" -m tools.report run "$@" <<'CELLS'
 claim similarity: verification      | python toy_similarity.py --points 0,0.2,0.5                     | 0,1,2
 claim SSP, overall, few: CE         | python ssp_pretrain.py --ssp none                               | 0,1,2
 claim SSP, overall, few: SSP + CE   | python ssp_pretrain.py --train-epochs 160                       | 0,1,2
-claim TSC, overall, few: KCL        | python tsc.py --method kcl                                      | 0,1,2
-claim TSC, overall, few: TSC        | python tsc.py                                                   | 0,1,2
+claim TSC, overall, few, uniformity: KCL | python tsc.py --method kcl --epochs 50 --init-from <SSP + CE>/pretrain.pt | 0,1,2
+claim TSC, overall, few, uniformity: TSC | python tsc.py --epochs 50 --init-from <SSP + CE>/pretrain.pt      | 0,1,2
 claim IP-DPP, overall, few: uniform | python bns_ipdpp.py --finetune-epochs 150 --stages finetune --subset-mode uniform --init-from <k-DPP>/pretrain.pt | 0,1,2
-claim IP-DPP, overall, few: k-DPP   | python bns_ipdpp.py --epochs 30 --finetune-epochs 150           | 0,1,2
-claim BNS, overall, few: CE         | python ssp_pretrain.py --ssp none                               | 0,1,2
-claim BNS, overall, few: BNS + IP-DPP | python bns_ipdpp.py --epochs 30 --finetune-epochs 150         | 0,1,2
-claim FSGL, overall, few: GLMC + SAM | python fsgl.py --method glmc_sam --epochs 30                    | 0,1,2
-claim FSGL, overall, few: FSGL      | python fsgl.py --epochs 30                                      | 0,1,2
+claim IP-DPP, overall, few: k-DPP   | python bns_ipdpp.py --epochs 30 --finetune-epochs 150 --init-from <SSP + CE>/pretrain.pt | 0,1,2
+claim BNS, overall, few: CE after rotation | python ssp_pretrain.py --stages train --train-epochs 99 --init-from <SSP + CE>/pretrain.pt | 0,1,2
+claim BNS, overall, few: BNS + IP-DPP | python bns_ipdpp.py --epochs 30 --finetune-epochs 150 --init-from <SSP + CE>/pretrain.pt | 0,1,2
+claim FSGL, overall, few: GLMC + SAM | python fsgl.py --method glmc_sam --epochs 15 --init-from <CE>/train.pt | 0,1,2
+claim FSGL, overall, few: FSGL      | python fsgl.py --epochs 15 --fcc 0.1 --init-from <CE>/train.pt  | 0,1,2
 claim TailCalibX, overall, few: cosine CE | python tailcalibx.py --method cosine_ce --epochs 100      | 0,1,2
 claim TailCalibX, overall, few: TailCalibX | python tailcalibx.py --stages tailcalibx --init-from <cosine CE>/cosine_ce.pt | 0,1,2
 

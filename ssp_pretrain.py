@@ -105,8 +105,11 @@ PLAIN = {"letters": {"crop": "pad", "pad": 2}, "small": {"crop": "pad", "pad": 4
 PLAIN["large"] = {"crop": "resized", "jitter": (0.4, 0.4, 0.4, 0.0)}
 PLAIN["inat18"] = {"crop": "resized"}
 JITTER = {"crop": "resized", "jitter": (0.4, 0.4, 0.4, 0.1), "jitter_p": 0.8, "grey": 0.2}
-VIEWS = {"letters": JITTER | {"scale": (0.5, 1.0)}, "small": JITTER | {"scale": (0.2, 1.0)}}
-VIEWS["large"] = VIEWS["small"] | {"blur_p": 0.5, "blur_kernel": 23}  # of MoCo; PLAIN of the rest
+VIEWS = {  # of MoCo; PLAIN of the rest
+    "letters": JITTER | {"scale": (0.5, 1.0), "jitter": (0.25, 0.25, 0.25, 0.0625), "grey": 0.7},
+    "small": JITTER | {"scale": (0.2, 1.0)},
+    "large": JITTER | {"scale": (0.2, 1.0), "blur_p": 0.5, "blur_kernel": 23},
+}
 
 
 # --- equations ------------------------------------------------------------------------------------

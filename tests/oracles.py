@@ -59,9 +59,7 @@ class Tables(NamedTuple):
     skip: np.ndarray  # b_i = 1 / (1 + theta d_i)
     take: np.ndarray  # a_i = theta d_i b_i
     mark: np.ndarray  # m_i = theta u_i^2 b_i
-    f: (
-        np.ndarray
-    )  # [N + 1, 2, k + 1]: j of the first n items, without (0) and with (1) a marked one
+    f: np.ndarray  # [N + 1, 2, k + 1]: j of the first n items, without (0), with (1) a marked one
 
 
 def kdpp_tables(d: np.ndarray, u: np.ndarray, k: int) -> Tables:

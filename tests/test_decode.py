@@ -237,9 +237,8 @@ def test_batches_from_a_cache(files, cache):
             [views for views, *_ in batches(loader(files, cache=source, **options))], 1
         )
 
-    assert views(cache, workers=1, evaluation=True).equal(
-        views(None, evaluation=True)
-    )  # its own side
+    own_side = views(None, evaluation=True)
+    assert views(cache, workers=1, evaluation=True).equal(own_side)
     assert views(cache, views=2).equal(views(cache, views=2, workers=2))
     plain, windows = {"evaluation": True}, {"crop": "resized", "scale": (0.5, 1)}
     for crop, options in (({}, plain), (windows, {})):  # the same windows of images of another size

@@ -13,21 +13,19 @@ import data_lt
     ("script", "flags"),
     [
         ("bns_ipdpp", "--stages pretrain"),
-        ("tsc", "--method kcl --stages kcl --lr 0.02"),
-        ("tsc", "--warmup 0 --stages kcl,tsc --lr 0.02"),
+        ("tsc", "--method kcl --stages kcl --lr 0.05"),
+        ("tsc", "--warmup 0 --stages kcl,tsc"),
     ],
 )
 def test_cosines_of_one_label_and_of_two_part_by_half_within_100_steps(
     tmp_path, monkeypatch, script, flags
 ):
-    args = commands.parse(
-        script, f"--device cpu --logger none --quiet --epochs 100 {flags}".split()
-    )
+    usual = "--device cpu --logger none --quiet --epochs 100"
+    args = commands.parse(script, f"{usual} {flags}".split())
     one_batch = functools.partial(data_lt.loader, epoch_length=args.batch_size)
     monkeypatch.setattr(data_lt, "loader", one_batch)
-    monkeypatch.setattr(
-        data_lt.Loader, "set_epoch", lambda *rest: None
-    )  # the same images and views
+    # the same images and views
+    monkeypatch.setattr(data_lt.Loader, "set_epoch", lambda *rest: None)
     rows = commands.launch(importlib.import_module(script), args, tmp_path)["rows"]
     assert [row["steps"] for row in rows] == [1] * 100
     apart = [row["same_label"] - row["other_label"] for row in rows]

@@ -184,9 +184,8 @@ def test_sixteen_bits_and_modes_without_a_range(tmp_path):
 def test_palettes_alpha_and_other_modes_are_as_pillow_shows_them(tmp_path):
     colours = Image.open(write_png(tmp_path / "x.png", 0, (70, 70)))
     palette = colours.quantize(9)
-    palette.info["transparency"] = bytes(
-        [0, 99, 255]
-    )  # Pillow warns of a palette with these in RGB
+    # Pillow warns of a palette with these in RGB
+    palette.info["transparency"] = bytes([0, 99, 255])
     for image in (palette, *(colours.convert(mode) for mode in ("1", "L", "LA", "RGBA", "CMYK"))):
         name = "y.jpg" if image.mode == "CMYK" else "y.png"
         image.save(tmp_path / name, quality=99)

@@ -155,9 +155,8 @@ def test_losses_against_a_double_loop(k, targeted, contrast):
     z, y, drawn, loss = value(raw)
     total = 0
     for i in range(len(z)):
-        own, me = (
-            ((i + b) % (2 * b), i) if in_batch else (0, None)
-        )  # other view or key; not a column
+        # the other view or the key, and what is no column
+        own, me = ((i + b) % (2 * b), i) if in_batch else (0, None)
         rows = [*z] if in_batch else [unit(raw[1][i]), *scheme.keys]
         names = y.tolist() if in_batch else [-1, *scheme.labels.tolist()]
         alike = {j for j, name in enumerate(names) if name == y[i]} - {own, me}

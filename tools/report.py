@@ -53,7 +53,8 @@ value; `n/a`: an empty group. Made by `python -m tools.report tables` of what ea
 """
 CLAIMED = (
     "Each method beside its own baseline, paired over seeds (± standard error; `no sure difference`"
-    ": p > 0.05). Image passes are those of a run's own stages, not of a checkpoint it begins with."
+    ": p > 0.05). Uniformity: mean distance of two class centres of the embedded test images. "
+    "Image passes are those of a run's own stages, not of a checkpoint it begins with."
 )
 CLAIMS = "paper|figure|without|with|with - without|image passes".split("|")
 REAL = "what|run|published|here|best on test|seeds|epochs|minutes|device"
