@@ -13,8 +13,8 @@ exec "$PY" -m tools.report run "$@" <<'CELLS'
 claim similarity: verification      | python toy_similarity.py --points 0,0.2,0.5                     | 0,1,2
 claim SSP, overall, few: CE         | python ssp_pretrain.py --ssp none                               | 0,1,2
 claim SSP, overall, few: SSP + CE   | python ssp_pretrain.py --train-epochs 160                       | 0,1,2
-claim TSC, overall, few, uniformity: KCL | python tsc.py --method kcl --epochs 50 --init-from <SSP + CE>/pretrain.pt | 0,1,2
-claim TSC, overall, few, uniformity: TSC | python tsc.py --epochs 50 --init-from <SSP + CE>/pretrain.pt      | 0,1,2
+claim TSC, overall, few, uniformity: KCL | python tsc.py --method kcl                             | 0,1,2
+claim TSC, overall, few, uniformity: TSC | python tsc.py                                          | 0,1,2
 claim IP-DPP, overall, few: uniform | python bns_ipdpp.py --finetune-epochs 150 --stages finetune --subset-mode uniform --init-from <k-DPP>/pretrain.pt | 0,1,2
 claim IP-DPP, overall, few: k-DPP   | python bns_ipdpp.py --epochs 30 --finetune-epochs 150 --init-from <SSP + CE>/pretrain.pt | 0,1,2
 claim BNS, overall, few: CE after rotation | python ssp_pretrain.py --stages train --train-epochs 99 --init-from <SSP + CE>/pretrain.pt | 0,1,2
@@ -62,6 +62,7 @@ letters, SSP: after rotation        | python ssp_pretrain.py --loss {focal,ldam}
 letters, SSP: after rotation        | python ssp_pretrain.py --stages pretrain,train,classifier       | 0,1,2
 letters, SSP: after MoCo            | python ssp_pretrain.py --ssp moco                               | 0,1,2
 letters, semi-supervised: leftover  | python ssp_pretrain.py --ssp none --stages train,pseudo,semi --unlabeled leftover --imb-ratio-unlabeled {1,100} | 0,1,2
+letters, TSC: after rotation        | python tsc.py --method {kcl,tsc} --epochs 50 --init-from <SSP>/pretrain.pt | 0,1,2
 letters, BNS: probe                 | python bns_ipdpp.py --method bns                                | 0,1,2
 letters, BNS: default               | python bns_ipdpp.py                                             | 0,1,2
 letters, BNS: subsets               | python bns_ipdpp.py --stages finetune --subset-mode {uniform,legacy} --init-from <default>/pretrain.pt | 0,1,2
