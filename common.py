@@ -42,6 +42,7 @@ import socket
 import stat
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,7 +211,7 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf, open_low:
     """argparse type: a finite int or float in [low, high] (or (low, high])."""
     bound = "an integer" if kind is int else "a number"
     bound += f" above {low:g}" if open_low else f", at least {low:g}"
-    bound += f" and at most {high:g}" if high < math.inf else ""
+    bound += f" and at most {high if kind is int else f'{high:g}'}" if high < math.inf else ""
 
     def parse(text: str):
         with contextlib.suppress(ValueError):
@@ -325,6 +326,9 @@ def parse(doc: str, flags, methods: dict, other: dict, side, argv=None, named: s
     args = parser.parse_args(argv)
     args.command_line = parser.words
     said = {name for name in table if getattr(args, name) is not None}
+    for name in said:
+        if getattr(args, name) == "":  # such as a variable of a shell that is not set
+            parser.error(f"{parser.flag(name)} is empty")
     args.dataset = args.dataset or "glyphs_lt"
     try:
         args.kind = kind_of(args, side)
@@ -444,6 +448,7 @@ def launch(main, args) -> None:
             sys.exit(_start_ranks(args.gpus))
         signal.signal(signal.SIGTERM, _on_signal)
         signal.signal(signal.SIGINT, _on_signal)
+        warnings.formatwarning = lambda message, *rest, **more: f"warning: {message}\n"
         with printing():
             main(args)
         if dist.is_initialized():
@@ -596,7 +601,9 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
 def read_file(path: str | Path, hint: str = "") -> dict:
     """What torch.save wrote, without running code in it; UserError when it is damaged."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a damaged one
+            return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"cannot read checkpoint {path}: {error.strerror}") from None
     except Exception:  # unpickling raises many kinds; whichever it was, the file is of no use

@@ -418,9 +418,12 @@ def reason(error: Exception | str) -> str:
 
 def unreadable(part: Set, row: int, error: Exception | str) -> UserError:
     """The one line about an image that cannot be read; decoders raise exceptions of many kinds."""
-    what = f"unreadable image of class {part.classes[part.labels[row]]!r} ({reason(error)})"
-    find = "`python -m tools.prepare check` finds all"
-    return UserError(f"{part.images.path(row)}: {what}; replace or remove it; {find}")
+    of = find = ""
+    if part.classes:  # not of --predict
+        of = f" of class {part.classes[part.labels[row]]!r}"
+        find = "; `python -m tools.prepare check` finds all"
+    what = f"unreadable image{of} ({reason(error)}); replace or remove it{find}"
+    return UserError(f"{part.images.path(row)}: {what}")
 
 
 def check_side(shape: Ints, source: object, side: int | None = None) -> int:
@@ -458,7 +461,7 @@ def _pixel_set(x: np.ndarray, y, classes: list[str], info: SetInfo, size: int | 
     """Set of uint8 NHWC pixels, resized to `size` if there is one and it is not theirs."""
     if size is not None and x.shape[1:3] != (size, size):
         x = np.stack([centre(image, size, size) for image in x])
-    images = torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
+    images = torch.from_numpy(np.array(x.transpose(0, 3, 1, 2), order="C"))
     labels = torch.from_numpy(np.asarray(y).astype(np.int64))
     return Set(images, labels, torch.arange(len(labels)), classes, info)
 
@@ -615,7 +618,7 @@ def npz_sets(path: Path, size: int | None, info: SetInfo) -> dict[str, Set]:
 
     labels = np.unique(arrays["y_train"])
     fits = arrays["y_train"].dtype.kind in "iu" and len(labels) and labels[0] == 0
-    wanted = f"every label 0..C-1, not {len(labels)} kinds up to {labels[-1:].tolist()}"
+    wanted = f"integers, each of 0..C-1, not {len(labels)} kinds {labels[:1]} to {labels[-1:]}"
     need(fits and labels[-1] == len(labels) - 1, "y_train", wanted)
     names = [str(name) for name in np.atleast_1d(arrays.get("classes", labels))]
     for key in {"mean", "std"} & set(arrays):
@@ -1522,31 +1525,37 @@ def examine(args, net: nn.Module, data: Splits, stage: str, *names: str) -> None
     script = Path(sys.argv[0]).stem
     if (checkpoint["script"], checkpoint["stage"]) != (script, stage):
         found = f"{checkpoint['script']}.py, stage {checkpoint['stage']}"
-        raise UserError(f"{args.eval} is of {found}; {script}.py evaluates {stage}.pt")
+        raise UserError(f"{args.eval} is of {found}; {script}.py evaluates its own {stage}.pt")
     about, test = checkpoint["info"], data.test
     if odd := sorted(set(test.classes) ^ set(about["classes"])):
-        raise UserError(f"{args.eval} is of other classes: only one of the two knows {odd[0]!r}")
+        other = f"is of other classes than --dataset {args.dataset}"
+        raise UserError(f"{args.eval} {other}: only one of the two knows {odd[0]!r}")
     if data.image_size != about["size"]:
         sizes = f"is of {about['size']} px, --dataset {args.dataset} has {data.image_size}"
         raise UserError(f"{args.eval} {sizes}; give --image-size {about['size']}")
     now = common.result_args(args)
     common.check_same(args.eval, checkpoint["args"], now, ("backbone", *names))
     common.load_weights(net, checkpoint["state"]["model"], args.eval)
-    place = torch.tensor([about["classes"].index(name) for name in test.classes])
-    info = dataclasses.replace(test.info, mean=about["mean"], std=about["std"])
-    own = {"labels": place[test.labels], "classes": about["classes"], "info": info}
-    test = dataclasses.replace(test, **own)
+    test = in_order(test, about["classes"])
+    test.info = dataclasses.replace(test.info, mean=about["mean"], std=about["std"])
     if args.predict:
         return predict(args, net, test)
     found = common.figures(args, net, evaluation_loader(args, test), about["counts"])
     common.tell_figures(args, checkpoint, found)
 
 
+def in_order(part: Set, classes: list[str]) -> Set:
+    """The set with its classes in the order that a network knows them in."""
+    place = torch.tensor([classes.index(name) for name in part.classes])
+    return dataclasses.replace(part, labels=place[part.labels], classes=classes)
+
+
 @torch.inference_mode()
 def predict(args, net: nn.Module, like: Set) -> None:
     """`--predict FOLDER`: path, class and probability of the three likeliest of every image in it.
 
-    Prepared like the images of a set; written as <out>/<script>/examined/predict-<folder>.csv.
+    Prepared like the images of a set. Written into <out>/<script>/examined/, as
+    predict-<two last folders>-<checkpoint and its code>.csv.
     """
     folder, net = Path(args.predict), net.eval()
     with permitted(folder):
@@ -1554,7 +1563,7 @@ def predict(args, net: nn.Module, like: Set) -> None:
     if not names:
         raise UserError(f"--predict {folder}: no folder with images in it")
     none = torch.zeros(len(names), dtype=torch.int64)
-    kept = {"images": Files(folder, names), "labels": none, "indices": none, "classes": ["?"]}
+    kept = {"images": Files(folder, names), "labels": none, "indices": none, "classes": []}
     part = dataclasses.replace(like, **kept)
     part = in_memory(part, like.size) if like.in_memory else part
     args.cache = None  # which is of other images
@@ -1567,7 +1576,8 @@ def predict(args, net: nn.Module, like: Set) -> None:
             cells = ((like.classes[c], f"{p:.6f}") for c, p in zip(*pair, strict=True))
             rows.append(list(itertools.chain(*cells)))
     examined = Path(args.out, Path(sys.argv[0]).stem, "examined")
-    path = examined / f"predict-{folder.resolve().name}.csv"
+    of = "-".join([*folder.resolve().parts[1:][-2:], common.file_identity(args.eval)])
+    path = examined / f"predict-{of}.csv"
     if common.is_main():
         text, head = io.StringIO(), ["path"]
         for k in range(1, likeliest + 1):

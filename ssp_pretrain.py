@@ -17,7 +17,7 @@ a new classifier. Yet imbalanced labels are good enough to label further images,
   python ssp_pretrain.py --ssp none                   # letters: 83.4 +- 2.2 %, 84 to 88 s
   python ssp_pretrain.py --rule drw --stages train --init-from runs/.../pretrain.pt
   python ssp_pretrain.py --ssp none --stages train,pseudo,semi    # letters: 85.2 +- 0.7 %
-  python ssp_pretrain.py --dataset cifar10_lt         # 72.8 (seed 0, H200, 18 min), published 73.8
+  python ssp_pretrain.py --dataset cifar10_lt         # 72.8 (seed 0, H200, 17 min), published 73.8
   python ssp_pretrain.py --dataset imagenet_lt --stages pretrain,train,classifier   # not measured
 
 Where this differs from the papers and the released code:

@@ -14,7 +14,7 @@ covariances. Draw features there until all classes are as large; train a cosine 
 
   python tailcalibx.py                          # letters: 88.1 +- 3.9 % (cosine_ce 81.9), 85 s
   python tailcalibx.py --method ce_tailcalib    # letters: 88.9 +- 0.9 % (ce 82.9, crt 87.4)
-  python tailcalibx.py --dataset cifar100_lt    # 43.4 % (cosine_ce 40.6), seed 0, H200, 10 min;
+  python tailcalibx.py --dataset cifar100_lt    # 43.4 % (cosine_ce 40.6), seed 0, H200, 9 min;
                                                 # --method cbd_tailcalibx: 44.1, published 46.6
   python tailcalibx.py --stages tailcalibx --init-from runs/.../cosine_ce.pt --no-generate
 

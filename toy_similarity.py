@@ -20,6 +20,7 @@ tail's own pixels under a wrong label. The control takes as many away and leaves
   python toy_similarity.py --dataset cifar10_lt        # 16 min for three p on one H200
   python toy_similarity.py --eval CKPT                 # of any script: are its classes alike?
   python toy_similarity.py --init-from CKPT            # every point from the backbone of any script
+                                                       # (it may have seen what a point leaves out)
 
 Letters, R with 40 images beside 400 of P, seeds 0, 1, 2: 86.8 +- 0.8, 39.6 +- 4.5, 22.1 +- 3.3,
 4.0 +- 1.2 % at p = 0, 0.1, 0.2, 0.5; control 86.8 +- 0.4, 86.9 +- 3.1 at p = 0.2, 0.5. CIFAR-10,
@@ -332,16 +333,22 @@ def examine(args, data, net: models.Net) -> None:
     checkpoint = common.load_backbone(net.backbone, args.eval, args)
     info, state = checkpoint["info"], checkpoint["state"]["model"]
     data.mean, data.std = info.get("mean", data.mean), info.get("std", data.std)
-    counts = info.get("counts", data.counts)
     mine, theirs = ({k: x.shape for k, x in part.items()} for part in (net.state_dict(), state))
-    if mine == theirs:
+    fits = mine == theirs and set(info["classes"]) == set(data.classes)
+    if fits:
         net.load_state_dict(state)
-    if args.predict and mine == theirs:
+        data.train, data.test = (
+            data_lt.in_order(part, info["classes"]) for part in (data.train, data.test)
+        )
+    elif args.predict:
+        why = "its head is not one of these classes; ask the script that trained it"
+        raise common.UserError(f"{args.eval}: {why}")
+    if args.predict:
         return data_lt.predict(args, net, data.test)
     scores, alike = look(args, data, net)
-    figures = scores.report(counts) if mine == theirs else {}
+    figures = scores.report(info["counts"]) if fits else {}
     common.tell_figures(args, checkpoint, figures | alike)
-    tail = info.get("tail", plan(args, data)[0].tail)
+    tail = info["tail"] if fits and "tail" in info else plan(args, data)[0].tail
     near = list(zip(*(rows[tail] for rows in alike.values()), data.classes, strict=True))
     for cosine, distance, name in sorted(near, reverse=True)[:11] * common.is_main():
         print(f"{data.classes[tail]} and {name}: cosine {cosine:.3f}, distance {distance:.2f}")

@@ -584,7 +584,7 @@ def test_bad_npz(tmp_path, capsys):
         ({"x_test": test[:, :6, :6]}, "x_test: 6x6 px, the others have 8"),
         ({"y_train": y[:9]}, "y_train is int64 [9]; expected integers [10]"),
         ({"x_val": test}, "y_val is missing"),
-        ({"y_train": y * 2}, "y_train", "every label 0..C-1, not 3 kinds up to [4]"),
+        ({"y_train": y * 2}, "y_train", "integers, each of 0..C-1, not 3 kinds [0] to [4]"),
         ({"y_test": good["y_test"] + 1}, "test classes differ", "0 only in train, 3 only in test"),
         ({"classes": np.array(["a", "b"])}, "classes is ['a', 'b']; expected 3 different names"),
         ({"classes": np.array(["a", "b", "a"])}, "3 different names"),

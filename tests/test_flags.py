@@ -1,6 +1,7 @@
 """common.parse: defaults, help, types, refusals, the run's name follow from one table."""
 
 import math
+import shlex
 
 import commands
 import pytest
@@ -36,7 +37,7 @@ def side(dataset, root, size):
 
 
 def parsed(line: str = "", named: str = "method"):
-    words = line.split()
+    words = shlex.split(line)
     return common.parse("What it does.\n\nMore.", FLAGS, METHODS, OTHER, side, words, named)
 
 
@@ -119,6 +120,7 @@ def test_flags_come_from_a_file(tmp_path, capsys):
         ("--predict x", "belongs to --eval"),
         ("--eval a.pt --init-from b.pt", "contradict"), ("--save-features val", "--select val"),
         ("--dataset nowhere", "nothing there"),
+        ("--init-from ''", "--init-from is empty"), ("--dataset ''", "--dataset is empty"),
     ],
 )  # fmt: skip
 def test_refusals(capsys, line, said):

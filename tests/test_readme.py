@@ -95,7 +95,7 @@ def test_the_worked_example_of_own_images_runs(tmp_path):
         own = [tmp_path / word if OWN in word else word for word in words[2:]]
         Desk(script, tmp_path / "out", *own, *flags).run()
     assert len(list((tmp_path / OWN / "train").iterdir())) == 10
-    (table,) = tmp_path.glob("runs/tsc/examined/predict-P.csv")
+    (table,) = tmp_path.glob("runs/tsc/examined/predict-test-P-letters-tsc-*.csv")
     assert len(table.read_text().splitlines()) > 1
 
 

@@ -1,5 +1,6 @@
 """toy_similarity.py: equations by golden vectors and by hand; its experiments end to end."""
 
+import copy
 import itertools
 import math
 from types import SimpleNamespace
@@ -220,16 +221,30 @@ def test_checkpoints_are_examined_started_from_and_refused(tmp_path, capsys):
     warm = call(flags, "--init-from", checkpoint, out=tmp_path / "b")["rows"]["sweep2_5"]
     assert warm["last"]["loss"] != row["last"]["loss"]
     whole = torch.load(checkpoint, weights_only=True)
+    old = dict(whole["info"])
     whole["info"] |= {"mean": (0.1, 0.1, 0.1), "std": (2.0, 2.0, 2.0)}  # as it was trained
     torch.save(whole, tmp_path / "pale.pt")
     call("--eval", tmp_path / "pale.pt", out=tmp_path / "p")
     pale = capsys.readouterr().out
     assert "overall" in pale and f"overall {100 * row['last']['overall']:.2f}%" not in pale
+    order = [*range(9, -1, -1)]  # the same network, its classes the other way round
+    turned = copy.deepcopy(whole)
+    turned["info"]["classes"] = whole["info"]["classes"][::-1]
+    turned["info"] |= {"mean": old["mean"], "std": old["std"], "tail": 9 - old["tail"]}
+    for name in ("head.weight", "head.bias"):
+        turned["state"]["model"][name] = whole["state"]["model"][name][order]
+    torch.save(turned, tmp_path / "turned.pt")
+    call("--eval", tmp_path / "turned.pt", out=tmp_path / "t")
+    shown = capsys.readouterr().out
+    assert f"overall {100 * row['last']['overall']:.2f}%" in shown and "9 and 9: cosine 1" in shown
     del whole["state"]["model"]["head.bias"]  # the head of another script
     torch.save(whole, tmp_path / "other.pt")
     call("--eval", tmp_path / "other.pt", out=tmp_path / "c")
     shown = capsys.readouterr().out
     assert "9 and 9: cosine 1" in shown and "overall" not in shown
+    words = "--predict", tmp_path, "--eval", tmp_path / "other.pt"
+    said = commands.refused(capsys, call, *words, out=tmp_path / "d")
+    assert "its head is not one of these classes" in said
 
 
 @pytest.mark.parametrize(
