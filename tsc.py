@@ -129,8 +129,8 @@ def draw(labels: Tensor, pool: Tensor, k: int, rng: torch.Generator) -> tuple[Te
     order = data_lt.to_device(torch.randperm(len(pool), generator=rng), pool.device)
     turn = torch.rand(len(labels), generator=rng, dtype=torch.float64)
     turn = data_lt.to_device(turn, pool.device)
-    order = order[pool[order].argsort(stable=True)]
-    first = torch.searchsorted(pool[order], labels)
+    order = order[pool[order].argsort(stable=True)]  # the circles, one after the other
+    first = torch.searchsorted(pool[order], labels)  # where the anchor's circle begins
     n = torch.searchsorted(pool[order], labels, right=True) - first
     step = torch.arange(k or int(n.max()), device=pool.device)
     place = ((turn * n).long()[:, None] + step) % n.clamp(min=1)[:, None]  # [N, k]
