@@ -16,7 +16,7 @@ that images the network is unsure of are kept more often.
   probe       (--method bns) a linear classifier on the frozen encoder: how good are the features?
 
   python bns_ipdpp.py                                   # letters: 82.6 +- 1.1 %
-  python bns_ipdpp.py --method bns                      # letters, probe: 42.9 +- 6.3 %
+  python bns_ipdpp.py --method bns                      # letters, probe: 42.9 +- 6.4 %
   python bns_ipdpp.py --dataset cifar10_lt --epochs 400 # 69.6 (seed 0, one H200, 8 min)
   python bns_ipdpp.py --dataset cifar10_lt              # published 76.4, not measured here
   python bns_ipdpp.py --stages finetune --init-from runs/.../pretrain.pt --subset-mode uniform

@@ -13,7 +13,7 @@ import data_lt
     ("script", "flags"),
     [
         ("bns_ipdpp", "--stages pretrain"),
-        ("tsc", "--method kcl --stages kcl --lr 0.05"),
+        ("tsc", "--method kcl --stages kcl --lr 0.05"),  # at its 0.2 100 steps are not enough
         ("tsc", "--warmup 0 --stages kcl,tsc"),
     ],
 )

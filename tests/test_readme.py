@@ -145,13 +145,10 @@ def test_a_run_is_compared_exported_evaluated_and_drawn(tmp_path):
 
 
 def test_figures_are_those_of_the_recorded_runs():
-    """`83.4 ± 2.2` of README stands in RESULTS.md; differences have two digits there."""
+    """Means and differences of README stand in RESULTS.md as they are."""
     recorded = (ROOT / "results" / "RESULTS.md").read_text()
-    told = re.findall(r"(?<![-+\d])\d+\.\d ± \d+\.\d", TEXT)
-    assert len(told) >= 10 and not [figure for figure in told if figure not in recorded]
-    pairs = re.findall(r"\| ([-+]\d+\.\d\d) ± (\d+\.\d\d)", recorded)
-    differences = {f"{float(mean):+.1f} ± {float(error):.1f}" for mean, error in pairs}
-    assert set(re.findall(r"[-+]\d+\.\d ± \d+\.\d", TEXT)) <= differences
+    told = re.findall(r"[-+]?\d+\.\d+ ± \d+\.\d+", TEXT)
+    assert len(told) >= 20 and not [figure for figure in told if figure not in recorded]
 
 
 def test_files_and_folders_that_it_names_are_there():

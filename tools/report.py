@@ -171,6 +171,8 @@ def claim_cells(beside: dict[str, Sequence], digits: int = 1) -> list[str]:
     difference, error, sure = gain(*beside.values())
     if error != "-":
         difference += f" ± {error}" + ", no sure difference" * (not sure)
+    elif difference != "-":
+        difference += " (one seed)"
     texts = {name: mean_text(part, "-", digits, len(part)) for name, part in beside.items()}
     return [*(f"{name}: {text}" for name, text in texts.items()), difference]
 
@@ -435,7 +437,10 @@ def tell(args, cells: Sequence[Cell]) -> None:
         figures = f"no figures ({error})"
     write_tables(results, cells, args.results, args.figures)
     if rows := claim_rows(rows_of(cells, results)):
-        print("", *markdown([CLAIMS, *rows]), sep="\n")
+        recorded = claim_rows(rows_of(cells, read_results([RECORDED])))
+        expected = {(paper, figure): told for paper, figure, _, _, told, _ in recorded}
+        rows = [[*row[:5], expected.get((row[0], row[1]), "-")] for row in rows]
+        print("", *markdown([[*CLAIMS[:5], "recorded over seeds 0, 1, 2"], *rows]), sep="\n")
     print(f"wrote {args.results} ({len(results)} runs), {figures}")
 
 
