@@ -40,6 +40,7 @@ if __name__ == "__main__":
     with open(args.out / "starts", "a") as file:
         print(args.accuracy, args.seed, os.environ["OMP_NUM_THREADS"], args.data_root, file=file)
     print("train 3/40  loss 1.2  test 61.5%  (9 images/s, 1,234 s left)", flush=True)
+    print("warning: the loss has collapsed", flush=True)
     if args.fail: sys.exit("it went wrong")
     if args.init_from: print(Path(args.init_from).read_text())
     if args.hang:
@@ -257,11 +258,14 @@ def test_a_cell_starts_from_what_another_has_trained(desk):
                claim X, overall: with it | FAKE --accuracy 60 | 0,1"""
     said = desk(lines, "--only", "with it", "--seeds", "2", "--jobs", "2")
     order = "done   claim X, overall: with it, seed 1", "start  claim X, overall: without, seed 1"
+    assert "claim X, overall: with it, seed 1  warning: the loss has collapsed" in said
     assert said.index(order[0]) < said.index(order[1])
     row = "| X | overall | without: 50.5 ± 0.7 | with it: 60.5 ± 0.7 | +10.00 ± 0.00 |"
     assert row in desk.page()
     shown = " ".join(said.replace("|", " ").split())
     assert " ".join(row.replace("|", " ").split()) in shown, "on the screen, too"
+    assert "recorded over seeds 0, 1, 2" in said
+    assert report.claim_cells({"a": [1.0], "b": [3.0]})[2] == "+2.00 (one seed)"
     assert (desk.runs / "fake_init-fromtrain" / "seed1" / "result.json").exists()
     bad = "a: one | FAKE --fail | 0\na: two | FAKE --accuracy 7 --init-from <one>/train.pt | 0"
     assert "FAILED a: two, seed 0  what it needs is not there: a: one" in desk(bad, code=1)
