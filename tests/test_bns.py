@@ -429,7 +429,7 @@ def test_a_probe_its_features_groups_evaluation_and_compilation(tmp_path, capsys
     words = "--eval", run["folder"] / "probe.pt"
     call("--method", "bns", *words, out=tmp_path)
     assert f"overall {100 * run['result']['headline']['overall']:.2f}%" in capsys.readouterr().out
-    assert "evaluates finetune.pt" in commands.refused(capsys, call, *words, out=tmp_path)
+    assert "evaluates its own finetune.pt" in commands.refused(capsys, call, *words, out=tmp_path)
 
 
 # --- ranks ----------------------------------------------------------------------------------------

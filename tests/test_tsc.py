@@ -447,7 +447,7 @@ def test_features_evaluation_and_compile(tmp_path, capsys, monkeypatch):
     figure = f"overall {100 * run['result']['headline']['overall']:.2f}%"
     assert figure in capsys.readouterr().out
     said = refused(capsys, "--eval", run["folder"] / "kcl.pt", out=tmp_path)
-    assert "evaluates classifier.pt" in said
+    assert "evaluates its own classifier.pt" in said
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda net: compiled.append(net) or net)
     call(flags, "--compile", out=tmp_path / "c")
