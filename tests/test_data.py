@@ -258,6 +258,7 @@ def npz_arrays(channels=3) -> dict:
     return {"x_train": x, "y_train": y} | test
 
 
+@pytest.mark.filterwarnings("error")
 def test_npz(tmp_path):
     path, arrays = tmp_path / "toy.npz", npz_arrays()
     np.savez(path, **arrays)
@@ -270,6 +271,9 @@ def test_npz(tmp_path):
     data = load(dataset=str(path))
     assert data.train.images.shape[1] == 3 and len(data.val) == 8
     assert data.train.images[:, 0].equal(data.train.images[:, 2])
+    one = {key: x[:, :1, :1] if x.ndim > 1 else x for key, x in arrays.items()}
+    np.savez(path, **one)
+    assert load(dataset=str(path)).train.images.shape == (10, 3, 1, 1)
 
 
 # --- samplers

@@ -120,6 +120,7 @@ def test_flags_come_from_a_file(tmp_path, capsys):
         ("--predict x", "belongs to --eval"),
         ("--eval a.pt --init-from b.pt", "contradict"), ("--save-features val", "--select val"),
         ("--dataset nowhere", "nothing there"),
+        ("--seed -1", "at most 4294967295"),
         ("--init-from ''", "--init-from is empty"), ("--dataset ''", "--dataset is empty"),
     ],
 )  # fmt: skip

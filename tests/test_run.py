@@ -240,7 +240,7 @@ def test_a_collapse_is_told_once_with_its_epoch(tmp_path, capsys):
     assert "epoch 6 of 12: images of one label are no closer" in said and "0.9000" in said
 
 
-def test_what_a_finished_run_loses_is_made_again_and_what_is_damaged_named(tmp_path):
+def test_what_a_finished_run_loses_is_made_again_and_what_is_damaged_named(tmp_path, recwarn):
     folder = train(tmp_path)
     expected, result = commands.rows(tmp_path), commands.result(tmp_path)
     (folder / "last.pt").write_bytes(b"damaged")
@@ -251,12 +251,19 @@ def test_what_a_finished_run_loses_is_made_again_and_what_is_damaged_named(tmp_p
     train(tmp_path)
     assert commands.rows(tmp_path) == expected and commands.result(tmp_path) == result
     (folder / "result.json").unlink()
-    (folder / "fit.pt").write_bytes(b"damaged")
+    (folder / "fit.pt").write_bytes(b"\x80damaged")  # of which torch itself warns
     with pytest.raises(common.UserError, match="fit.pt is damaged.*delete it"):
         train(tmp_path)
+    assert not list(recwarn), "one line"
     (folder / "fit.pt").unlink()
     train(tmp_path)
     assert commands.rows(tmp_path) == expected and commands.result(tmp_path) == result
+
+
+def test_a_warning_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(common.warnings, "formatwarning", None)
+    common.launch(lambda args: None, make_args(tmp_path))
+    assert common.warnings.formatwarning("odd", UserWarning, "here.py", 7) == "warning: odd\n"
 
 
 def test_fresh_starts_over_and_drops_what_was_there(tmp_path):

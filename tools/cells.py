@@ -303,10 +303,10 @@ class Runner:
                 continue
             del self.running[slot]
             took = f"{cell.title}  {time.monotonic() - begin:.1f} s"
-            for line in log_lines(log, 10**6):
+            *lines, last = "no output", *filter(None, log_lines(log, 10**6))
+            for line in lines:
                 if line.startswith("warning:"):
                     self.say(place, f"{cell.title}  {line}")
-            *_, last = "no output", *filter(None, log_lines(log))
             path = Path(last.removeprefix("result: "))  # the last line of a run that is done
             if code or path.name != "result.json":
                 self.failed.append(cell)

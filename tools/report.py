@@ -440,7 +440,7 @@ def tell(args, cells: Sequence[Cell]) -> None:
         recorded = claim_rows(rows_of(cells, read_results([RECORDED])))
         expected = {(paper, figure): told for paper, figure, _, _, told, _ in recorded}
         rows = [[*row[:5], expected.get((row[0], row[1]), "-")] for row in rows]
-        print("", *markdown([[*CLAIMS[:5], "recorded over seeds 0, 1, 2"], *rows]), sep="\n")
+        print("", *markdown([[*CLAIMS[:5], "recorded"], *rows]), sep="\n")
     print(f"wrote {args.results} ({len(results)} runs), {figures}")
 
 
